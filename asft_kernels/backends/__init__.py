@@ -1,0 +1,110 @@
+"""The contract of a backend (both phases of the primitive) and the choice of one by device.
+
+A backend is a module with the two functions of the `Backend` protocol. It sees compacted tokens and
+knows no loss. DESIGN of the two phases: docs/algorithm.md.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from asft_kernels.backends.plan import Plan
+
+NAMES = ("torch", "triton")
+
+
+@dataclass(frozen=True)
+class Logits:
+    """z = softcap * tanh(u / softcap), u = scale * (h.W + b); z = u without a softcap."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class Saved(NamedTuple):
+    """What phase 1 hands to phase 2. acc and exps are empty where no gradient needs them."""
+
+    logps: Tensor  # (N,) fp32 (fp64 for fp64 input): log-probability of each label
+    one_minus_p: Tensor  # (N,) 1 - p_y, without cancellation
+    inv_total: Tensor  # (N,) 1 / sum_v exp(z_v - ref)
+    ref: Tensor  # (N,) the reference that E, acc and inv_total are relative to
+    acc: Tensor  # (N, D) fp32: O = sum_{v != y} exp(z_v - ref) * c_v * W_v, or (0,)
+    exps: list[Tensor]  # plan.cached chunks (N, rows) of E' = exp(z - ref) * c
+
+
+class Backend(Protocol):
+    def forward(
+        self,
+        hidden: Tensor,  # (M, D)
+        weight: Tensor,  # (V, D)
+        bias: Tensor | None,  # (V,)
+        rows: Tensor,  # (N,) int64, distinct: the rows of hidden that carry loss
+        labels: Tensor,  # (N,) int64 in [0, V)
+        logits: Logits,
+        plan: Plan,
+        *,
+        needs_acc: bool,  # a gradient to hidden is wanted
+        needs_exps: bool,  # a gradient to weight or bias is wanted
+    ) -> Saved: ...
+
+    def backward(
+        self,
+        grad_logps: Tensor,  # (N,)
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor,
+        labels: Tensor,
+        saved: Saved,
+        logits: Logits,
+        plan: Plan,
+        *,
+        needs_hidden: bool,
+        needs_weight: bool,
+        needs_bias: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dH (M, D) with zeros outside rows, dW (V, D), db (V,)), each in its tensor's dtype."""
+        ...
+
+
+def triton_runs_on_cpu() -> bool:
+    """Whether Triton launches on CPU tensors work here: interpreted, or emulated by the test suite."""
+    return os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("ASFT_KERNELS_EMULATOR") == "1"
+
+
+def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """`name` if it can run here, else a ValueError; None: triton on CUDA and ROCm, torch elsewhere.
+
+    float64 always runs on torch, the oracle's own precision.
+    """
+    if name is not None and name not in NAMES:
+        raise ValueError(f"backend: got {name!r}, need one of 'torch', 'triton' or None (choose by device)")
+    if name == "triton":
+        if device.type != "cuda" and not (device.type == "cpu" and triton_runs_on_cpu()):
+            raise ValueError(
+                f"backend: got 'triton' with tensors on {device}, need CUDA or ROCm tensors; "
+                "move them, use backend='torch', or set TRITON_INTERPRET=1 before starting Python to debug on a CPU"
+            )
+        if dtype == torch.float64:
+            raise ValueError("backend: got 'triton' with float64 tensors, need float32, float16 or bfloat16; use backend='torch'")
+    if name is None:
+        triton_here = device.type == "cuda" and dtype != torch.float64 and _has_triton()
+        return "triton" if triton_here else "torch"
+    return name
+
+
+def _has_triton() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("triton") is not None
+
+
+def load_backend(name: str) -> Backend:
+    if name == "triton":
+        from asft_kernels.backends import triton_fused as backend
+    else:
+        from asft_kernels.backends import torch_chunked as backend
+    return backend  # type: ignore[return-value]  # modules satisfy protocols structurally
