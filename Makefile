@@ -1,0 +1,70 @@
+# make demo   fine-tune a small model on the package's own pairs, and compare with the plain path
+# make test   the whole test suite, one summary at the end
+# make lint   ruff and pyright
+# Each first makes .venv with what it needs from the package index, once: again only when setup.py
+# or constraints.txt has changed. All share that folder, so the second one has little to install.
+#
+#   make test PYTHON=python3.12          another interpreter (after `make clean`)
+#   make test ARGS="plain compile"       some parts only; make demo ARGS="--help"
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+# What was installed, by content and place: a moved folder or a new pin installs again.
+KEY := $(shell { pwd; cat setup.py constraints.txt pyproject.toml; } | cksum | cut -d' ' -f1)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint venv clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
+
+demo: venv
+	@$(call install,train)
+	$(PY) -m asft_kernels.demo $(ARGS)
+
+test: venv
+	@$(call install,test)
+	$(PY) tests/run.py $(ARGS)
+
+lint: venv
+	@$(call install,dev,test)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+
+venv:
+	@if $(PY) -m pip --version >/dev/null 2>&1; then exit 0; fi; \
+	if ! $(PYTHON) -c '' 2>/dev/null; then \
+	    echo "make: '$(PYTHON)' is no Python that runs here; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; fi; \
+	if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then \
+	    echo "make: '$(PYTHON)' is $$($(PYTHON) --version 2>&1), need Python 3.10 or newer; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; fi; \
+	if ! $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null; then \
+	    echo "make: '$(PYTHON)' cannot make virtual environments: its module venv or ensurepip is missing" >&2; \
+	    echo "      (on Debian and Ubuntu: apt-get install python3-venv; elsewhere name another: make $(MAKECMDGOALS) PYTHON=...)" >&2; exit 1; fi; \
+	echo "== making $(VENV) with $$($(PYTHON) --version 2>&1)"; \
+	$(PYTHON) -m venv --clear "$(VENV)"
+
+# $(call install,extra[,extra]): torch and triton alone first, at the pinned versions, as they are
+# by far the largest and everything else is resolved around them.
+comma := ,
+extras = $(1)$(if $(2),$(comma)$(2))
+define install
+if [ -e "$(VENV)/.installed-$(1)-$(KEY)" ]; then \
+    echo "== $(VENV) already has what $@ needs"; \
+else \
+    set -e; \
+    echo "== installing torch and triton into $(VENV) (the first time this may download a lot)"; \
+    $(PIP) install -c constraints.txt -e .; \
+    echo "== installing the packages of the extra [$(extras)]"; \
+    $(PIP) install -c constraints.txt -e ".[$(extras)]"; \
+    rm -f "$(VENV)"/.installed-$(1)-*; \
+    touch "$(VENV)/.installed-$(1)-$(KEY)"; \
+fi
+endef
+
+clean:
+	@if [ -e "$(VENV)/pyvenv.cfg" ]; then echo "== removing $(VENV)"; rm -rf "$(VENV)"; fi

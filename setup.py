@@ -1,0 +1,74 @@
+"""All packaging metadata. pyproject.toml holds the settings of tools only."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+INIT = (HERE / "asft_kernels" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__\s*=\s*["\']([^"\']+)["\']', INIT, re.MULTILINE)
+if VERSION is None:
+    raise RuntimeError('setup.py: asft_kernels/__init__.py has no line __version__ = "..."')
+
+TRITON = (
+    "triton>=3.6; sys_platform == 'linux' "
+    "and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"
+)
+TRAIN = [
+    "accelerate>=1.1",
+    "datasets>=3",
+    "gguf>=0.10",  # the demo's model comes as a GGUF file
+    "matplotlib>=3.8",
+    "numpy",
+    "transformers>=5",
+]
+
+setup(
+    name="asft_kernels",
+    version=VERSION.group(1),
+    description="Fused preference losses (ASFT and relatives) straight from hidden states, "
+    "without the logits: Triton kernels and chunked torch",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The asft_kernels developers",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["asft", "preference optimization", "triton", "language models", "cross entropy"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    packages=find_packages(include=["asft_kernels", "asft_kernels.*"]),
+    package_data={"asft_kernels": ["py.typed", "demo_data/*.jsonl", "demo_data/README.md"]},
+    zip_safe=False,
+    python_requires=">=3.10",
+    install_requires=["torch>=2.11", TRITON],
+    extras_require={
+        "train": TRAIN,
+        "bench": [
+            "cut-cross-entropy>=25.1",
+            "liger-kernel>=0.8",
+            "matplotlib>=3.8",
+            "numpy",
+            "pandas",
+            "psutil",
+            "trl>=1.16",
+        ],
+        "test": [
+            *TRAIN,  # the trainer's tests
+            "hypothesis>=6.100",
+            "psutil",
+            "pytest>=8.4",
+            # Compiled kernels are executed with it; newer and older releases are untested.
+            "tinygrad==0.14.0; python_version >= '3.11'",
+        ],
+        # Pinned here and nowhere else: pre-commit, `make lint` and editors use these.
+        "dev": ["pre-commit==4.7.0", "pyright[nodejs]==1.1.414", "ruff==0.17.6"],
+    },
+    entry_points={"console_scripts": ["asft-train = asft_kernels.train:main"]},
+)
