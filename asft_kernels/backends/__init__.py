@@ -70,6 +70,16 @@ class Backend(Protocol):
         ...
 
 
+def exp_dtype(backend: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a backend keeps exponentials: bf16 only where a bf16 product consumes them.
+
+    Never fp16, whose smallest normal number (6e-5) is a probability that matters.
+    """
+    if dtype == torch.float64 or (backend == "triton" and dtype == torch.bfloat16):
+        return dtype
+    return torch.float32
+
+
 def triton_runs_on_cpu() -> bool:
     """Whether Triton launches on CPU tensors work here: interpreted, or emulated by the test suite."""
     return os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("ASFT_KERNELS_EMULATOR") == "1"

@@ -1,0 +1,171 @@
+"""Both phases in ATen calls, in place, any device: the default on CPU, the path for float64.
+
+    stage               formula (one vocabulary chunk of rows k)                  tensor
+    label logit         z_y = logit(H[t] . W[y])                                  (N,)
+    exponentials        E = exp(z - r), label's own entry 0;  s += sum E          (N, k)
+    hidden, unscaled    O += E' W_k,  E' = E * c,  c = (1 - (z/softcap)^2)        (N, D)
+    close               total = s + exp(z_y - r);  logp = -softplus(r + log s - z_y)
+    label entries       E'[t, y] = -s * c_y                                       cached or recomputed E'
+    dH                  scale * g * ((1 - p_y) c_y W[y] - O / total)              (M, D)
+    dW_k                -E'^T diag(scale * g / total) H                           (k, D)
+
+r starts at the label's logit and moves up only where a logit passes it by more than MOVE. The label
+entries make one product give dW whole: softmax and label parts meet in the accumulator, before the
+one rounding into the head's dtype. Low-precision heads are upcast chunk by chunk, so everything
+between the inputs and the returned tensors is fp32 (fp64 for fp64 input).
+"""
+
+import torch
+from torch import Tensor
+
+from asft_kernels.backends import Logits, Saved
+from asft_kernels.backends.plan import Plan
+
+MOVE = 30.0  # exp(30) = 1e13: room for 1e25 such entries in fp32, and 13 digits below the reference
+
+
+def forward(hidden, weight, bias, rows, labels, logits: Logits, plan: Plan, *, needs_acc, needs_exps) -> Saved:
+    H = _rows(hidden, rows)
+    z_y = _label_logits(H, weight, bias, labels, logits)
+    ref, others = z_y.clone(), torch.zeros_like(z_y)
+    acc = H.new_empty(H.shape if needs_acc else 0)
+    exps: list[Tensor] = []
+    refs: list[Tensor] = []
+    workspace = H.new_empty(0)
+
+    for k, (start, stop) in enumerate(plan.slices):
+        keep = needs_exps and k < plan.cached
+        if keep:
+            out = H.new_empty(len(labels), stop - start)
+        else:
+            if not workspace.numel():
+                workspace = H.new_empty(len(labels), plan.chunk)
+            out = workspace[:, : stop - start]
+        weight_k = weight[start:stop].to(H.dtype)
+        z = _chunk_logits(H, weight[start:stop], weight_k, bias, start, stop, logits, out)
+        slope = _softcap_slope(z, logits)
+        _exclude_labels(z, labels, start, -torch.inf)
+
+        highest = z.amax(dim=1)
+        moved = torch.where(highest > ref + MOVE, highest, ref)
+        shrink = torch.exp(ref - moved)
+        ref = moved
+        E = z.sub_(ref[:, None]).exp_()
+        others.mul_(shrink).add_(E.sum(dim=1))
+        if slope is not None:
+            E.mul_(slope)
+        if needs_acc and k == 0:
+            torch.mm(E, weight_k, out=acc)
+        elif needs_acc:
+            acc.mul_(shrink[:, None]).addmm_(E, weight_k)
+        if keep:
+            exps.append(E)
+            refs.append(ref)
+
+    label_exp = torch.exp(z_y - ref)
+    total = others + label_exp
+    x = ref + others.log() - z_y
+    logps = -(x.clamp(min=0) + torch.exp(-x.abs()).log1p())  # -softplus(x), exact at both ends
+    label_entry = -others * _label_slope(z_y, logits)
+    for (start, _), E, written_at in zip(plan.slices, exps, refs, strict=False):
+        # On a GPU the comparison would stop the stream: there the rescale always runs.
+        if E.device.type != "cpu" or not torch.equal(written_at, ref):
+            E.mul_(torch.exp(written_at - ref)[:, None])
+        _exclude_labels(E, labels, start, label_entry)
+    return Saved(logps, others / total, total.reciprocal(), ref, acc, exps)
+
+
+def backward(
+    grad_logps, hidden, weight, bias, rows, labels, saved: Saved, logits: Logits, plan: Plan,
+    *, needs_hidden, needs_weight, needs_bias,
+):  # fmt: skip
+    H = _rows(hidden, rows)
+    z_y = _label_logits(H, weight, bias, labels, logits)
+    label_slope = _label_slope(z_y, logits)
+    coef = logits.scale * grad_logps.to(H.dtype) * saved.inv_total
+    grad_hidden = grad_weight = grad_bias = None
+    if needs_hidden:
+        pull = logits.scale * grad_logps.to(H.dtype) * saved.one_minus_p * label_slope
+        grad_rows = weight.index_select(0, labels).to(H.dtype).mul_(pull[:, None])
+        grad_rows.addcmul_(saved.acc, coef[:, None], value=-1)
+        grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        grad_hidden.index_copy_(0, rows, grad_rows.to(hidden.dtype))
+        del grad_rows
+    if not (needs_weight or needs_bias):
+        return grad_hidden, None, None
+
+    scaled = H * -coef[:, None] if needs_weight else None
+    if needs_weight:
+        grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    if needs_bias:
+        grad_bias = torch.empty_like(bias)
+    workspace = H.new_empty(0)
+    scratch = H.new_empty(plan.chunk, H.shape[1]) if needs_weight and weight.dtype != H.dtype else None
+    for k, (start, stop) in enumerate(plan.slices):
+        if k < len(saved.exps):
+            E = saved.exps[k]
+        else:
+            if not workspace.numel():
+                workspace = H.new_empty(len(labels), plan.chunk)
+            out = workspace[:, : stop - start]
+            weight_k = weight[start:stop].to(H.dtype)
+            z = _chunk_logits(H, weight[start:stop], weight_k, bias, start, stop, logits, out)
+            slope = _softcap_slope(z, logits)
+            E = z.sub_(saved.ref[:, None]).exp_()
+            if slope is not None:
+                E.mul_(slope)
+            _exclude_labels(E, labels, start, -label_slope * saved.one_minus_p / saved.inv_total)
+        if needs_weight and scratch is None:
+            torch.mm(E.T, scaled, out=grad_weight[start:stop])
+        elif needs_weight:
+            grad_weight[start:stop] = torch.mm(E.T, scaled, out=scratch[: stop - start])
+        if needs_bias:
+            grad_bias[start:stop] = torch.mv(E.T, coef).neg_()
+    return grad_hidden, grad_weight, grad_bias
+
+
+def _rows(hidden: Tensor, rows: Tensor) -> Tensor:
+    """The valid rows, in the dtype that everything is computed in."""
+    H = hidden.index_select(0, rows)
+    return H if H.dtype == torch.float64 else H.float()
+
+
+def _label_logits(H, weight, bias, labels, logits: Logits) -> Tensor:
+    z = torch.linalg.vecdot(H, weight.index_select(0, labels).to(H.dtype))
+    if bias is not None:
+        z += bias.index_select(0, labels)
+    return _transform(z, logits)
+
+
+def _chunk_logits(H, weight_k, weight_k_upcast, bias, start, stop, logits: Logits, out: Tensor) -> Tensor:
+    torch.mm(H, weight_k_upcast.T, out=out)
+    if bias is not None:
+        out += bias[start:stop]
+    return _transform(out, logits)
+
+
+def _transform(u: Tensor, logits: Logits) -> Tensor:
+    """u -> z in place: scale, then softcap."""
+    if logits.scale != 1.0:
+        u.mul_(logits.scale)
+    if logits.softcap is not None:
+        u.div_(logits.softcap).tanh_().mul_(logits.softcap)
+    return u
+
+
+def _softcap_slope(z: Tensor, logits: Logits) -> Tensor | None:
+    """c = 1 - (z / softcap)^2, or None where it is 1 everywhere."""
+    return None if logits.softcap is None else 1 - (z / logits.softcap).square_()
+
+
+def _label_slope(z_y: Tensor, logits: Logits) -> Tensor:
+    slope = _softcap_slope(z_y, logits)
+    return torch.ones_like(z_y) if slope is None else slope
+
+
+def _exclude_labels(E: Tensor, labels: Tensor, start: int, value: float | Tensor) -> None:
+    """E[t, y_t - start] = value[t] for the labels inside this chunk, without looking which they are."""
+    column = (labels - start).clamp_(0, E.shape[1] - 1)[:, None]
+    inside = (labels >= start) & (labels < start + E.shape[1])
+    own = E.gather(1, column)[:, 0]
+    E.scatter_(1, column, torch.where(inside, value, own)[:, None])

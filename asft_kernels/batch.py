@@ -1,0 +1,148 @@
+"""Labels of a batch -> the tokens that carry loss, and back to the caller's layout.
+
+One place for the shift, sequence borders, masks and compaction; padded and packed batches differ
+here and nowhere after.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """The valid tokens of a batch, compacted, in the order of the batch.
+
+    rows: (N,) int64, index of each token's row in hidden.flatten(0, -2): the position that predicts it.
+    labels: (N,) int64, its label; -1 in the last slots where N is a bound and not the exact count.
+    offsets: (R+1,) int64, where each sequence's tokens start among the N.
+    shape: of the caller's labels. shift: whether the label stands one position after its row.
+    padded: whether N may exceed the number of valid tokens.
+    """
+
+    rows: Tensor
+    labels: Tensor
+    offsets: Tensor
+    shape: torch.Size
+    shift: bool
+    padded: bool
+
+    @property
+    def lengths(self) -> Tensor:
+        """(R,) int64: valid tokens per sequence."""
+        return self.offsets.diff()
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(N,) per-token values -> the shape of the labels, 0 at masked places; differentiable."""
+        return values.new_zeros(self.shape.numel()).index_copy(0, self.rows, values).view(self.shape)
+
+    def take_at_labels(self, values: Tensor) -> Tensor:
+        """Values aligned with the caller's labels -> (N,), one for each token's label."""
+        at = self.rows + 1 if self.shift else self.rows
+        return values.reshape(-1).index_select(0, at.clamp(max=self.shape.numel() - 1))
+
+
+def pack(
+    labels: Tensor,
+    *,
+    vocab: int,
+    cu_seqlens: Tensor | None,
+    shift: bool,
+    ignore_index: int,
+    num_valid: int | None,
+    extra_labels: Tensor | None = None,
+) -> TokenBatch:
+    """Finds the valid tokens. Padded labels (R, T), or packed (M,) with cu_seqlens (R+1,).
+
+    extra_labels: a second label set of the same shape; a token is valid if either set has it.
+    Reads the device once: count, label range, borders. num_valid (a bound on the count) spares the
+    read, as does tracing by torch.compile, which takes every position; both check on the device.
+    """
+    flat = labels.reshape(-1).long()
+    positions = flat.numel()
+    if cu_seqlens is None:
+        length = labels.shape[1]
+        borders = torch.arange(0, positions + 1, length or 1, device=labels.device)
+        borders = borders if length else borders.new_zeros(labels.shape[0] + 1)
+    else:
+        borders = cu_seqlens.long()
+    agree = torch.ones((), dtype=torch.bool, device=labels.device)
+    if extra_labels is not None:
+        extra = extra_labels.reshape(-1).long()
+        agree = ((flat == ignore_index) | (extra == ignore_index) | (flat == extra)).all()
+        flat = torch.where(flat == ignore_index, extra, flat)
+    if shift:
+        flat = _shift(flat, borders, ignore_index)
+    valid = flat != ignore_index
+    running = torch.nn.functional.pad(valid.cumsum(0), (1, 0))
+
+    size, padded = positions, True
+    facts = _facts(flat, valid, running, borders, agree)
+    if num_valid is not None:
+        size = min(num_valid, positions)
+        _assert_on_device(facts, vocab, size)
+    elif torch.compiler.is_compiling():
+        _assert_on_device(facts, vocab, size)
+    else:
+        size, padded = _check_on_host(facts, vocab, positions), False
+    # A stable sort puts the valid rows first, in order; what a bound leaves over are masked rows, all distinct.
+    rows = torch.sort((~valid).to(torch.uint8), stable=True).indices[:size]
+    tokens = flat.index_select(0, rows)
+    if padded:
+        tokens = torch.where(valid.index_select(0, rows), tokens, -1)
+    offsets = running.index_select(0, borders)
+    return TokenBatch(rows, tokens, offsets, labels.shape, shift, padded)
+
+
+def _shift(flat: Tensor, borders: Tensor, ignore_index: int) -> Tensor:
+    """Position t takes label t+1; the last position of each sequence takes none."""
+    target = torch.full_like(flat, ignore_index)
+    if flat.numel():
+        target[:-1] = flat[1:]
+        last = (borders[1:] - 1).clamp(min=0)
+        # An empty sequence has no last position: its border is that of the sequence before it, or 0.
+        keep = (borders[1:] == 0) & (flat.numel() > 1)
+        target.index_copy_(0, last, torch.where(keep, target.index_select(0, last), ignore_index))
+    return target
+
+
+def _facts(flat, valid, running, borders, agree) -> Tensor:
+    """(6,) int64: count, smallest and largest valid label, cu_seqlens well-formed, its end, labels agree."""
+    real = torch.where(valid, flat, 0)
+    edge = real.new_zeros(1)
+    sorted_from_zero = (borders[0] == 0) & (borders.diff() >= 0).all()
+    return torch.stack(
+        [
+            running[-1],
+            torch.cat([real, edge]).min(),
+            torch.cat([real, edge]).max(),
+            sorted_from_zero.long(),
+            borders[-1],
+            agree.long(),
+        ]
+    )
+
+
+def _check_on_host(facts: Tensor, vocab: int, positions: int) -> int:
+    count, low, high, ordered, end, agree = facts.tolist()
+    if low < 0 or high >= vocab:
+        raise ValueError(
+            f"labels: got values from {low} to {high}, need 0 to {vocab - 1} (the rows of lm_head) or ignore_index; "
+            "mask everything else with ignore_index"
+        )
+    if not ordered or end != positions:
+        raise ValueError(
+            f"cu_seqlens: got borders {'in order' if ordered else 'out of order or not from 0'} up to {end}, "
+            f"need 0 first, never decreasing, and {positions} (the packed tokens) last"
+        )
+    if not agree:
+        raise ValueError("nll_labels: got another label than labels at the same position, need equal ones where both are valid")
+    return count
+
+
+def _assert_on_device(facts: Tensor, vocab: int, bound: int) -> None:
+    count, low, high, ordered, _, agree = facts.unbind()
+    torch._assert_async(count <= bound, "num_valid: below the number of valid labels")
+    torch._assert_async((low >= 0) & (high < vocab), "labels: a value outside 0 .. V-1 that is not ignore_index")
+    torch._assert_async((ordered == 1) & (agree == 1), "cu_seqlens out of order, or nll_labels against labels")

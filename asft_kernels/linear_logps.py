@@ -1,0 +1,174 @@
+"""The one differentiable primitive: (hidden, weight, bias, labels) -> per-token log-probabilities.
+
+Two custom operators, so that torch.compile keeps them whole: phase 1 (forward) and phase 2 (the
+gradients). Phase 2 is an operator of its own because a backward written in plain torch would make a
+double backward return a wrong partial result in silence; this one refuses.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from asft_kernels.backends import Logits, Saved, exp_dtype, load_backend
+from asft_kernels.backends.plan import Plan, make_plan
+
+
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    labels: Tensor,
+    *,
+    backend: str,
+    logits: Logits,
+    chunk_size: int | None,
+    cache_bytes: int,
+    padded: bool,
+) -> Tensor:
+    """log p(labels[t] | hidden[rows[t]]), (N,), differentiable in hidden, weight and bias.
+
+    hidden (M, D), weight (V, D), bias (V,) or None share one floating dtype. rows (N,) int64 are
+    distinct, labels (N,) int64 in [0, V); with padded=True a label of -1 marks a slot that carries no
+    token: its logp is 0, and nothing that stands in its row is looked at.
+    fp32 result, fp64 for fp64 input. GEMMs: 1 without gradients, 2 for hidden alone, 3 or 4 with weight.
+    """
+    grad = torch.is_grad_enabled()
+    needs_acc = grad and hidden.requires_grad
+    needs_exps = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    return _phase1(
+        hidden, weight, bias, rows, labels, backend, logits.scale, logits.softcap, chunk_size, cache_bytes,
+        padded, needs_acc, needs_exps,
+    )[0]  # fmt: skip
+
+
+@torch.library.custom_op("asft_kernels::linear_logps", mutates_args=())
+def _phase1(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor, backend: str,
+    scale: float, softcap: float | None, chunk_size: int | None, cache_bytes: int, padded: bool,
+    needs_acc: bool, needs_exps: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    plan = _plan(hidden, weight, rows, backend, chunk_size, cache_bytes)
+    with _exact_products(hidden.device.type):
+        inputs = _without_padding(hidden, rows, labels) if padded else (hidden, rows, labels)
+        saved = load_backend(backend).forward(
+            inputs[0], weight, bias, *inputs[1:], Logits(scale, softcap), plan,
+            needs_acc=needs_acc, needs_exps=needs_exps,
+        )  # fmt: skip
+        if padded:
+            saved = saved._replace(logps=saved.logps.masked_fill(labels < 0, 0.0))
+    return tuple(saved)
+
+
+@_phase1.register_fake
+def _(hidden, weight, bias, rows, labels, backend, scale, softcap, chunk_size, cache_bytes, padded,
+      needs_acc, needs_exps):  # fmt: skip
+    plan = _plan(hidden, weight, rows, backend, chunk_size, cache_bytes)
+    n, dtype = rows.shape[0], _stats_dtype(hidden)
+    exps = plan.slices[: plan.cached] if needs_exps else []
+    stats = [hidden.new_empty(n, dtype=dtype) for _ in range(4)]
+    acc = hidden.new_empty((n, hidden.shape[1]) if needs_acc else (0,), dtype=dtype)
+    return (
+        *stats, acc,
+        [hidden.new_empty((n, b - a), dtype=exp_dtype(backend, hidden.dtype)) for a, b in exps],
+    )  # fmt: skip
+
+
+@torch.library.custom_op("asft_kernels::linear_logps_backward", mutates_args=())
+def _phase2(
+    grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor,
+    logps: Tensor, one_minus_p: Tensor, inv_total: Tensor, ref: Tensor, acc: Tensor, exps: list[Tensor],
+    backend: str, scale: float, softcap: float | None, chunk_size: int | None, cache_bytes: int,
+    padded: bool, needs_hidden: bool, needs_weight: bool, needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    plan = _plan(hidden, weight, rows, backend, chunk_size, cache_bytes)
+    saved = Saved(logps, one_minus_p, inv_total, ref, acc, exps)
+    with _exact_products(hidden.device.type):
+        inputs = (hidden, rows, labels)
+        if padded:
+            inputs = _without_padding(*inputs)
+            grad_logps = grad_logps.masked_fill(labels < 0, 0.0)
+        grad_hidden, grad_weight, grad_bias = load_backend(backend).backward(
+            grad_logps.contiguous(), inputs[0], weight, bias, *inputs[1:], saved, Logits(scale, softcap), plan,
+            needs_hidden=needs_hidden, needs_weight=needs_weight, needs_bias=needs_bias,
+        )  # fmt: skip
+        if padded and needs_hidden:
+            spread = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+            grad_hidden = spread.index_copy_(0, rows, grad_hidden)
+    # An operator returns tensors alone: an empty one stands for "not asked for".
+    return tuple(hidden.new_empty(0) if g is None else g for g in (grad_hidden, grad_weight, grad_bias))
+
+
+@_phase2.register_fake
+def _(grad_logps, hidden, weight, bias, rows, labels, logps, one_minus_p, inv_total, ref, acc, exps,
+      backend, scale, softcap, chunk_size, cache_bytes, padded, needs_hidden, needs_weight, needs_bias):  # fmt: skip
+    asked = ((hidden, needs_hidden), (weight, needs_weight), (bias, needs_bias))
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if needed else hidden.new_empty(0)
+        for x, needed in asked
+    )
+
+
+def _save_for_phase2(ctx, inputs, output):
+    hidden, weight, bias, rows, labels, *ctx.options = inputs
+    *stats, exps = output
+    ctx.set_materialize_grads(False)  # else backward receives zeros of the size of E
+    ctx.mark_non_differentiable(*stats[1:], *exps)
+    ctx.save_for_backward(hidden, weight, bias, rows, labels, *stats, *exps)
+
+
+def _gradients(ctx, grad_logps, *_):
+    nothing = (None,) * 13
+    if grad_logps is None:
+        return nothing
+    hidden, weight, bias, rows, labels, logps, one_minus_p, inv_total, ref, acc, *exps = ctx.saved_tensors
+    backend, scale, softcap, chunk_size, cache_bytes, padded, _, _ = ctx.options
+    needs = ctx.needs_input_grad[:3]
+    grads = _phase2(
+        grad_logps, hidden, weight, bias, rows, labels, logps, one_minus_p, inv_total, ref, acc, exps,
+        backend, scale, softcap, chunk_size, cache_bytes, padded, *needs,
+    )  # fmt: skip
+    return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *nothing[3:]
+
+
+def _refuse(ctx, *_):
+    raise RuntimeError(
+        "asft_kernels: double backward is not supported: the gradients of the fused log-probabilities have no "
+        "derivative of their own; use asft_kernels.reference, or drop create_graph=True"
+    )
+
+
+torch.library.register_autograd(_phase1, _gradients, setup_context=_save_for_phase2)
+torch.library.register_autograd(_phase2, _refuse, setup_context=lambda ctx, inputs, output: None)
+
+
+def _plan(hidden, weight, rows, backend, chunk_size, cache_bytes) -> Plan:
+    return make_plan(
+        rows.shape[0], *weight.shape, exp_bytes=exp_dtype(backend, hidden.dtype).itemsize,
+        chunk_size=chunk_size, cache_bytes=cache_bytes, device_type=hidden.device.type,
+    )  # fmt: skip
+
+
+def _stats_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def _without_padding(hidden: Tensor, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A compact hidden in which the slots without a token are zero rows with label 0."""
+    compact = hidden.index_select(0, rows).masked_fill_((labels < 0)[:, None], 0.0)
+    return compact, torch.arange(len(rows), device=rows.device), labels.clamp(min=0)
+
+
+@contextmanager
+def _exact_products(device_type: str) -> Iterator[None]:
+    """Autocast off, and fp32 products in fp32, whatever switch for TF32 or bf16 the user has set."""
+    matmul = torch.backends.mkldnn.matmul if device_type == "cpu" else torch.backends.cuda.matmul
+    precision = matmul.fp32_precision
+    with torch.autocast(device_type, enabled=False):
+        matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = precision

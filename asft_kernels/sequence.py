@@ -1,0 +1,56 @@
+"""Per-token log-probabilities -> sums, lengths and averages of each sequence."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from asft_kernels.batch import TokenBatch
+
+
+@dataclass(frozen=True)
+class Logps:
+    """What an objective sees of a batch: one entry a sequence, float64 (R numbers cost nothing).
+
+    sum: sum of logp over the valid tokens (token-weighted if weights were given), 0 for none.
+    length: (R,) int64, valid tokens. nll_sum, nll_length: the same over nll_labels where given.
+    """
+
+    sum: Tensor
+    length: Tensor
+    nll_sum: Tensor | None = None
+    nll_length: Tensor | None = None
+
+    @property
+    def avg(self) -> Tensor:
+        """Mean log-probability per token, 0 for an empty sequence."""
+        return self.sum / self.length.clamp(min=1)
+
+    @property
+    def nll_avg(self) -> Tensor:
+        """Mean over the nll tokens; that of the labels themselves where there are no nll_labels."""
+        if self.nll_sum is None or self.nll_length is None:
+            return self.avg
+        return self.nll_sum / self.nll_length.clamp(min=1)
+
+    @property
+    def chosen(self) -> "Logps":
+        """The first half of the rows."""
+        return self._part(0)
+
+    @property
+    def rejected(self) -> "Logps":
+        """The second half of the rows."""
+        return self._part(1)
+
+    def _part(self, half: int) -> "Logps":
+        parts = (x if x is None else x.chunk(2)[half] for x in (self.sum, self.length, self.nll_sum, self.nll_length))
+        return Logps(*parts)
+
+
+def reduce(logps: Tensor, batch: TokenBatch, weights: Tensor | None = None) -> Tensor:
+    """Sums of (N,) logps over each sequence, (R,) float64, in a fixed order; weights (N,) are detached."""
+    terms = logps.double()
+    if weights is not None:
+        terms = terms * weights.detach().double()
+    return torch.segment_reduce(terms, "sum", offsets=batch.offsets, initial=0, unsafe=True)
