@@ -1,14 +1,14 @@
-"""All tests in the processes that they need, and one summary: `make test`, or `python tests/run.py`.
+"""All tests, in the processes that they need, and one summary: what `make test` runs.
 
     plain      everything on torch and in Triton's interpreter: `python -m pytest`
     compile    kernels cross-compiled for GPUs that need not be there: `-m compile`
     emulated   compiled kernels executed on the CPU: `-m emulated`, one process per file
 
-They are apart because a kernel decorated for the interpreter cannot be compiled in that process, and
-because a wild address in compiled code kills the process: here that is one failure, with its file's
-name. The last line is `N passed, N failed, N skipped`. The exit code is 1 if anything failed, a
-process died, or a part ran no test. With CI=true a part that skips everything fails as well, and so
-does each skipped emulated test, if the emulator is there.
+They are apart because a kernel decorated for the interpreter cannot be compiled in that process,
+and because a wild address in compiled code kills the process: here that is one failure, with its
+file's name. The last line is `N passed, N failed, N skipped`. The exit code is 1 if anything
+failed, a process died, or a part ran no test. With CI=true a part that skips everything fails as
+well, and so does each skipped emulated test, if the emulator is there.
 """
 
 import argparse
@@ -54,12 +54,13 @@ def run_pytest(result: Result, args: list[str], env: dict[str, str], what: str) 
         code = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL).returncode
         result.seconds += time.monotonic() - began
         failed_before = len(result.failed)
-        complete = read_junit(result, xml)
+        cases = report(xml)
+    add_counts(result, cases or [])
     if code < 0:
         result.fail(f"{what}: the process died of {signal_name(-code)}")
     elif code == NO_TESTS:
         result.fail(f"{what}: no test was collected")
-    elif not complete:
+    elif cases is None:
         result.fail(f"{what}: pytest ended with code {code} and left no readable report")
     elif code != 0 and len(result.failed) == failed_before:
         result.fail(f"{what}: pytest ended with code {code}, though no test failed")
@@ -72,64 +73,79 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def read_junit(result: Result, xml: Path) -> bool:
-    """Adds one report's counts; False if there is none, as after a crash."""
+def report(xml: Path) -> list[ET.Element] | None:
+    """One report's tests; None if there is no report, as after a crash."""
     try:
-        cases = list(ET.parse(xml).iter("testcase"))
+        return list(ET.parse(xml).iter("testcase"))
     except (OSError, ET.ParseError):
-        return False
-    seen: dict[str, str] = {}  # a test that fails and whose teardown fails too stands there twice
-    for number, case in enumerate(cases):
-        name = "::".join(filter(None, (case.get("classname"), case.get("name")))) or str(number)
+        return None
+
+
+def add_counts(result: Result, cases: list[ET.Element]) -> None:
+    failed: dict[str, None] = {}  # a test whose teardown fails too stands there twice
+    for case in cases:
         skip = case.find("skipped")
         if case.find("failure") is not None or case.find("error") is not None:
-            if seen.get(name) != "failed":
-                result.fail(name)
-            if seen.get(name) == "passed":
-                result.passed -= 1
-            seen[name] = "failed"
+            failed["::".join(filter(None, (case.get("classname"), case.get("name"))))] = None
         elif skip is not None:
             result.skipped[skip_reason(skip)] += 1
-            seen[name] = "skipped"
-        elif seen.get(name) != "failed":
+        else:
             result.passed += 1
-            seen[name] = "passed"
-    return True
+    for name in failed:
+        result.fail(name)
 
 
 def skip_reason(skip: ET.Element) -> str:
-    message = skip.get("message") or ""
-    if message == "collection skipped":  # a whole file: (path, line, "Skipped: reason") as text
-        try:
-            message = ast.literal_eval(skip.text or "")[2].removeprefix("Skipped: ")
-        except (ValueError, SyntaxError, IndexError, TypeError, AttributeError):
-            message = skip.text or message
+    message = whole_file_skip(skip)[1] or skip.get("message") or ""
     if skip.get("type") == "pytest.xfail":
         message = f"expected to fail: {message}"
     return " ".join(message.split()) or "no reason given"
 
 
+def whole_file_skip(skip: ET.Element) -> tuple[str, str]:
+    """(path, reason) where a file skipped itself at import, else two empty strings."""
+    if skip.get("message") != "collection skipped":
+        return "", ""
+    try:  # pytest's text for it: (path, line, "Skipped: reason")
+        path, _, reason = ast.literal_eval(skip.text or "")
+    except (ValueError, SyntaxError, TypeError):
+        return "", skip.text or ""
+    return path, reason.removeprefix("Skipped: ")
+
+
 def emulated_files(result: Result, env: dict[str, str]) -> list[str]:
     """Test files that hold emulated tests, by pytest's own collection."""
-    command = [sys.executable, "-m", "pytest", "-m", "emulated", "--collect-only", "-q"]
     print("\n== emulated: looking for its files", flush=True)
     began = time.monotonic()
-    found = subprocess.run(
-        command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, text=True, capture_output=True
-    )
+    with tempfile.TemporaryDirectory(prefix="asft-tests-") as folder:
+        xml = Path(folder) / "junit.xml"
+        args = ["-m", "emulated", "--collect-only", "-q", f"--junitxml={xml}"]
+        found = subprocess.run(
+            [sys.executable, "-m", "pytest", *args],
+            cwd=ROOT,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            capture_output=True,
+        )
+        whole = [skip for case in report(xml) or [] if (skip := case.find("skipped")) is not None]
     result.seconds += time.monotonic() - began
     if found.returncode not in (0, NO_TESTS):
         print(found.stdout, found.stderr, sep="\n", flush=True)
         result.fail(f"collection ended with code {found.returncode}")
+    for skip in whole:  # files that skip themselves at import: pytest lists none of their tests
+        path, reason = whole_file_skip(skip)
+        if path and "mark.emulated" in Path(path).read_text(encoding="utf-8"):
+            result.skipped[f"{Path(path).name}: {reason}"] += 1
     files = (line.split("::")[0] for line in found.stdout.splitlines() if "::" in line)
     return [name for name in dict.fromkeys(files) if (ROOT / name).is_file()]
 
 
-def run_part(name: str, extra: list[str]) -> Result:
+def run_part(name: str) -> Result:
     result = Result(name)
     # The switches are each process's own (tests/conftest.py): none is inherited from the caller.
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
-    args = ["--durations=5", "--durations-min=5", *extra]
+    args = ["--durations=5", "--durations-min=5"]
     if name == "plain":
         run_pytest(result, args, env, "the process")
     elif name == "compile":
@@ -171,8 +187,8 @@ def print_summary(results: list[Result]) -> None:
     for r in results:
         for reason, count in r.skipped.most_common():
             print(f"skipped {count:>4} ({r.name}): {reason}")
-    for counted in Counter(line for r in results for line in r.failed).items():
-        print(f"FAILED {counted[0]}" + (f" ({counted[1]} times)" if counted[1] > 1 else ""))
+    for line, count in Counter(line for r in results for line in r.failed).items():
+        print(f"FAILED {line}" + (f" ({count} times)" if count > 1 else ""))
     print(
         f"{sum(r.passed for r in results)} passed, "
         f"{sum(len(r.failed) for r in results)} failed, "
@@ -184,20 +200,19 @@ def print_summary(results: list[Result]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Runs the test suite: three parts, one summary.")
     parser.add_argument(
-        "parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; default all"
+        "parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; default: all"
     )
-    parser.add_argument("-k", metavar="EXPRESSION", help="handed to pytest")
-    parser.add_argument("-x", action="store_true", help="each process stops at its first failure")
     options = parser.parse_args()
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
         parser.error(f"part: got {unknown[0]!r}, need one of {', '.join(PARTS)}")
-    extra = (["-k", options.k] if options.k else []) + (["-x"] if options.x else [])
-
-    results = [run_part(part, extra) for part in PARTS if part in (options.parts or PARTS)]
+    results = [run_part(part) for part in PARTS if part in (options.parts or PARTS)]
     print_summary(results)
     return 1 if any(r.failed for r in results) else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
