@@ -67,13 +67,14 @@ def pack(
         borders = borders if length else borders.new_zeros(labels.shape[0] + 1)
     else:
         borders = cu_seqlens.long()
+    inside = borders.clamp(0, positions)  # what lies outside is reported below, once the facts are read
     agree = torch.ones((), dtype=torch.bool, device=labels.device)
     if extra_labels is not None:
         extra = extra_labels.reshape(-1).long()
         agree = ((flat == ignore_index) | (extra == ignore_index) | (flat == extra)).all()
         flat = torch.where(flat == ignore_index, extra, flat)
     if shift:
-        flat = _shift(flat, borders, ignore_index)
+        flat = _shift(flat, inside, ignore_index)
     valid = flat != ignore_index
     running = torch.nn.functional.pad(valid.cumsum(0), (1, 0))
 
@@ -91,20 +92,16 @@ def pack(
     tokens = flat.index_select(0, rows)
     if padded:
         tokens = torch.where(valid.index_select(0, rows), tokens, -1)
-    offsets = running.index_select(0, borders)
+    offsets = running.index_select(0, inside)
     return TokenBatch(rows, tokens, offsets, labels.shape, shift, padded)
 
 
 def _shift(flat: Tensor, borders: Tensor, ignore_index: int) -> Tensor:
     """Position t takes label t+1; the last position of each sequence takes none."""
-    target = torch.full_like(flat, ignore_index)
-    if flat.numel():
-        target[:-1] = flat[1:]
-        last = (borders[1:] - 1).clamp(min=0)
-        # An empty sequence has no last position: its border is that of the sequence before it, or 0.
-        keep = (borders[1:] == 0) & (flat.numel() > 1)
-        target.index_copy_(0, last, torch.where(keep, target.index_select(0, last), ignore_index))
-    return target
+    ends = torch.zeros(flat.numel() + 1, dtype=torch.bool, device=flat.device)
+    ends = ends.index_fill(0, borders[1:], True)[1:]
+    following = torch.nn.functional.pad(flat[1:], (0, min(flat.numel(), 1)), value=ignore_index)
+    return torch.where(ends, ignore_index, following)
 
 
 def _facts(flat, valid, running, borders, agree) -> Tensor:

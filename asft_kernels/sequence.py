@@ -1,5 +1,6 @@
 """Per-token log-probabilities -> sums, lengths and averages of each sequence."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,16 +37,19 @@ class Logps:
     @property
     def chosen(self) -> "Logps":
         """The first half of the rows."""
-        return self._part(0)
+        return self._map(lambda x: x.chunk(2)[0])
 
     @property
     def rejected(self) -> "Logps":
         """The second half of the rows."""
-        return self._part(1)
+        return self._map(lambda x: x.chunk(2)[1])
 
-    def _part(self, half: int) -> "Logps":
-        parts = (x if x is None else x.chunk(2)[half] for x in (self.sum, self.length, self.nll_sum, self.nll_length))
-        return Logps(*parts)
+    def detach(self) -> "Logps":
+        return self._map(Tensor.detach)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Logps":
+        values = (self.sum, self.length, self.nll_sum, self.nll_length)
+        return Logps(*(None if x is None else change(x) for x in values))
 
 
 def reduce(logps: Tensor, batch: TokenBatch, weights: Tensor | None = None) -> Tensor:

@@ -1,0 +1,75 @@
+"""What the public calls return beside the loss: detached figures, read by attribute."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from asft_kernels.objectives.base import LossTerms, counting, mean_over
+from asft_kernels.objectives.log_odds import log_odds
+from asft_kernels.sequence import Logps
+
+
+@dataclass(frozen=True)
+class PreferenceOutputs:
+    """Figures of a paired batch, detached, fp32 (float64 for float64 input); entries of empty sequences are 0.
+
+    chosen_logps, rejected_logps: (B,) sums of log-probabilities over the valid tokens.
+    chosen_avg_logps, rejected_avg_logps: (B,) means per token.
+    chosen_log_odds, rejected_log_odds: (B,) f = log(p / (1 - p)), p = exp(avg floored at -1e-6), without beta.
+    margins: (B,) chosen - rejected log-odds, 0 for pairs that do not count.
+    chosen_lengths, rejected_lengths: (B,) int64 valid tokens.
+    accuracy, sft_loss, align_loss: scalars over the pairs that count: share with the chosen avg above the
+        rejected, mean -avg of the chosen, mean unweighted alignment term. num_pairs: pairs that count.
+    """
+
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_avg_logps: Tensor
+    rejected_avg_logps: Tensor
+    chosen_log_odds: Tensor
+    rejected_log_odds: Tensor
+    margins: Tensor
+    chosen_lengths: Tensor
+    rejected_lengths: Tensor
+    accuracy: Tensor
+    sft_loss: Tensor
+    align_loss: Tensor
+    num_pairs: Tensor
+
+
+@dataclass(frozen=True)
+class SequenceOutputs:
+    """Figures of an unpaired batch, detached: logps, avg_logps, lengths (R,); sft_loss and num_sequences over rows that count."""
+
+    logps: Tensor
+    avg_logps: Tensor
+    lengths: Tensor
+    sft_loss: Tensor
+    num_sequences: Tensor
+
+
+@torch.no_grad()
+def summarize(policy: Logps, terms: LossTerms, *, paired: bool, dtype: torch.dtype) -> PreferenceOutputs | SequenceOutputs:
+    policy = policy.detach()
+    counts = counting(policy, paired)
+    sft_loss = mean_over(terms.sft, counts).to(dtype)
+    if not paired:
+        return SequenceOutputs(policy.sum.to(dtype), policy.avg.to(dtype), policy.length, sft_loss, counts.sum())
+    chosen, rejected = policy.chosen, policy.rejected
+    odds = [torch.where(side.length > 0, log_odds(side.avg), 0) for side in (chosen, rejected)]
+    return PreferenceOutputs(
+        chosen_logps=chosen.sum.to(dtype),
+        rejected_logps=rejected.sum.to(dtype),
+        chosen_avg_logps=chosen.avg.to(dtype),
+        rejected_avg_logps=rejected.avg.to(dtype),
+        chosen_log_odds=odds[0].to(dtype),
+        rejected_log_odds=odds[1].to(dtype),
+        margins=torch.where(counts, odds[0] - odds[1], 0).to(dtype),
+        chosen_lengths=chosen.length,
+        rejected_lengths=rejected.length,
+        accuracy=mean_over((chosen.avg > rejected.avg).double(), counts).to(dtype),
+        sft_loss=sft_loss,
+        align_loss=mean_over(terms.align, counts).to(dtype),
+        num_pairs=counts.sum(),
+    )

@@ -1,0 +1,64 @@
+"""Inputs: random, peaked, masked, packed."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+ODD = (251, 507, 123)  # N, V, D: no multiple of anything
+
+
+@dataclass
+class Case:
+    """hidden (rows, T, D), weight (V, D), bias (V,) and labels (rows, T), as leaves that ask for gradients."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+
+    @property
+    def head(self):
+        return self.weight if self.bias is None else (self.weight, self.bias)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [x for x in (self.hidden, self.weight, self.bias) if x is not None]
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        """A copy with leaves of its own; from a low precision to float64 the values stay what they are."""
+        hidden, weight, bias = (
+            None if x is None else x.detach().to(dtype, copy=True).requires_grad_() for x in (self.hidden, self.weight, self.bias)
+        )
+        return Case(hidden, weight, bias, self.labels)
+
+
+def make_case(
+    rows=4, T=13, D=24, V=97, *, dtype=torch.float32, valid=0.5, bias=False, peaked=False, spread=1.0, seed=0
+) -> Case:
+    """A batch with about `valid` of its labels unmasked; peaked copies rows of hidden into the head.
+
+    peaked: a third of the labels' rows are made parallel to their hidden state (a softmax that is right and
+    sure), a third of other rows are (sure and wrong). spread scales the logits.
+    """
+    gen = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, T, D, generator=gen)
+    weight = torch.randn(V, D, generator=gen) * spread / D**0.5
+    labels = torch.randint(V, (rows, T), generator=gen)
+    if peaked:
+        for row in range(rows):
+            for t in range(0, T - 1, 3):
+                right, wrong = labels[row, t + 1], (labels[row, t + 1] + 1 + t) % V
+                weight[right if t % 2 else wrong] = hidden[row, t] * (30 * spread / D)
+    labels[torch.rand(rows, T, generator=gen) > valid] = IGNORE
+    offset = torch.randn(V, generator=gen).to(dtype).requires_grad_() if bias else None
+    return Case(hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), offset, labels)
+
+
+def packed(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """The case's rows end to end, each without its masked tail: hidden (M, D), labels (M,), cu_seqlens (rows+1,)."""
+    lengths = [int((row != IGNORE).nonzero().max()) + 1 if (row != IGNORE).any() else 0 for row in case.labels]
+    hidden = torch.cat([h[:n] for h, n in zip(case.hidden, lengths, strict=True)])
+    labels = torch.cat([y[:n] for y, n in zip(case.labels, lengths, strict=True)])
+    return hidden, labels, torch.tensor([0, *lengths]).cumsum(0).int()

@@ -1,0 +1,56 @@
+"""Which of three processes this is, seeds, NaN in every fresh tensor, and helpers that all tests share.
+
+`python -m pytest` runs the plain tests and the kernels under Triton's interpreter (the compiled kernels
+where there is a GPU); `-m compile` cross-compiles; `-m emulated` executes compiled code on the CPU. The
+three cannot share a process: a kernel decorated under TRITON_INTERPRET=1 can be neither compiled nor emulated.
+"""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EMULATOR = os.environ.get("ASFT_KERNELS_EMULATOR_DIR")
+
+
+def _selects(config, marker: str) -> bool:
+    expression = config.getoption("-m") or ""
+    return marker in expression and f"not {marker}" not in expression
+
+
+def pytest_configure(config):
+    if _selects(config, "compile"):
+        os.environ.pop("TRITON_INTERPRET", None)
+    elif _selects(config, "emulated"):
+        os.environ.pop("TRITON_INTERPRET", None)
+        if EMULATOR:
+            os.environ["ASFT_KERNELS_EMULATOR"] = "1"
+            sys.path.insert(0, str(Path(EMULATOR).parent))
+            importlib.import_module(Path(EMULATOR).name).install()
+    elif not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(config, items):
+    if not EMULATOR:
+        skip = pytest.mark.skip(reason="ASFT_KERNELS_EMULATOR_DIR is not set: no emulator to execute compiled kernels")
+        for item in items:
+            if "emulated" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_poison():
+    """Same numbers every time; memory that nobody wrote shows as NaN."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
