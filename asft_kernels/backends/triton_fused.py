@@ -1,0 +1,178 @@
+"""Both phases from Triton kernels and plain products, step by step as the torch backend.
+
+    stage            kernel or product              tensor
+    label logit      label_logits                   z_y (N,), the first reference r
+    per chunk:
+      exponentials   logits_exp                     E' (N, rows), sums and references of its tiles
+      running sums   merge_statistics               r, s (N,)
+      moved rows     fixup                          E' tiles and O rows whose reference moved
+      hidden         torch: O += E' W_k             O (N, D) fp32
+    close            close_statistics               logp, 1 - p, 1/total (N,); fixup of cached chunks
+    row factors      row_factors                    pull, push (N,)
+    dH               grad_hidden                    (M, D)
+    per chunk:       torch: E'^T Hs, label_rows     dW_k, summed in fp32 and rounded once
+                     grad_bias                      db_k
+
+E' stands relative to the final r of its row when phase 1 ends, so phase 2 has one factor a row.
+Products: fp32 operands as they are; bf16 ones with fp32 output (CUDA, ROCm), which a CPU does not
+have: there they are upcast. For fp16 inputs E' and Hs are fp32, as fp16 underflows, and the chunk of
+the head is upcast. No host reads, no atomics, nothing kept between calls.
+"""
+
+import torch
+from torch import Tensor
+
+from asft_kernels.backends import Logits, Saved, exp_dtype
+from asft_kernels.backends.plan import Plan
+from asft_kernels.kernels.fixup import fixup
+from asft_kernels.kernels.grad_bias import grad_bias
+from asft_kernels.kernels.grad_hidden import grad_hidden
+from asft_kernels.kernels.label_logits import label_logits
+from asft_kernels.kernels.label_rows import label_rows
+from asft_kernels.kernels.logits_exp import logits_exp
+from asft_kernels.kernels.row_statistics import close_statistics, merge_statistics, row_factors
+from asft_kernels.kernels.scaled_hidden import scaled_hidden
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    labels: Tensor,
+    logits: Logits,
+    plan: Plan,
+    *,
+    needs_acc: bool,
+    needs_exps: bool,
+) -> Saved:
+    N, D = rows.shape[0], hidden.shape[1]
+    hidden, bias = _row_major(hidden), None if bias is None else bias.contiguous()
+    acc = hidden.new_empty((N, D) if needs_acc else 0, dtype=torch.float32)
+    exps: list[Tensor] = []
+    if N == 0:
+        stats = [hidden.new_empty(0, dtype=torch.float32) for _ in range(4)]
+        exps = [_exps(hidden, 0, b - a) for a, b in plan.slices[: plan.cached] if needs_exps]
+        return Saved(*stats, acc, exps)
+
+    transform = {"scale": logits.scale, "softcap": logits.softcap}
+    with torch.cuda.device_of(hidden):
+        z_y = label_logits(hidden, weight, bias, rows, labels, **transform)
+        ref, others = z_y, torch.zeros_like(z_y)
+        kept_refs: list[Tensor] = []
+        workspace = product = None
+        for k, (start, stop) in enumerate(plan.slices):
+            weight_k = _row_major(weight[start:stop])
+            E = None
+            if needs_exps and k < plan.cached:
+                E = _exps(hidden, N, stop - start)
+            elif needs_acc:
+                workspace = _exps(hidden, N, plan.chunk) if workspace is None else workspace
+                E = workspace.view(-1)[: N * (stop - start)].view(N, stop - start)
+            tile_sums, tile_refs, tile_width = logits_exp(
+                E, hidden, weight_k, None if bias is None else bias[start:stop], rows, labels, ref,
+                first=start, sums=True, **transform,
+            )  # fmt: skip
+            before, ref = ref, merge_statistics(tile_sums, tile_refs, ref, others)
+            if E is not None:
+                fixup(E, tile_refs, ref, tile_width=tile_width)
+            if needs_acc and k == 0:
+                _product(E, weight_k, out=acc)
+            elif needs_acc:
+                product = torch.empty_like(acc) if product is None else product
+                fixup(acc, before[None], ref, tile_width=D)
+                acc += _product(E, weight_k, out=product)
+            if needs_exps and k < plan.cached:
+                exps.append(E)
+                kept_refs.append(ref)
+        for E, written_at in zip(exps, kept_refs, strict=True):
+            fixup(E, written_at[None], ref, tile_width=E.shape[1])
+        logps, one_minus_p, inv_total = close_statistics(z_y, ref, others)
+    return Saved(logps, one_minus_p, inv_total, ref, acc, exps)
+
+
+def backward(
+    grad_logps: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    labels: Tensor,
+    saved: Saved,
+    logits: Logits,
+    plan: Plan,
+    *,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    N, D = rows.shape[0], hidden.shape[1]
+    dH = dW = db = None
+    if N == 0:
+        dH = _zeros_for(hidden) if needs_hidden else None
+        dW = _zeros_for(weight) if needs_weight else None
+        db = _zeros_for(bias) if needs_bias and bias is not None else None
+        return dH, dW, db
+
+    hidden, bias = _row_major(hidden), None if bias is None else bias.contiguous()
+    transform = {"scale": logits.scale, "softcap": logits.softcap}
+    with torch.cuda.device_of(hidden):
+        z_y = None
+        if logits.softcap is not None:
+            z_y = label_logits(hidden, weight, bias, rows, labels, **transform)
+        pull, push = row_factors(
+            grad_logps.float().contiguous(), saved.one_minus_p, saved.inv_total, z_y, **transform
+        )
+        if needs_hidden:
+            dH = grad_hidden(hidden, saved.acc, weight, rows, labels, pull, push)
+        if not (needs_weight or needs_bias):
+            return dH, None, None
+
+        scaled = scratch = sorted_labels = order = workspace = None
+        if needs_weight:
+            scaled = scaled_hidden(hidden, rows, push, dtype=exp_dtype("triton", hidden.dtype))
+            sorted_labels, order = torch.sort(labels, stable=True)
+            dW = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+            if weight.dtype != torch.float32:
+                scratch = torch.empty((plan.chunk, D), dtype=torch.float32, device=weight.device)
+        if needs_bias and bias is not None:
+            db = torch.empty_like(bias)
+        for k, (start, stop) in enumerate(plan.slices):
+            if k < len(saved.exps):
+                E = saved.exps[k]
+            else:
+                workspace = _exps(hidden, N, plan.chunk) if workspace is None else workspace
+                E = workspace.view(-1)[: N * (stop - start)].view(N, stop - start)
+                logits_exp(
+                    E, hidden, _row_major(weight[start:stop]),
+                    None if bias is None else bias[start:stop], rows, labels, saved.ref,
+                    first=start, sums=False, **transform,
+                )  # fmt: skip
+            if dW is not None:
+                dW_k = dW[start:stop] if scratch is None else scratch[: stop - start]
+                _product(E.t(), scaled, out=dW_k)
+                label_rows(dW_k, hidden, rows, sorted_labels, order, pull, first=start)
+                if scratch is not None:
+                    dW[start:stop].copy_(dW_k)  # the one rounding
+            if db is not None:
+                grad_bias(db[start:stop], E, labels, pull, push, first=start)
+    return dH, dW, db
+
+
+def _exps(hidden: Tensor, N: int, width: int) -> Tensor:
+    return torch.empty((N, width), dtype=exp_dtype("triton", hidden.dtype), device=hidden.device)
+
+
+def _product(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    """out = a b, fp32, from operands in fp32 or bf16 that are never rounded further."""
+    if a.dtype == b.dtype and a.dtype != out.dtype and a.is_cuda:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def _row_major(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _zeros_for(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape, dtype=x.dtype, device=x.device)

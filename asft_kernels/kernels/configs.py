@@ -1,0 +1,71 @@
+"""Tiles of the GEMM kernel (logits_exp), by architecture and dtype: a fixed table, no autotuning.
+
+Fixed, so that results repeat bit by bit from run to run. Every row says how it was chosen:
+"compiled only" means compiled for that chip without spills and within its shared memory
+(python -m asft_kernels.compile_report), never timed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One program computes BLOCK_M tokens x BLOCK_V vocabulary rows, BLOCK_D of hidden at a time."""
+
+    BLOCK_M: int
+    BLOCK_V: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+    why: str
+    GROUP: int = 8  # token tiles that share a vocabulary tile in L2 before the next one is read
+
+
+# (architecture, low): low says that the operands are bf16 or fp16, else they are fp32.
+TILES: dict[tuple[str, bool], Tile] = {
+    ("sm_80", True): Tile(128, 128, 64, 8, 3, "compiled only: 96 KiB also fits sm_86, sm_89, sm_120"),
+    ("sm_90", True): Tile(128, 128, 64, 8, 4, "compiled only: two warp groups of 64 rows, wgmma"),
+    ("sm_100", True): Tile(128, 128, 64, 4, 4, "compiled only: accumulators in tensor memory"),
+    ("gfx942", True): Tile(128, 128, 64, 8, 2, "compiled only: two stages fill 64 KiB of LDS"),
+    ("sm_80", False): Tile(64, 64, 32, 8, 3, "compiled only: ieee products run on plain FMA units"),
+    ("sm_90", False): Tile(64, 64, 32, 8, 3, "compiled only: 128 x 128 spills"),
+    ("sm_100", False): Tile(64, 64, 32, 8, 3, "compiled only: 128 x 128 spills"),
+    ("gfx942", False): Tile(64, 64, 32, 4, 2, "compiled only: MFMA has fp32 products of its own"),
+    # Interpreted, emulated, or a chip that the table does not know: anything can run this.
+    ("other", True): Tile(32, 32, 32, 2, 2, "small: runs anywhere", GROUP=2),
+    ("other", False): Tile(32, 32, 32, 2, 2, "small: runs anywhere", GROUP=2),
+}
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+_assumed: list[str] = []
+
+
+def best_tile(device: torch.device, dtype: torch.dtype) -> Tile:
+    """The table's row for this device and the operands' dtype."""
+    architecture = _assumed[-1] if _assumed else architecture_of(device)
+    return TILES[architecture, dtype != torch.float32]
+
+
+def architecture_of(device: torch.device) -> str:
+    """The table's name for a device: its own, or that of the nearest chip whose row it can run."""
+    if device.type != "cuda":
+        return "other"
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        return "gfx942" if name.startswith(("gfx942", "gfx950")) else "other"
+    major, _ = torch.cuda.get_device_capability(device)
+    # 8.6, 8.9 and 12.x have less shared memory than their data-centre sisters: sm_80's row fits them.
+    return {8: "sm_80", 9: "sm_90", 10: "sm_100", 12: "sm_80"}.get(major, "other")
+
+
+@contextmanager
+def assume_architecture(name: str) -> Iterator[None]:
+    """Within it best_tile answers for that architecture, whatever the device: for compile_report."""
+    _assumed.append(name)
+    try:
+        yield
+    finally:
+        _assumed.pop()

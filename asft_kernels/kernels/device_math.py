@@ -1,0 +1,67 @@
+"""Scalar maths and products that behave alike compiled and interpreted, in one place.
+
+    log1p(x)   = 2 atanh(x / (2 + x)),  a series below |x| = 1/2, log(1 + x) above
+    expm1(x)   = its Taylor polynomial below |x| = 1/2, exp(x) - 1 above
+    softplus(x) = max(x, 0) + log1p(exp(-|x|)),  sigmoid(x) = 1 / (1 + exp(-x))
+    softcap:     z = cap * tanh(u / cap),  slope c = dz/du = 1 - tanh(u / cap)^2
+
+Written from exp and log because device libraries (libdevice) cannot be interpreted, and as
+polynomials near 0 because a GPU's approximate log has no relative accuracy next to 1.
+All in fp32; each function is within 3e-7 relative of the exact value (tests/test_kernels.py).
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0, or for -1/2 < x < 0."""
+    # The series' next term, q^13/13 with q <= 1/5, is 1e-9 of the first.
+    small = tl.abs(x) < 0.5
+    near = tl.where(small, x, 0.0)
+    q = near / (2.0 + near)
+    t = q * q
+    series = 1.0 + t * (1 / 3 + t * (1 / 5 + t * (1 / 7 + t * (1 / 9 + t * (1 / 11)))))
+    return tl.where(small, 2.0 * q * series, tl.log(1.0 + tl.where(small, 1.0, x)))
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 for x <= 88."""
+    # The polynomial's next term, x^9/10! with |x| <= 1/2, is 5e-10 of the first.
+    small = tl.abs(x) < 0.5
+    t = tl.where(small, x, 0.0)
+    p = 1 / 5040 + t * (1 / 40320 + t * (1 / 362880))
+    p = 1 + t * (1 / 2 + t * (1 / 6 + t * (1 / 24 + t * (1 / 120 + t * (1 / 720 + t * p)))))
+    return tl.where(small, t * p, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def softplus(x):
+    return tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def sigmoid(x):
+    e = tl.exp(-tl.abs(x))  # never overflows
+    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def softcap_and_slope(u, cap):
+    """(z, c) of the header; c is 4 e / (1 + e)^2 with e = exp(-2 |u| / cap), free of cancellation."""
+    m = expm1(-2.0 * tl.abs(u) / cap)
+    tanh = -m / (2.0 + m)
+    return cap * tl.where(u < 0, -tanh, tanh), 4.0 * (1.0 + m) / ((2.0 + m) * (2.0 + m))
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a.b with fp32 accumulators. fp32 operands stay fp32: tl.dot's own default is tf32."""
+    if INTERPRETED:  # bf16 products come out as garbage there
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")

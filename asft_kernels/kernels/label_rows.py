@@ -1,0 +1,77 @@
+"""The label part of dW, added in fp32 before dW's only rounding.
+
+    dW[y] += sum over tokens t with y_t = y of pull[t] * H[rows[t]]      for the labels of one chunk
+
+Softmax and label parts cancel on a calibrated model, so a rounding between them would cost several.
+Tokens are visited in the order of a stable sort by label: the program at the first token of a run of
+equal labels walks the run, so sums have a fixed order and need no atomics. Reads each token's row
+once; programs whose label lies outside the chunk read 16 bytes and return.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=["N", "first"])
+def label_rows_kernel(
+    # data
+    out_ptr,  # (width, D) fp32 contiguous: rows of labels that occur are added to
+    hidden_ptr,  # (M, D) rows stride_hm elements apart
+    rows_ptr,  # (N,) int64
+    sorted_ptr,  # (N,) int64: labels, ascending
+    order_ptr,  # (N,) int64: sorted[i] is the label of token order[i]; equal labels keep their order
+    pull_ptr,  # (N,) fp32
+    # shapes and strides
+    N,
+    D,
+    width,  # vocabulary rows in this chunk
+    first,  # the vocabulary row that the chunk starts with
+    stride_hm,
+    # constants
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Program (i, j) adds to out[label, j*BLOCK_D : (j+1)*BLOCK_D] if a run of that label starts at i."""
+    i = tl.program_id(0)
+    label = tl.load(sorted_ptr + i)
+    before = tl.load(sorted_ptr + i - 1, mask=i > 0, other=-1)
+    if (label < first) | (label >= first + width) | (label == before):
+        return
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_row = d < D
+    at = (label - first) * D + d  # int64, as labels are
+    acc = tl.load(out_ptr + at, mask=in_row, other=0.0)
+    going = True
+    while going:
+        k = i + tl.arange(0, BLOCK_T)
+        run = tl.load(sorted_ptr + k, mask=k < N, other=-1) == label
+        t = tl.load(order_ptr + k, mask=run, other=0)
+        pull = tl.load(pull_ptr + t, mask=run, other=0.0)
+        row = tl.load(rows_ptr + t, mask=run, other=0)
+        there = run[:, None] & in_row[None, :]
+        h = tl.load(hidden_ptr + (row * stride_hm)[:, None] + d[None, :], mask=there, other=0.0)
+        acc += tl.sum(pull[:, None] * h.to(tl.float32), 0)
+        i += BLOCK_T
+        going = tl.load(sorted_ptr + i, mask=i < N, other=-1) == label
+    tl.store(out_ptr + at, acc, mask=in_row)
+
+
+def label_rows(
+    out: Tensor,
+    hidden: Tensor,
+    rows: Tensor,
+    sorted_labels: Tensor,
+    order: Tensor,
+    pull: Tensor,
+    *,
+    first: int,
+) -> None:
+    """Adds the label part to out (width, D) fp32, the chunk that starts with vocabulary row first."""
+    (N,), (width, D) = rows.shape, out.shape
+    assert out.is_contiguous() and out.element_size() == 4, "backend bug: needs contiguous fp32"
+    BLOCK_D = min(triton.next_power_of_2(D), 1024)
+    label_rows_kernel[(N, triton.cdiv(D, BLOCK_D))](
+        out, hidden, rows, sorted_labels, order, pull,
+        N, D, width, first, hidden.stride(0), BLOCK_T=4, BLOCK_D=BLOCK_D, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,148 @@
+"""GEMM with an exponential epilogue, for one vocabulary chunk: E' and what sums need of it.
+
+    u = scale * (H[t] . W[v] + b[v]),  z = softcap * tanh(u / softcap),  c = 1 - (z / softcap)^2
+    E'[t, v] = exp(z - q) * c,  0 for v = y_t          stored in exps' dtype, its only rounding
+    tile sum = sum over v != y_t of exp(z - q)         fp32, without c
+    q = r[t], or the tile's largest z where that passes r[t] by more than MOVE = 30
+
+r is the label's logit for almost every token, so one pass suffices: no running maximum. A tile that
+had to move its q says so in tile_refs, and fixup.py brings it to the common reference afterwards.
+z stays in fp32 accumulators up to the exponential. Each tile of BLOCK_M tokens and BLOCK_V vocabulary
+rows is written by one program. Moves about N*D*(Vc/BLOCK_V) + Vc*D*(N/BLOCK_M) operand elements (L2
+serves most) and N*Vc stored ones; 2*N*Vc*D operations: bound by the matrix units.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from asft_kernels.kernels.configs import best_tile
+from asft_kernels.kernels.device_math import dot, softcap_and_slope
+
+# exp(30) = 1e13: room for 1e25 such entries in fp32, and 13 digits below the reference.
+MOVE = tl.constexpr(30.0)
+
+
+@triton.jit(do_not_specialize=["N", "first"])
+def logits_exp_kernel(
+    # data
+    exps_ptr,  # (N, width) contiguous: E', every element is written; None without STORE_EXPS
+    tile_sums_ptr,  # (tiles, N) fp32, every element is written; None without STORE_SUMS
+    tile_refs_ptr,  # (tiles, N) fp32: q, likewise
+    hidden_ptr,  # (M, D) rows stride_hm elements apart
+    weight_ptr,  # (width, D) the chunk's rows of the head, stride_wv elements apart
+    bias_ptr,  # (width,) the chunk's, or None
+    rows_ptr,  # (N,) int64: token t is row rows[t] of hidden
+    labels_ptr,  # (N,) int64 in [0, V)
+    ref_ptr,  # (N,) fp32: r
+    # shapes and strides
+    N,
+    D,
+    width,  # vocabulary rows in this chunk
+    first,  # the vocabulary row that the chunk starts with
+    stride_hm,
+    stride_wv,
+    # constants
+    scale,
+    softcap,  # looked at only under HAS_SOFTCAP
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    STORE_EXPS: tl.constexpr,
+    STORE_SUMS: tl.constexpr,  # False: r is final, no z passes it by more than MOVE
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """A program writes exps[m, v], tile_sums[tile_v, m] and tile_refs[tile_v, m] of one tile."""
+    # GROUP token tiles take turns at one vocabulary tile while that is in L2.
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(N, BLOCK_M)
+    per_group = GROUP * tl.cdiv(width, BLOCK_V)
+    group_start = pid // per_group * GROUP
+    group_size = min(tiles_m - group_start, GROUP)
+    tile_m = group_start + pid % per_group % group_size
+    tile_v = pid % per_group // group_size
+
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    is_token = m < N
+    in_chunk = v < width
+    # Tokens and vocabulary rows past the end repeat a valid one: their results are never stored.
+    row = tl.load(rows_ptr + m, mask=is_token, other=0).to(tl.int64)
+    v64 = tl.minimum(v, width - 1).to(tl.int64)
+    hidden_row = hidden_ptr + (row * stride_hm)[:, None]
+    weight_row = weight_ptr + (v64 * stride_wv)[None, :]
+
+    acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        h = tl.load(hidden_row + d[None, :], mask=(d < D)[None, :], other=0.0)
+        w = tl.load(weight_row + d[:, None], mask=(d < D)[:, None], other=0.0)
+        acc = dot(h, w, acc)
+
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + v64).to(tl.float32)[None, :]
+    z = acc * scale
+    if HAS_SOFTCAP:
+        z, slope = softcap_and_slope(z, softcap)
+    own = tl.load(labels_ptr + m, mask=is_token, other=-1) - first
+    own = tl.where((own >= 0) & (own < width), own, -1).to(tl.int32)
+    z = tl.where(in_chunk[None, :] & (v[None, :] != own[:, None]), z, float("-inf"))
+
+    ref = tl.load(ref_ptr + m, mask=is_token, other=0.0)
+    if STORE_SUMS:
+        top = tl.max(z, 1)
+        ref = tl.where(top > ref + MOVE, top, ref)
+    e = tl.exp(z - ref[:, None])
+    if STORE_SUMS:
+        at = tile_v.to(tl.int64) * N + m
+        tl.store(tile_sums_ptr + at, tl.sum(e, 1), mask=is_token)
+        tl.store(tile_refs_ptr + at, ref, mask=is_token)
+    if STORE_EXPS:
+        if HAS_SOFTCAP:
+            e *= slope
+        at = (m.to(tl.int64) * width)[:, None] + v[None, :]
+        e = e.to(exps_ptr.dtype.element_ty)
+        tl.store(exps_ptr + at, e, mask=is_token[:, None] & in_chunk[None, :])
+
+
+def logits_exp(
+    exps: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    labels: Tensor,
+    ref: Tensor,
+    *,
+    first: int,
+    scale: float,
+    softcap: float | None,
+    sums: bool,
+) -> tuple[Tensor, Tensor, int] | None:
+    """Fills exps (N, width) unless it is None; with sums, returns (tile_sums, tile_refs, BLOCK_V).
+
+    weight and bias are the chunk's, whose first row is vocabulary row `first`. Without sums, ref must
+    be final: phase 2 recomputes E' with it.
+    """
+    N, D, width = rows.shape[0], hidden.shape[1], weight.shape[0]
+    assert weight.stride(1) == 1 or D == 1, "backend bug: needs row-major W"
+    assert hidden.stride(1) == 1 or D == 1, "backend bug: needs row-major H"
+    assert exps is None or (exps.is_contiguous() and exps.shape == (N, width)), "backend bug: E"
+    tile = best_tile(hidden.device, hidden.dtype)
+    tiles_v = triton.cdiv(width, tile.BLOCK_V)
+    tile_sums = tile_refs = None
+    if sums:
+        tile_sums, tile_refs = torch.empty((2, tiles_v, N), device=ref.device, dtype=torch.float32)
+    logits_exp_kernel[(triton.cdiv(N, tile.BLOCK_M) * tiles_v,)](
+        exps, tile_sums, tile_refs, hidden, weight, bias, rows, labels, ref,
+        N, D, width, first, hidden.stride(0), weight.stride(0),
+        float(scale), float(softcap or 0.0),
+        HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
+        STORE_EXPS=exps is not None, STORE_SUMS=sums,
+        BLOCK_M=tile.BLOCK_M, BLOCK_V=tile.BLOCK_V, BLOCK_D=tile.BLOCK_D, GROUP=tile.GROUP,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return (tile_sums, tile_refs, tile.BLOCK_V) if sums else None
