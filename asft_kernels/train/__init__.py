@@ -1,0 +1,47 @@
+"""`asft-train`: fine-tune a causal language model with ASFT on preference pairs.
+
+asft-train --model FOLDER --data pairs.jsonl --eval-every-nth 8 --output-dir run
+
+arguments -> run (data, head check, evaluation) -> trainer (transformers.Trainer) -> metrics, plot.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+NEEDED = ("transformers", "datasets", "accelerate", "matplotlib")
+
+
+def missing_extra(needed: Sequence[str] = NEEDED) -> str | None:
+    """None if everything that the `train` extra brings is installed, else what to say."""
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if not missing:
+        return None
+    return f'{", ".join(missing)}: not installed, needed for training; pip install "asft_kernels[train]"'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 done, 2 bad input (said on stderr), 130 stopped by Ctrl-C."""
+    if problem := missing_extra():
+        print(f"asft-train: {problem}", file=sys.stderr)
+        return 2
+    from transformers import HfArgumentParser
+
+    from asft_kernels.data import DataError
+    from asft_kernels.integrations.hf_model import UnsupportedHead
+    from asft_kernels.train.arguments import ArgumentProblem, JobArguments, RunArguments
+    from asft_kernels.train.run import run
+
+    parser = HfArgumentParser([JobArguments, RunArguments], prog="asft-train", description=__doc__)
+    try:
+        job, args = parser.parse_args_into_dataclasses(argv)
+        return 130 if run(job, args).stopped else 0
+    except (ArgumentProblem, DataError, UnsupportedHead) as error:
+        print(f"asft-train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "asft-train: interrupted; checkpoints in --output-dir stay, --resume goes on from them",
+            file=sys.stderr,
+        )
+        return 130

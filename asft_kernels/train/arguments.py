@@ -1,0 +1,113 @@
+"""What a run takes: the job's own arguments, and the Trainer's with defaults that suit it."""
+
+import math
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+class ArgumentProblem(ValueError):
+    """An argument of the command that cannot be; the text names it, what it was, and what it must be."""
+
+
+@dataclass
+class JobArguments:
+    """Model, data and loss."""
+
+    model: str = field(metadata={"help": "folder or hub name of a causal language model"})
+    data: str = field(metadata={"help": "preference pairs: JSON lines, plain or gzipped"})
+    eval_data: str | None = field(
+        default=None, metadata={"help": "pairs to evaluate on, same formats"}
+    )
+    eval_every_nth: int | None = field(
+        default=None,
+        metadata={"help": "N: hold out the lines of --data whose number (from 1) mod N is N - 1"},
+    )
+    lam: float = field(default=1.0, metadata={"help": "weight of the alignment term"})
+    beta: float = field(default=1.0, metadata={"help": "temperature on the log-odds"})
+    sft_weight: float = field(default=1.0, metadata={"help": "weight of the chosen answers' NLL"})
+    max_length: int = field(
+        default=1024, metadata={"help": "tokens of prompt and answer; longer answers are cut"}
+    )
+    max_prompt_length: int = field(
+        default=512, metadata={"help": "tokens; pairs with a longer prompt are left out"}
+    )
+    strict: bool = field(default=False, metadata={"help": "unusable rows are an error"})
+    resume: str | None = field(
+        default=None,
+        metadata={
+            "help": "go on from a checkpoint: alone, the newest complete one in --output-dir",
+            "nargs": "?",
+            "const": "last",
+        },
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "of the weights; --bf16 adds autocast to float32 weights",
+            "choices": ["float32", "bfloat16", "auto"],
+        },
+    )
+    logit_scale: float | None = field(default=None, metadata={"help": "default: from the config"})
+    softcap: float | None = field(default=None, metadata={"help": "default: from the config"})
+    backend: str | None = field(
+        default=None, metadata={"help": "torch or triton; default: by device"}
+    )
+    cache_bytes: int | None = field(
+        default=None, metadata={"help": "memory for exponentials kept for the backward pass"}
+    )
+
+    def __post_init__(self) -> None:
+        for name, need in (("lam", 0.0), ("sft_weight", 0.0)):
+            value = getattr(self, name)
+            if not (need <= value < math.inf):
+                raise ArgumentProblem(
+                    f"--{name.replace('_', '-')}: got {value}, need a number >= 0"
+                )
+        if not 0 < self.beta < math.inf:
+            raise ArgumentProblem(f"--beta: got {self.beta}, need a number > 0")
+        if self.lam == 0 and self.sft_weight == 0:
+            raise ArgumentProblem(
+                "--lam, --sft-weight: both are 0, need one above 0: there is no loss"
+            )
+        if self.max_length < 2 or not self.max_prompt_length >= 1:
+            raise ArgumentProblem(
+                f"--max-length, --max-prompt-length: got {self.max_length}, {self.max_prompt_length}; "
+                "need at least 2 and 1"
+            )
+        if self.eval_every_nth is not None and self.eval_every_nth < 2:
+            raise ArgumentProblem(f"--eval-every-nth: got {self.eval_every_nth}, need at least 2")
+        if self.eval_data is not None and self.eval_every_nth is not None:
+            raise ArgumentProblem("--eval-data, --eval-every-nth: got both, need one or neither")
+        if self.backend not in (None, "torch", "triton"):
+            raise ArgumentProblem(f"--backend: got {self.backend!r}, need 'torch' or 'triton'")
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """transformers.TrainingArguments; what differs in its defaults stands here."""
+
+    output_dir: str | None = field(
+        default="asft-run", metadata={"help": "checkpoints, final model, metrics, curves"}
+    )
+    learning_rate: float = field(default=2e-5, metadata={"help": "peak learning rate"})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "pairs, not rows"})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "pairs, not rows"})
+    num_train_epochs: float = field(
+        default=1.0, metadata={"help": "passes over the training pairs"}
+    )
+    logging_steps: float = field(
+        default=1, metadata={"help": "steps between rows of metrics.jsonl"}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints that are kept"})
+    # A NaN loss must be seen, not averaged away.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "hide NaN losses in logs"}
+    )
+    # The collator reads columns that no forward takes.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "leave this off"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it

@@ -1,0 +1,263 @@
+"""One run from arguments to summary: data, model, head check, evaluation, training, evaluation, curves."""
+
+import json
+import platform
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
+
+from asft_kernels.data import PairCollator, load_pairs, split_every_nth
+from asft_kernels.integrations.hf_model import PreferenceModel, verify_head
+from asft_kernels.train.arguments import ArgumentProblem, JobArguments, RunArguments
+from asft_kernels.train.metrics import Evaluation, MetricsFile, change, change_table
+from asft_kernels.train.plot import plot_curves
+from asft_kernels.train.trainer import PreferenceTrainer, StopWhenAsked
+
+# A resumed run that changed one of these would go on as another experiment, without a word.
+SAME_ON_RESUME = (
+    "model", "data", "eval_data", "eval_every_nth", "lam", "beta", "sft_weight", "max_length",
+    "max_prompt_length", "dtype", "learning_rate", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "seed", "world_size",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left behind. changes: see `metrics.change`, empty without evaluation pairs."""
+
+    folder: Path
+    step: int
+    stopped: bool  # by Ctrl-C, with a checkpoint
+    plot: Path
+    changes: dict[str, dict[str, float]]
+    pairs: int  # evaluation pairs
+    report: str
+
+
+def run(job: JobArguments, args: RunArguments, say: Any = print) -> Result:
+    """Train as the arguments say. Raises ArgumentProblem, DataError or UnsupportedHead on bad input."""
+    first = args.process_index == 0
+    say = say if first else (lambda *_: None)
+    folder = Path(str(args.output_dir))
+    settings = {**asdict(job), **args.to_dict(), "world_size": args.world_size}
+    checkpoint = _checkpoint(job, args, folder)
+    if checkpoint:
+        _same_settings(folder / "run.json", settings)
+
+    tokenizer, language_model = _load(job)
+    train, evaluation, report = _data(job, tokenizer, language_model)
+    say(report)
+    say(f"{len(train)} pairs for training, {len(evaluation) if evaluation else 0} for evaluation")
+    model = PreferenceModel(
+        language_model,
+        logit_scale=job.logit_scale,
+        softcap=job.softcap,
+        lam=job.lam,
+        beta=job.beta,
+        sft_weight=job.sft_weight,
+        backend=job.backend,
+        cache_bytes=job.cache_bytes,
+    )
+
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = MetricsFile(folder / "metrics.jsonl", writes=first)
+    done = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else None
+    complete = done is not None and done["global_step"] >= _last_step(args, done)
+    metrics.start(done["global_step"] if done else None, complete)
+    if first and not checkpoint:
+        _write(
+            folder / "run.json",
+            {"command": _command(), "versions": _versions(), "settings": settings},
+        )
+    stop = StopWhenAsked()
+    trainer = PreferenceTrainer(
+        model,
+        args,
+        tokenizer=tokenizer,
+        metrics=metrics,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        callbacks=[stop],
+    )
+    batch = PairCollator(0)([train[0], train[min(1, len(train) - 1)]])
+    worst = verify_head(model, {name: tensor.to(args.device) for name, tensor in batch.items()})
+    say(f"output head checked: fused and own log-probabilities differ by at most {worst:.1e}")
+
+    with stop.listening(say):
+        before = _before(trainer, folder / "eval_before.json", checkpoint, evaluation)
+        if checkpoint and complete:  # ended after its last checkpoint: only the end is left to do
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        changes: dict[str, dict[str, float]] = {}
+        if stop.stopped:
+            say(
+                f"stopped after step {trainer.state.global_step}; go on with: {_command()} --resume"
+            )
+        else:
+            trainer.save_model()
+            if before is not None:
+                trainer.evaluate()
+                changes = change(before, trainer.evaluation)
+    plot = folder / "curves.png"
+    if first:
+        errors = {name: row["standard_error"] for name, row in changes.items()}
+        plot_curves(
+            metrics.rows(), plot, f"ASFT, {_short(job.model)} on {Path(job.data).name}", errors
+        )
+        pairs = len(before.column("margin")) if before else 0
+        if changes:
+            _write(
+                folder / "summary.json",
+                {"step": trainer.state.global_step, "pairs": pairs, "changes": changes},
+            )
+            say(change_table(changes, pairs))
+        say(f"metrics: {metrics.path}\ncurves:  {plot}")
+    return Result(
+        folder,
+        trainer.state.global_step,
+        stop.stopped,
+        plot,
+        changes,
+        len(before.column("margin")) if before else 0,
+        report,
+    )
+
+
+def _checkpoint(job: JobArguments, args: RunArguments, folder: Path) -> Path | None:
+    """The checkpoint to go on from; the newest complete one for --resume without a path."""
+    wanted = job.resume or args.resume_from_checkpoint
+    if wanted is None:
+        if (folder / "metrics.jsonl").exists():
+            raise ArgumentProblem(
+                f"--output-dir: {folder} holds a run already; add --resume to go on with it, or name another folder"
+            )
+        return None
+    if wanted != "last":
+        if not _complete(Path(wanted)):
+            raise ArgumentProblem(
+                f"--resume: {wanted} is no complete checkpoint (trainer_state.json is missing)"
+            )
+        return Path(wanted)
+    found = sorted(
+        (path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()),
+        key=lambda path: int(path.name.split("-")[-1]),
+    )
+    complete = [path for path in found if _complete(path)]
+    if not complete:
+        raise ArgumentProblem(
+            f"--resume: no complete checkpoint in {folder}; leave --resume out and name a fresh --output-dir"
+        )
+    return complete[-1]
+
+
+def _complete(checkpoint: Path) -> bool:
+    """The Trainer writes trainer_state.json last: a killed save lacks it or leaves half of it."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    return True
+
+
+def _last_step(args: RunArguments, state: dict[str, Any]) -> int:
+    return args.max_steps if args.max_steps > 0 else state["max_steps"]
+
+
+def _same_settings(path: Path, settings: dict[str, Any]) -> None:
+    if not path.is_file():
+        return
+    old = json.loads(path.read_text())["settings"]
+    for name in SAME_ON_RESUME:
+        if name in old and old[name] != settings[name]:
+            raise ArgumentProblem(
+                f"--resume: --{name.replace('_', '-')} was {old[name]!r} and is {settings[name]!r} now, need the same; "
+                "start another run in another --output-dir to change it"
+            )
+
+
+def _load(job: JobArguments) -> tuple[Any, Any]:
+    dtype = job.dtype if job.dtype == "auto" else getattr(torch, job.dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(job.model)
+        return tokenizer, AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ArgumentProblem(
+            f"--model: {job.model!r} cannot be loaded as a causal language model with its tokenizer ({reason}); "
+            "need a folder that from_pretrained reads, or a hub name"
+        ) from error
+
+
+def _data(job: JobArguments, tokenizer: Any, model: Any) -> tuple[Any, Any, str]:
+    """(training pairs, evaluation pairs or None, what was read and left out)."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and job.max_length > positions:
+        raise ArgumentProblem(
+            f"--max-length: got {job.max_length}, need at most {positions}, the model's positions"
+        )
+    limits: dict[str, Any] = dict(
+        max_length=job.max_length, max_prompt_length=job.max_prompt_length, strict=job.strict
+    )
+    train, report = load_pairs(job.data, tokenizer, **limits)
+    text, evaluation = str(report), None
+    if job.eval_every_nth:
+        train, evaluation = split_every_nth(train, job.eval_every_nth)
+    elif job.eval_data:
+        evaluation, eval_report = load_pairs(job.eval_data, tokenizer, **limits)
+        text += f"\n{eval_report}"
+    if evaluation:  # longest first: little padding, and too large a batch shows at once
+        longest = np.argsort([-len(p) - max(len(c), len(r)) for p, c, r in zip(
+            evaluation["prompt"], evaluation["chosen"], evaluation["rejected"], strict=True)], kind="stable")  # fmt: skip
+        evaluation = evaluation.select(longest)
+    return train, evaluation, text
+
+
+def _before(
+    trainer: PreferenceTrainer, path: Path, checkpoint: Path | None, evaluation: Any
+) -> Evaluation | None:
+    """The model's evaluation before the first step; a resumed run takes the stored one."""
+    if evaluation is None:
+        return None
+    if checkpoint and path.is_file():
+        table = np.asarray(json.loads(path.read_text()), dtype=float)
+        if len(table) == len(evaluation):
+            return Evaluation(table)
+    trainer.evaluate()
+    if trainer.args.process_index == 0:
+        _write(path, trainer.evaluation.table.tolist())
+    return trainer.evaluation
+
+
+def _write(path: Path, content: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(
+        json.dumps(content, indent=None if isinstance(content, list) else 2, default=str) + "\n"
+    )
+    partial.replace(path)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _command() -> str:
+    """This command without --resume, as the user can type it."""
+    given = [word for word in sys.argv[1:] if word != "--resume"]
+    return shlex.join(["asft-train", *given])
+
+
+def _short(model: str) -> str:
+    return Path(model).name or model

@@ -1,0 +1,217 @@
+"""transformers.Trainer for pairs: what is counted, logged, saved and evaluated; the loop is the Trainer's."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerCallback
+
+from asft_kernels.data import PairCollator
+from asft_kernels.integrations.hf_model import PreferenceModel, causal_lm
+from asft_kernels.train.arguments import ArgumentProblem, RunArguments
+from asft_kernels.train.metrics import COLUMNS, Evaluation, MetricsFile, Window, counting_pairs
+
+SHOWN_IN_BAR = ("loss", "margin", "accuracy", "tokens_per_second")
+
+
+class PreferenceTrainer(Trainer):
+    """Trains a PreferenceModel on the pairs of `load_pairs`.
+
+    A batch is B pairs, (2B, T). The loss of an optimiser step is the mean over all pairs that count
+    in it, whatever the number and size of its micro-batches and ranks: each forward is handed the
+    total and divides by it.
+    """
+
+    def __init__(
+        self,
+        model: PreferenceModel,
+        args: RunArguments,
+        *,
+        tokenizer: Any,
+        metrics: MetricsFile,
+        **kwargs: Any,
+    ):
+        if args.n_gpu > 1:
+            raise ArgumentProblem(
+                f"{args.n_gpu} GPUs in one process: nn.DataParallel would put chosen and rejected rows on "
+                f"different devices; start one process a GPU: torchrun --nproc-per-node {args.n_gpu} -m asft_kernels.train ..."
+            )
+        self.tokenizer_to_save = tokenizer
+        self.metrics_file = metrics
+        self.window = Window()
+        self.window_start, self.paused = None, 0.0
+        self.evaluation: Evaluation | None = None
+        pad = next(
+            (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=PairCollator(pad),
+            compute_metrics=self._evaluation_figures,
+            **kwargs,
+        )
+        if not args.disable_tqdm:
+            self.pop_callback(ProgressCallback)
+            self.add_callback(Bar())
+
+    # What is counted
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        """Pairs that count in all micro-batches of this step (the Trainer counts tokens), on all ranks."""
+        if not batch_samples:
+            return None
+        pairs = sum(counting_pairs(batch["labels"]).sum() for batch in batch_samples).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            pairs = self.accelerator.gather(pairs).sum()
+        return pairs
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.window_start is None:
+            self.window_start, self.paused = time.perf_counter(), 0.0
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.window.add(outputs, inputs["attention_mask"])
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        trains = "loss" in logs and self.window_start is not None
+        if trains:
+            seconds = time.perf_counter() - self.window_start - self.paused
+            logs.update(
+                self.window.take(seconds, lambda sums: self.accelerator.reduce(sums, "sum"))
+            )
+            self.window_start = None
+        super().log(logs, start_time)
+        if trains:
+            self.metrics_file.write({"kind": "train", "step": self.state.global_step, **logs})
+
+    # Evaluation: per-pair figures, so that two evaluations can be compared pair by pair
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            out = model(**inputs)
+        counts = (out["chosen_lengths"] > 0) & (out["rejected_lengths"] > 0)
+        columns = dict(
+            chosen_avg_logp=out["chosen_avg_logps"],
+            rejected_avg_logp=out["rejected_avg_logps"],
+            margin=out["margins"],
+            align=out["align_loss"].expand(len(counts)),
+            counts=counts,
+        )
+        table = torch.stack([columns[name].double() for name in COLUMNS], dim=1)
+        return None, table, counts
+
+    def _evaluation_figures(self, prediction: EvalPrediction) -> dict[str, float]:
+        self.evaluation = Evaluation(np.asarray(prediction.predictions))
+        options = self.accelerator.unwrap_model(self.model).loss_options
+        return self.evaluation.figures(options["lam"], options["sft_weight"])
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        start = time.perf_counter()
+        figures = super().evaluate(*args, **kwargs)
+        self.paused += time.perf_counter() - start
+        prefix = kwargs.get("metric_key_prefix", "eval") + "_"
+        row = {name.removeprefix(prefix): value for name, value in figures.items()}
+        self.metrics_file.write({"kind": "eval", "step": self.state.global_step, **row})
+        return figures
+
+    # Checkpoints hold the language model itself, as from_pretrained reads it
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if state_dict is not None:
+            state_dict = {name.removeprefix("model."): value for name, value in state_dict.items()}
+        self.accelerator.unwrap_model(self.model).model.save_pretrained(
+            folder, state_dict=state_dict
+        )
+        self.tokenizer_to_save.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(
+            resume_from_checkpoint, self.model.model if model is None else model
+        )
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Tied weights are stored once; anything else missing or left over is another model's checkpoint."""
+        inner = causal_lm(self.model.model)
+        inner.tie_weights()
+        tied = set(getattr(inner, "all_tied_weights_keys", None) or {})
+        missing = set(load_result.missing_keys) - tied
+        if missing or load_result.unexpected_keys:
+            names = sorted(missing | set(load_result.unexpected_keys))[:3]
+            raise ArgumentProblem(
+                f"--resume: the checkpoint is not one of --model: {', '.join(names)} ... do not match"
+            )
+
+
+class Bar(ProgressCallback):
+    """The Trainer's progress bar with the figures in it, instead of a line for every log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            shown = {name: f"{logs[name]:.3g}" for name in SHOWN_IN_BAR if name in logs}
+            if shown:
+                self.training_bar.set_postfix(shown)
+
+
+class StopWhenAsked(TrainerCallback):
+    """Ends training after the current step, with a checkpoint, once `asked` is set on any rank."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.stopped = False
+        self.training = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.training = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.training = False
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if (
+            self.asked and not self.training
+        ):  # nothing to save before the first step or after the last
+            raise KeyboardInterrupt
+
+    def on_step_end(self, args, state, control, **kwargs):
+        asked = self.asked
+        if args.world_size > 1:  # every rank must stop at the same step
+            flag = torch.tensor([float(asked)], device=args.device)
+            torch.distributed.all_reduce(flag)
+            asked = flag.item() > 0
+        if asked and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    @contextmanager
+    def listening(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Ctrl-C and SIGTERM set `asked`; a second one interrupts at once."""
+        import signal
+        import threading
+
+        def handler(number, frame):
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+            say("\nstopping after this step, with a checkpoint; once more to stop at once")
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread can hear signals
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        old = {number: signal.signal(number, handler) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, previous in old.items():
+                signal.signal(number, previous)
