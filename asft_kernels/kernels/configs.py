@@ -27,17 +27,17 @@ class Tile:
 
 # (architecture, low): low says that the operands are bf16 or fp16, else they are fp32.
 TILES: dict[tuple[str, bool], Tile] = {
-    ("sm_80", True): Tile(128, 128, 64, 8, 3, "compiled only: 96 KiB also fits sm_86, sm_89, sm_120"),
-    ("sm_90", True): Tile(128, 128, 64, 8, 4, "compiled only: two warp groups of 64 rows, wgmma"),
-    ("sm_100", True): Tile(128, 128, 64, 4, 4, "compiled only: accumulators in tensor memory"),
-    ("gfx942", True): Tile(128, 128, 64, 8, 2, "compiled only: two stages fill 64 KiB of LDS"),
-    ("sm_80", False): Tile(64, 64, 32, 8, 3, "compiled only: ieee products run on plain FMA units"),
-    ("sm_90", False): Tile(64, 64, 32, 8, 3, "compiled only: 128 x 128 spills"),
-    ("sm_100", False): Tile(64, 64, 32, 8, 3, "compiled only: 128 x 128 spills"),
+    ("sm_80", True): Tile(128, 128, 64, 8, 3, "compiled only: 64 KiB, fits sm_86 and sm_120, too"),
+    ("sm_90", True): Tile(128, 128, 64, 8, 3, "compiled only: 96 KiB, 128 registers: 2 on an SM"),
+    ("sm_100", True): Tile(128, 128, 64, 8, 3, "compiled only: as sm_90; 4 warps spill"),
+    ("gfx942", True): Tile(128, 128, 64, 8, 2, "compiled only: 32 KiB, 2 on a CU"),
+    ("sm_80", False): Tile(64, 64, 32, 8, 3, "compiled only: ieee products run on FMA units"),
+    ("sm_90", False): Tile(64, 64, 32, 8, 3, "compiled only: as sm_80; 128 x 128 spills"),
+    ("sm_100", False): Tile(64, 64, 32, 8, 3, "compiled only: as sm_90"),
     ("gfx942", False): Tile(64, 64, 32, 4, 2, "compiled only: MFMA has fp32 products of its own"),
-    # Interpreted, emulated, or a chip that the table does not know: anything can run this.
-    ("other", True): Tile(32, 32, 32, 2, 2, "small: runs anywhere", GROUP=2),
-    ("other", False): Tile(32, 32, 32, 2, 2, "small: runs anywhere", GROUP=2),
+    # Interpreted, emulated, or a chip that the table does not know: anything can run these.
+    ("other", True): Tile(32, 32, 32, 4, 2, "small: half the registers of any chip", GROUP=2),
+    ("other", False): Tile(32, 32, 16, 4, 1, "small: half the registers of any chip", GROUP=2),
 }
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 _assumed: list[str] = []

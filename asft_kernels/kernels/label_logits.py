@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from asft_kernels.kernels.device_math import softcap_and_slope
+from asft_kernels.kernels.device_math import softcap_logits
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -51,7 +51,7 @@ def label_logits_kernel(
         u += tl.load(bias_ptr + label).to(tl.float32)
     u *= scale
     if HAS_SOFTCAP:
-        u, _ = softcap_and_slope(u, softcap)
+        u = softcap_logits(u, softcap)
     tl.store(out_ptr + t, u)
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from asft_kernels.kernels.configs import best_tile
-from asft_kernels.kernels.device_math import dot, softcap_and_slope
+from asft_kernels.kernels.device_math import dot, softcap_logits, softcap_slope
 
 # exp(30) = 1e13: room for 1e25 such entries in fp32, and 13 digits below the reference.
 MOVE = tl.constexpr(30.0)
@@ -86,12 +86,12 @@ def logits_exp_kernel(
         acc += tl.load(bias_ptr + v64).to(tl.float32)[None, :]
     z = acc * scale
     if HAS_SOFTCAP:
-        z, slope = softcap_and_slope(z, softcap)
+        z = softcap_logits(z, softcap)
     own = tl.load(labels_ptr + m, mask=is_token, other=-1) - first
     own = tl.where((own >= 0) & (own < width), own, -1).to(tl.int32)
     z = tl.where(in_chunk[None, :] & (v[None, :] != own[:, None]), z, float("-inf"))
 
-    ref = tl.load(ref_ptr + m, mask=is_token, other=0.0)
+    ref = tl.load(ref_ptr + m, mask=is_token, other=float("inf"))  # nothing passes inf: e = 0
     if STORE_SUMS:
         top = tl.max(z, 1)
         ref = tl.where(top > ref + MOVE, top, ref)
@@ -102,7 +102,7 @@ def logits_exp_kernel(
         tl.store(tile_refs_ptr + at, ref, mask=is_token)
     if STORE_EXPS:
         if HAS_SOFTCAP:
-            e *= slope
+            e *= softcap_slope(z, softcap)  # from z, which is there: another array would spill
         at = (m.to(tl.int64) * width)[:, None] + v[None, :]
         e = e.to(exps_ptr.dtype.element_ty)
         tl.store(exps_ptr + at, e, mask=is_token[:, None] & in_chunk[None, :])

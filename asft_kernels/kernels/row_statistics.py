@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from asft_kernels.kernels.device_math import softplus
+from asft_kernels.kernels.device_math import softcap_slope, softplus
 
 
 @triton.jit(do_not_specialize=["N", "tiles"])
@@ -116,8 +116,7 @@ def row_factors_kernel(
     g = scale * tl.load(grad_logps_ptr + m, mask=is_token, other=0.0)
     pull = g * tl.load(one_minus_p_ptr + m, mask=is_token, other=0.0)
     if HAS_SOFTCAP:
-        ratio = tl.load(label_logits_ptr + m, mask=is_token, other=0.0) / softcap
-        pull *= (1.0 - ratio) * (1.0 + ratio)
+        pull *= softcap_slope(tl.load(label_logits_ptr + m, mask=is_token, other=0.0), softcap)
     tl.store(pull_ptr + m, pull, mask=is_token)
     inv_total = tl.load(inv_total_ptr + m, mask=is_token, other=0.0)
     tl.store(push_ptr + m, g * inv_total, mask=is_token)
