@@ -34,7 +34,7 @@ lint: venv
 	@$(call install,dev,test)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pyright
+	$(PY) -m pyright --pythonpath $(PY)
 
 venv:
 	@if $(PY) -m pip --version >/dev/null 2>&1; then exit 0; fi; \
