@@ -14,7 +14,7 @@ ARGS ?=
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 # What was installed, by content and place: a moved folder or a new pin installs again.
-KEY := $(shell { pwd; cat setup.py constraints.txt pyproject.toml; } | cksum | cut -d' ' -f1)
+KEY := $(shell { pwd; cat setup.py constraints.txt; } | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint venv clean
