@@ -54,10 +54,10 @@ def forward(hidden, weight, bias, rows, labels, logits: Logits, plan: Plan, *, n
         others.mul_(shrink).add_(E.sum(dim=1))
         if slope is not None:
             E.mul_(slope)
-        if needs_acc and k == 0:
-            torch.mm(E, weight_k, out=acc)
-        elif needs_acc:
-            acc.mul_(shrink[:, None]).addmm_(E, weight_k)
+        if needs_acc:
+            if k:
+                acc.mul_(shrink[:, None])
+            torch.addmm(acc, E, weight_k, beta=min(k, 1), out=acc)  # beta 0 does not read acc
         if keep:
             exps.append(E)
             refs.append(ref)
@@ -120,7 +120,8 @@ def backward(
         elif needs_weight:
             grad_weight[start:stop] = torch.mm(E.T, scaled, out=scratch[: stop - start])
         if needs_bias:
-            grad_bias[start:stop] = torch.mv(E.T, coef).neg_()
+            # A sum, not a matrix-vector product: BLAS adds the tokens one by one, sum() pairwise.
+            grad_bias[start:stop] = (E * coef[:, None]).sum(dim=0).neg_()
     return grad_hidden, grad_weight, grad_bias
 
 

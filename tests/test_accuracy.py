@@ -1,0 +1,144 @@
+"""Values and gradients against float64 on the same inputs: every dtype, odd shapes, peaked softmaxes."""
+
+import pytest
+import torch
+from bounds import fp32_bound, relative_error, rounded_once
+from cases import IGNORE, Case, make_case
+
+from asft_kernels import fused_asft_loss, fused_linear_logps, reference
+
+LOW = [torch.bfloat16, torch.float16]
+# The torch backend rounds a low-precision gradient once; its fp32 interior adds 1e-6, and 1.1 covers the draw.
+TORCH_FACTOR = 1.1
+
+
+def plain_logps(case: Case, *, scale=1.0, softcap=None) -> torch.Tensor:
+    """(rows, T) log-softmax of the full logits in the case's dtype, 0 where masked."""
+    logits = scale * torch.nn.functional.linear(case.hidden, case.weight, case.bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    target = torch.nn.functional.pad(case.labels[:, 1:], (0, 1), value=IGNORE)
+    own = logits.log_softmax(-1).gather(-1, target.clamp(min=0)[..., None])[..., 0]
+    return torch.where(target == IGNORE, 0, own)
+
+
+def plain_loss(case: Case, **transform) -> torch.Tensor:
+    """ASFT at beta = 1 in closed form: -2 avg_w - log(1 - p_l)."""
+    logps = plain_logps(case, **transform)
+    avg = logps.sum(1) / (case.labels[:, 1:] != IGNORE).sum(1)
+    chosen, rejected = avg.chunk(2)
+    return (-2 * chosen - torch.log(-torch.expm1(rejected))).mean()
+
+
+def max_logit(case: Case) -> float:
+    return (case.hidden.double() @ case.weight.double().T).abs().max().item()
+
+
+SHAPES = [
+    dict(rows=8, T=64, D=123, V=507),
+    dict(rows=2, T=126, D=507, V=1001),
+    dict(rows=2, T=2, D=1, V=2, valid=1.0),
+    dict(rows=64, T=33, D=64, V=2048, valid=0.97),
+]
+
+
+@pytest.mark.parametrize("peaked", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fp32(shape, peaked):
+    case = make_case(**shape, bias=True, peaked=peaked, spread=3.0 if peaked else 1.0)
+    exact, plain = case.to(torch.float64), case.to(torch.float32)
+    fused = fused_asft_loss(case.hidden, case.head, case.labels, chunk_size=min(200, shape["V"]))
+    losses = [fused, plain_loss(plain), plain_loss(exact)]
+    grads = [torch.autograd.grad(x, c.leaves) for x, c in zip(losses, (case, plain, exact), strict=True)]
+    for mine, naive, truth in zip((fused, *grads[0]), (losses[1], *grads[1]), (losses[2], *grads[2]), strict=True):
+        allowed = max(fp32_bound(max_logit(case)), 1.1 * relative_error(naive, truth))
+        assert relative_error(mine, truth) <= allowed
+
+
+@pytest.mark.parametrize("peaked", [False, True])
+def test_fp32_logps(peaked):
+    case = make_case(rows=8, T=64, D=123, V=507, peaked=peaked, spread=3.0)
+    exact = plain_logps(case.to(torch.float64))
+    assert relative_error(fused_linear_logps(case.hidden, case.head, case.labels), exact) <= fp32_bound(max_logit(case))
+
+
+@pytest.mark.parametrize("peaked", [False, True])
+def test_fp32_large_vocabulary(peaked):
+    case = make_case(rows=4, T=129, D=48, V=152_001, valid=0.97, peaked=peaked, spread=3.0)
+    exact = case.to(torch.float64)
+    mine = fused_asft_loss(case.hidden, case.head, case.labels)
+    truth = plain_loss(exact)
+    assert relative_error(mine, truth) <= fp32_bound(max_logit(case))
+    for got, right in zip(torch.autograd.grad(mine, case.leaves), torch.autograd.grad(truth, exact.leaves), strict=True):
+        assert relative_error(got, right) <= fp32_bound(max_logit(case))
+
+
+def test_confident_tokens_keep_their_bits():
+    """A margin of 40 nats: plain fp32 gives logp = 0 and no gradient; 1 - p = exp(-40) is what ASFT needs."""
+    hidden = torch.tensor([[[1.0], [1.0]]])
+    weight = torch.tensor([[40.0], [0.0]], requires_grad=True)
+    logp = fused_linear_logps(hidden, weight, torch.tensor([[0, 0]]))[0, 0]
+    exact = -torch.tensor(-40.0, dtype=torch.float64).exp().log1p()
+    assert relative_error(logp, exact) <= fp32_bound(40)
+    (grad,) = torch.autograd.grad(logp, weight)
+    assert relative_error(grad, torch.tensor([[1.0], [-1.0]]) * exact.exp() * 4.248354255291589e-18) <= fp32_bound(40)
+
+
+@pytest.mark.parametrize("pairs", [1, 4, 32])
+@pytest.mark.parametrize("peaked", [False, True])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_low_precision(dtype, peaked, pairs):
+    """One rounding of the exact gradient, however many pairs and chunks; exact log-probabilities."""
+    case = make_case(rows=2 * pairs, T=20, D=123, V=507, dtype=dtype, peaked=peaked, bias=True)
+    exact = case.to(torch.float64)
+    logps = fused_linear_logps(case.hidden, case.head, case.labels)
+    assert (logps.double() - plain_logps(exact)).abs().max() <= 1e-4
+    for cache_bytes, chunk_size in ((None, None), (0, 50)):
+        mine = fused_asft_loss(case.hidden, case.head, case.labels, cache_bytes=cache_bytes, chunk_size=chunk_size)
+        grads = torch.autograd.grad(mine, case.leaves)
+        truths = torch.autograd.grad(plain_loss(exact), exact.leaves)
+        for got, truth in zip(grads, truths, strict=True):
+            assert got.dtype == dtype
+            assert relative_error(got, truth) <= TORCH_FACTOR * rounded_once(truth, dtype)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 3000, None])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradcheck(bias, softcap, cache_bytes):
+    case = make_case(rows=4, T=6, D=5, V=23, dtype=torch.float64, bias=bias)
+
+    def loss(hidden, weight, *bias):
+        return fused_asft_loss(
+            hidden, (weight, *bias) if bias else weight, case.labels, lam=0.7, beta=0.3, sft_weight=0.5,
+            logit_scale=1.3, softcap=softcap, chunk_size=7, cache_bytes=cache_bytes, reduction="none",
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(loss, tuple(case.leaves))
+
+
+@pytest.mark.parametrize("jump", [35.0, 200.0, 3e4])
+@pytest.mark.parametrize("cache_bytes", [0, None])
+def test_reference_moves_between_chunks(jump, cache_bytes):
+    """Logits far above the label's, in a later chunk and a later one still: nothing overflows, nothing is lost."""
+    case = make_case(rows=4, T=9, D=12, V=60, bias=True)
+    with torch.no_grad():
+        case.bias[[25, 41, 58]] = torch.tensor([jump / 2, jump, jump - 3])
+    exact = case.to(torch.float64)
+    bound = fp32_bound(jump + 10)
+    mine = fused_linear_logps(case.hidden, case.head, case.labels, chunk_size=10, cache_bytes=cache_bytes)
+    truth = plain_logps(exact)
+    assert relative_error(mine, truth) <= bound
+    weights = torch.randn_like(mine)
+    grads = torch.autograd.grad((mine * weights).sum(), case.leaves)
+    truths = torch.autograd.grad((truth * weights.double()).sum(), exact.leaves)
+    for got, right in zip(grads, truths, strict=True):
+        assert relative_error(got, right) <= bound
+
+
+def test_reference_agrees_with_the_closed_form():
+    """The oracle itself, against the loss written another way."""
+    case = make_case(dtype=torch.float64)
+    torch.testing.assert_close(
+        reference.fused_asft_loss(case.hidden, case.head, case.labels), plain_loss(case), rtol=1e-13, atol=0
+    )

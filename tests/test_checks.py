@@ -1,0 +1,224 @@
+"""What the user got wrong: a ValueError with the argument, what it was and what it must be."""
+
+import re
+
+import pytest
+import torch
+from cases import make_case
+from torch import nn
+
+from asft_kernels import fused_asft_loss, fused_linear_logps, fused_preference_loss
+from asft_kernels.objectives import ASFT
+
+
+def call(message, *, hidden=None, head=None, labels=None, fn=fused_asft_loss, **keywords):
+    case = make_case()
+    hidden = case.hidden if hidden is None else hidden
+    head = case.weight if head is None else head
+    labels = case.labels if labels is None else labels
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fn(hidden, head, labels, **keywords)
+
+
+def test_odd_number_of_rows():
+    call("hidden: got 3 rows (sequences), need an even number: B chosen rows", hidden=torch.randn(3, 5, 24), labels=torch.ones(3, 5).long())
+    call("got 3 rows", hidden=torch.randn(6, 24), labels=torch.ones(6).long(), cu_seqlens=torch.tensor([0, 2, 4, 6]))
+
+
+@pytest.mark.parametrize("bad", [97, 10**6, -1, -99])
+def test_label_out_of_range(bad):
+    labels = make_case().labels.clone()
+    labels[1, 3] = bad
+    call("need 0 to 96 (the rows of lm_head) or ignore_index", labels=labels)
+
+
+def test_label_range_is_named():
+    labels = make_case().labels.clone()
+    labels[1, 3] = 500
+    call("labels: got values from 0 to 500", labels=labels)
+
+
+def test_other_ignore_index_makes_minus_100_an_error():
+    call("labels: got values from -100", ignore_index=0)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"reduction": "avg"}, "reduction: got 'avg', need one of 'mean', 'sum', 'none'"),
+        ({"backend": "cuda"}, "backend: got 'cuda', need one of 'torch', 'triton' or None"),
+        ({"logit_scale": 0.0}, "logit_scale: got 0.0, need a finite number other than 0"),
+        ({"softcap": 0.0}, "softcap: got 0.0, need a finite number > 0"),
+        ({"softcap": -3}, "softcap: got -3, need a finite number > 0"),
+        ({"cache_bytes": -1}, "cache_bytes: got -1, need an integer >= 0"),
+        ({"cache_bytes": 1e9}, "cache_bytes: got 1000000000.0, need an integer >= 0"),
+        ({"chunk_size": 0}, "chunk_size: got 0, need an integer >= 1"),
+        ({"num_valid": True}, "num_valid: got True, need an integer >= 0"),
+        ({"ignore_index": None}, "ignore_index: got None, need an integer"),
+        ({"lam": -0.5}, "asft: lam: got -0.5, need a finite number >= 0"),
+        ({"beta": 0.0}, "asft: beta: got 0.0, need a finite number > 0"),
+    ],
+)
+def test_options(keywords, message):
+    call(message, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "message"),
+    [
+        (torch.ones(4, 13, 24, dtype=torch.int64), "hidden: got dtype torch.int64, need one of torch.float32"),
+        (torch.randn(4, 13, 25), "hidden: got size 25 in its last dimension, need 24"),
+        (torch.randn(4, 13, 2, 24), "hidden: got shape (4, 13, 2, 24), need (2B, T, D), or packed"),
+        (torch.randn(52, 24), "labels: got shape (4, 13), need (52,)"),
+        ([[1.0]], "hidden: got list, need a tensor"),
+        (torch.randn(4, 13, 24).bfloat16(), "lm_head weight: got torch.float32, need torch.bfloat16, the dtype of hidden"),
+        (torch.randn(4, 13, 24, device="meta"), "lm_head weight: got a tensor on cpu, need meta, where hidden is"),
+    ],
+)
+def test_hidden(hidden, message):
+    call(message, hidden=hidden)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.ones(4, 12).long(), "labels: got shape (4, 12), need (4, 13)"),
+        (torch.ones(4, 13), "labels: got dtype torch.float32, need an integer one"),
+        (torch.ones(4, 13).bool(), "labels: got dtype torch.bool, need an integer one"),
+        ([1, 2], "labels: got list, need an integer tensor of shape (4, 13)"),
+        (torch.ones(4, 13, device="meta").long(), "labels: got a tensor on meta, need cpu"),
+    ],
+)
+def test_labels(labels, message):
+    call(message, labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("borders", "message"),
+    [
+        (None, "cu_seqlens: got None with packed hidden (M, D)"),
+        (torch.tensor([0, 3, 5]), "cu_seqlens: got borders in order up to 5, need 0 first, never decreasing, and 6"),
+        (torch.tensor([0, 3, 9]), "cu_seqlens: got borders in order up to 9"),
+        (torch.tensor([1, 3, 6]), "cu_seqlens: got borders out of order or not from 0 up to 6"),
+        (torch.tensor([0, 4, 3, 5, 6]), "cu_seqlens: got borders out of order"),
+        (torch.tensor([0.0, 3, 6]), "cu_seqlens: got (3,) torch.float32, need a tensor (2B+1,) of int32 or int64"),
+        ([0, 3, 6], "cu_seqlens: got list, need a tensor (2B+1,)"),
+    ],
+)
+def test_borders(borders, message):
+    call(message, hidden=torch.randn(6, 24), labels=torch.ones(6).long(), cu_seqlens=borders)
+
+
+def test_borders_with_padded_hidden():
+    call("cu_seqlens: got borders with padded hidden (4, 13, 24)", cu_seqlens=torch.tensor([0, 13, 52]))
+
+
+class Wrapped(nn.Linear):
+    """Like a quantised or adapted head: a Linear that computes something else."""
+
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class HasWeight(nn.Module):
+    weight = nn.Parameter(torch.ones(97, 24))
+
+
+def partitioned():
+    weight = nn.Parameter(torch.empty(0))
+    weight.ds_id = 3
+    return weight
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (Wrapped(24, 97), "Wrapped, need an nn.Linear, a (V, D) tensor or a (weight, bias) pair: its .weight alone"),
+        (HasWeight(), "HasWeight, need an nn.Linear"),
+        (nn.Embedding(97, 24), "Embedding, need an nn.Linear"),
+        ("lm_head", "lm_head: got str, need an nn.Linear"),
+        (torch.randn(97), "lm_head: got a weight of shape (97,), need (V, D)"),
+        (torch.randn(0), "lm_head: got a weight of shape (0,), need (V, D)"),
+        (nn.Linear(24, 97, device="meta"), "lm_head weight: got a tensor on the meta device"),
+        (torch.ones(97, 24).long(), "lm_head weight: got dtype torch.int64"),
+        ((torch.randn(97, 24), torch.randn(96)), "lm_head: got a bias of shape (96,), need (97,)"),
+        ((torch.randn(97, 24), torch.randn(97).half()), "lm_head bias: got torch.float16, need torch.float32"),
+        ((torch.randn(97, 24), 0.5), "lm_head bias: got float, need a tensor"),
+        (partitioned(), "lm_head weight: got a DeepSpeed ZeRO parameter, need it whole"),
+    ],
+)
+def test_heads(head, message):
+    call(message, head=head)
+
+
+def test_subclass_of_linear_that_computes_the_same_is_fine():
+    class Named(nn.Linear):
+        pass
+
+    case = make_case()
+    assert fused_asft_loss(case.hidden, Named(24, 97), case.labels).isfinite()
+
+
+def test_distributed_and_lora_heads_are_refused(tmp_path):
+    """A DTensor and a LoRA-wrapped Linear have a .weight too; each is refused with the way out."""
+    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "s"), 1), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = DTensor.from_local(torch.randn(97, 24), mesh, [Replicate()])
+        call("lm_head weight: got a DTensor, need a plain tensor; call .full_tensor()", head=sharded)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_peft_head_is_refused():
+    peft = pytest.importorskip("peft", reason="needs peft, of the train extra")
+    base = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 97))
+    wrapped = peft.get_peft_model(base, peft.LoraConfig(target_modules=["1"]))
+    call("would silently drop what the wrapper adds", head=wrapped.base_model.model[1])
+
+
+def test_triton_on_cpu_tensors(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("ASFT_KERNELS_EMULATOR", raising=False)
+    call("backend: got 'triton' with tensors on cpu, need CUDA or ROCm tensors; move them, use backend='torch'", backend="triton")
+
+
+def test_triton_with_float64(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    case = make_case(dtype=torch.float64)
+    call("backend: got 'triton' with float64 tensors", hidden=case.hidden, head=case.head, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"objective": "dpo2"}, "objective: got 'dpo2', need one of 'asft', 'sft'"),
+        ({"objective": 3}, "objective: got int, need a name or an object"),
+        ({"objective": "asft", "ref_logps": torch.zeros(4)}, "ref_logps: got a tensor, need None: ASFT has no reference"),
+        ({"objective": "asft", "token_weights": torch.ones(4, 12)}, "token_weights: got (4, 12) torch.float32, need a floating tensor of shape (4, 13)"),
+        ({"objective": "asft", "token_weights": 2.0}, "token_weights: got float"),
+        ({"objective": "asft", "nll_labels": torch.ones(4, 13).long()}, "nll_labels: got (4, 13) torch.int64, need integers of shape (2, 13)"),
+        ({"objective": "sft", "nll_labels": torch.ones(2, 13).long()}, "nll_labels: got labels, need None: SFT has no separate"),
+    ],
+)
+def test_preference_loss(keywords, message):
+    case = make_case()
+    objective = keywords.pop("objective")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fused_preference_loss(case.hidden, case.head, case.labels, objective, **keywords)
+
+
+def test_logps_take_any_number_of_rows():
+    case = make_case(rows=3)
+    assert fused_linear_logps(case.hidden, case.head, case.labels).shape == (3, 13)
+
+
+def test_nothing_is_lost_by_an_error():
+    case = make_case()
+    before = [x.clone() for x in case.leaves]
+    with pytest.raises(ValueError, match="reduction"):
+        fused_asft_loss(case.hidden, case.head, case.labels, reduction="avg")
+    assert all(torch.equal(a, b) for a, b in zip(before, case.leaves, strict=True))
+    assert ASFT() == ASFT(1.0, 1.0, 1.0)

@@ -1,0 +1,168 @@
+"""What a call costs: matrix products, memory, reads of the device, and that it repeats to the bit."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import IGNORE, make_case
+from torch.profiler import ProfilerActivity, profile
+
+import asft_kernels
+from asft_kernels import fused_asft_loss, fused_linear_logps
+
+
+def gemms(call, n_valid: int, V: int, D: int) -> float:
+    """Multiply-adds of every mm and addmm that ran, in units of one N x V x D product."""
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as prof:
+        call()
+    products = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::matmul"}
+    return sum(e.flops for e in prof.events() if e.name in products) / (2 * n_valid * V * D)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("hidden_grad", "weight_grad", "cache_bytes", "expected"),
+    [
+        (True, False, None, 2),  # frozen head
+        (True, True, None, 3),  # trainable, everything cached
+        (True, True, 0, 4),  # trainable, nothing cached
+        (False, True, None, 2),  # frozen body
+        (False, True, 0, 3),
+        (False, False, None, 1),  # no gradient asked for
+    ],
+)
+def test_gemm_count(hidden_grad, weight_grad, cache_bytes, expected, dtype):
+    case = make_case(rows=8, T=33, D=64, V=1024, valid=0.3, dtype=dtype)
+    n = int((case.labels[:, 1:] != IGNORE).sum())
+    case.hidden.requires_grad_(hidden_grad)
+    case.weight.requires_grad_(weight_grad)
+
+    def call():
+        loss = fused_asft_loss(case.hidden, case.head, case.labels, chunk_size=100, cache_bytes=cache_bytes)
+        if loss.requires_grad:
+            loss.backward()
+
+    assert gemms(call, n, 1024, 64) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_one_gemm_without_grad_mode(mode):
+    """Leaves that ask for gradients are not enough: evaluation must not pay for a backward."""
+    case = make_case(rows=4, T=17, D=16, V=256)
+    n = int((case.labels[:, 1:] != IGNORE).sum())
+    with mode():
+        assert gemms(lambda: fused_asft_loss(case.hidden, case.head, case.labels), n, 256, 16) == pytest.approx(1, rel=1e-9)
+
+
+def test_partial_cache_recomputes_the_rest():
+    case = make_case(rows=4, T=17, D=16, V=400)
+    n = int((case.labels[:, 1:] != IGNORE).sum())
+    half = 4 * n * 200  # bytes of the exponentials of 2 chunks of 100, out of 4
+
+    def call():
+        fused_asft_loss(case.hidden, case.head, case.labels, chunk_size=100, cache_bytes=half).backward()
+
+    assert gemms(call, n, 400, 16) == pytest.approx(3.5, rel=1e-9)
+
+
+def test_repeats_to_the_bit():
+    case = make_case(rows=6, T=40, D=32, V=500, bias=True)
+
+    def once():
+        loss = fused_asft_loss(case.hidden, case.head, case.labels, chunk_size=128)
+        return [loss, *torch.autograd.grad(loss, case.leaves)]
+
+    first, second = once(), once()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class Reads(Exception):
+    pass
+
+
+@pytest.fixture
+def host_reads(monkeypatch):
+    """Counts every way in which a tensor's value reaches Python."""
+    seen = []
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *args, _name=name, _original=original, **kwargs):
+            seen.append(_name)
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    return seen
+
+
+def test_one_host_read(host_reads):
+    """Forward, outputs and backward: the valid count with the label range, once."""
+    case = make_case()
+    loss, _ = fused_asft_loss(case.hidden, case.head, case.labels, return_outputs=True)
+    loss.backward(torch.tensor(0.37))
+    assert host_reads == ["tolist"]
+
+
+def test_no_host_read_when_the_count_is_given(host_reads):
+    case = make_case()
+    loss, _ = fused_asft_loss(case.hidden, case.head, case.labels, num_valid=30, return_outputs=True)
+    loss.backward()
+    assert host_reads == []
+
+
+def test_host_read_counter_can_fail(host_reads):
+    bool(torch.tensor(1) > 0)
+    assert host_reads == ["__bool__"]
+
+
+MEASURE = """
+import json, resource, sys, threading, time, torch
+from asft_kernels import fused_asft_loss
+
+N, M, D, V, weight_grad, cache, backward = json.loads(sys.argv[1])
+def inputs(N, M, D, V):
+    hidden = torch.randn(4, M // 4, D, requires_grad=True)
+    weight = torch.randn(V, D, requires_grad=weight_grad)
+    labels = torch.full((M,), -100)
+    labels[:: M // N] = torch.randint(V, (N,))
+    return hidden, weight, labels.view(4, -1)
+def run(hidden, weight, labels):
+    loss = fused_asft_loss(hidden, weight, labels, shift=False, cache_bytes=cache)
+    if backward:
+        loss.backward()
+run(*inputs(8, 16, 8, 64))  # imports and first-call work are not the call's memory
+def rss():
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * resource.getpagesize()
+args = inputs(N, M, D, V)
+base, peak, going = rss(), [0], [True]
+def watch():
+    while going[0]:
+        peak[0] = max(peak[0], rss())
+        time.sleep(0.0005)
+thread = threading.Thread(target=watch); thread.start()
+run(*args); going[0] = False; thread.join()
+print(json.dumps(peak[0] - base))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm")
+@pytest.mark.parametrize(("weight_grad", "cache"), [(False, 0), (True, 0), (True, 2**30)])
+def test_peak_memory_is_the_documented_formula(weight_grad, cache):
+    """README: gradients + 16 N D bytes + two chunks of 8 MiB + cached exponentials, measured in a fresh process."""
+    N, M, D, V = 512, 1024, 1024, 16000
+    MiB = 2**20
+    gradients = 4 * M * D + (4 * V * D if weight_grad else 0)
+    cached = 4 * N * V if weight_grad and cache else 0
+    formula = gradients + 16 * N * D + 2 * 8 * MiB + cached
+    out = subprocess.run(
+        [sys.executable, "-c", MEASURE, json.dumps([N, M, D, V, weight_grad, cache, True])],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    extra = json.loads(out.stdout)
+    full_logits = 4 * N * V
+    assert gradients + cached < extra < formula + 8 * MiB  # 8 MiB: what allocator and libraries keep aside
+    if not cached:
+        assert extra - gradients < full_logits + 4 * N * D
