@@ -103,25 +103,26 @@ class PreferenceModel(nn.Module):
         labels: Tensor,  # (2B, T), -100 at prompts and padding
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """{"loss": ..., and every field of the loss's outputs, detached}.
+        """{"loss": ..., "pair_losses" (B,), and every field of the loss's outputs, the last two detached}.
 
         num_items_in_batch: None: the loss is the mean over the pairs of this batch that count. A
         number: their sum divided by it, so that micro-batches and ranks whose number is the total
         of all add up to the mean over all, whatever their sizes.
         """
-        loss, out = fused_asft_loss(
+        losses, out = fused_asft_loss(
             self.hidden_states(input_ids, attention_mask),
             self.lm_head,
             labels,
             logit_scale=self.logit_scale,
             softcap=self.softcap,
-            reduction="mean" if num_items_in_batch is None else "sum",
+            reduction="none",
             return_outputs=True,
             **self.loss_options,
         )
-        if num_items_in_batch is not None:
-            loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
-        return {"loss": loss, **{f.name: getattr(out, f.name) for f in dataclasses.fields(out)}}
+        total = out.num_pairs if num_items_in_batch is None else num_items_in_batch
+        loss = losses.sum() / torch.as_tensor(total, device=losses.device).clamp(min=1)
+        figures = {field.name: getattr(out, field.name) for field in dataclasses.fields(out)}
+        return {"loss": loss, "pair_losses": losses.detach(), **figures}
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         enable = getattr(self.model, "activation_checkpointing_enable", None)
@@ -163,7 +164,7 @@ def verify_head(model: PreferenceModel, batch: Mapping[str, Tensor]) -> float:
     own = logits[:, :-1].double().log_softmax(-1).gather(-1, targets).squeeze(-1)
     valid = labels[:, 1:] >= 0
     difference = (own - fused[:, :-1].double()).abs()[valid]
-    allowed = _rounding(logits, hidden, model)
+    allowed = _rounding(logits, hidden, fused, model)
     worst = difference.max().item() if len(difference) else 0.0
     if not worst <= allowed:  # written so that NaN fails too
         raise UnsupportedHead(
@@ -176,23 +177,24 @@ def verify_head(model: PreferenceModel, batch: Mapping[str, Tensor]) -> float:
     return worst
 
 
-def _rounding(logits: Tensor, hidden: Tensor, model: PreferenceModel) -> float:
+def _rounding(logits: Tensor, hidden: Tensor, logps: Tensor, model: PreferenceModel) -> float:
     """How far two correct computations of the same log-probability may lie apart.
 
     logp = z_y - logsumexp(z) moves by at most 2 max|dz|. The model rounds z into its dtype once, and
     twice or three times more where it scales and caps: u max|z| each, u = eps / 2. The product's own
     rounding is that of sqrt(D) accumulated fp32 terms (TF32 inputs where the user allows it), of size
-    |h| |w|, in either path; the scale magnifies it.
+    |h| |w|, in either path; the scale magnifies it. The fused path sums V exponentials in fp32, a
+    relative error of up to sqrt(V) roundings, and rounds its fp32 result.
     """
     weight = model.lm_head.weight
     steps = 1 if model.logit_scale == 1.0 and model.softcap is None else 4
-    unit = torch.finfo(logits.dtype).eps / 2
+    fp32_unit = torch.finfo(torch.float32).eps / 2
     tf32 = logits.is_cuda and torch.backends.cuda.matmul.allow_tf32
-    product_unit = 2.0**-11 if tf32 else torch.finfo(torch.float32).eps / 2
+    product_unit = 2.0**-11 if tf32 else fp32_unit
     norms = [
         torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).max() for x in (hidden, weight)
     ]
-    product = (
-        2 * product_unit * hidden.shape[-1] ** 0.5 * abs(model.logit_scale) * norms[0] * norms[1]
-    )
-    return 2 * (steps * unit * logits.abs().max() + product).item()
+    width = hidden.shape[-1] ** 0.5 * abs(model.logit_scale) * norms[0] * norms[1]
+    logit = torch.finfo(logits.dtype).eps / 2 * steps * logits.abs().max() + 2 * product_unit * width
+    summed = fp32_unit * (len(weight) ** 0.5 + 2 * logps.abs().max())
+    return (2 * logit + summed).item()

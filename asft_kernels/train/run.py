@@ -18,7 +18,7 @@ from asft_kernels.integrations.hf_model import PreferenceModel, verify_head
 from asft_kernels.train.arguments import ArgumentProblem, JobArguments, RunArguments
 from asft_kernels.train.metrics import Evaluation, MetricsFile, change, change_table
 from asft_kernels.train.plot import plot_curves
-from asft_kernels.train.trainer import PreferenceTrainer, StopWhenAsked
+from asft_kernels.train.trainer import BEFORE, PreferenceTrainer, StopWhenAsked
 
 # A resumed run that changed one of these would go on as another experiment, without a word.
 SAME_ON_RESUME = (
@@ -90,13 +90,16 @@ def run(job: JobArguments, args: RunArguments, say: Any = print) -> Result:
     worst = verify_head(model, {name: tensor.to(args.device) for name, tensor in batch.items()})
     say(f"output head checked: fused and own log-probabilities differ by at most {worst:.1e}")
 
+    # Not evaluate() before train(): accelerate then takes the model for prepared, and leaves out DDP.
+    args.eval_on_start = evaluation is not None and checkpoint is None
     with stop.listening(say):
-        before = _before(trainer, folder / "eval_before.json", checkpoint, evaluation)
         if checkpoint and complete:  # ended after its last checkpoint: only the end is left to do
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        stored = folder / BEFORE
+        before = Evaluation.load(stored) if checkpoint and stored.is_file() else trainer.before
         changes: dict[str, dict[str, float]] = {}
         if stop.stopped:
             say(
@@ -104,8 +107,9 @@ def run(job: JobArguments, args: RunArguments, say: Any = print) -> Result:
             )
         else:
             trainer.save_model()
-            if before is not None:
+            if evaluation is not None:
                 trainer.evaluate()
+            if before is not None and trainer.evaluation is not None:
                 changes = change(before, trainer.evaluation)
     plot = folder / "curves.png"
     if first:
@@ -221,27 +225,9 @@ def _data(job: JobArguments, tokenizer: Any, model: Any) -> tuple[Any, Any, str]
     return train, evaluation, text
 
 
-def _before(
-    trainer: PreferenceTrainer, path: Path, checkpoint: Path | None, evaluation: Any
-) -> Evaluation | None:
-    """The model's evaluation before the first step; a resumed run takes the stored one."""
-    if evaluation is None:
-        return None
-    if checkpoint and path.is_file():
-        table = np.asarray(json.loads(path.read_text()), dtype=float)
-        if len(table) == len(evaluation):
-            return Evaluation(table)
-    trainer.evaluate()
-    if trainer.args.process_index == 0:
-        _write(path, trainer.evaluation.table.tolist())
-    return trainer.evaluation
-
-
 def _write(path: Path, content: Any) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(
-        json.dumps(content, indent=None if isinstance(content, list) else 2, default=str) + "\n"
-    )
+    partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
     partial.replace(path)
 
 

@@ -16,6 +16,7 @@ from asft_kernels.integrations.hf_model import PreferenceModel, causal_lm
 from asft_kernels.train.arguments import ArgumentProblem, RunArguments
 from asft_kernels.train.metrics import COLUMNS, Evaluation, MetricsFile, Window, counting_pairs
 
+BEFORE = "eval_before.json"  # in the output folder: a resumed run compares with it
 SHOWN_IN_BAR = ("loss", "margin", "accuracy", "tokens_per_second")
 
 
@@ -45,7 +46,8 @@ class PreferenceTrainer(Trainer):
         self.metrics_file = metrics
         self.window = Window()
         self.window_start, self.paused = None, 0.0
-        self.evaluation: Evaluation | None = None
+        self.before: Evaluation | None = None  # of the model as it came
+        self.evaluation: Evaluation | None = None  # the last one
         pad = next(
             (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
         )
@@ -72,6 +74,12 @@ class PreferenceTrainer(Trainer):
         return pairs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        wrapped = self.is_fsdp_enabled or self.is_deepspeed_enabled or model is not self.model
+        if self.args.world_size > 1 and not wrapped:
+            raise RuntimeError(
+                "bug: several ranks, and the model is not wrapped for them: each would train on its "
+                "own gradients (so it goes when Trainer.evaluate() runs before Trainer.train())"
+            )
         if self.window_start is None:
             self.window_start, self.paused = time.perf_counter(), 0.0
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -101,7 +109,7 @@ class PreferenceTrainer(Trainer):
             chosen_avg_logp=out["chosen_avg_logps"],
             rejected_avg_logp=out["rejected_avg_logps"],
             margin=out["margins"],
-            align=out["align_loss"].expand(len(counts)),
+            loss=out["pair_losses"],
             counts=counts,
         )
         table = torch.stack([columns[name].double() for name in COLUMNS], dim=1)
@@ -109,6 +117,10 @@ class PreferenceTrainer(Trainer):
 
     def _evaluation_figures(self, prediction: EvalPrediction) -> dict[str, float]:
         self.evaluation = Evaluation(np.asarray(prediction.predictions))
+        if self.state.global_step == 0:
+            self.before = self.evaluation
+            if self.args.should_save:
+                self.before.save(Path(self.args.output_dir) / BEFORE)
         options = self.accelerator.unwrap_model(self.model).loss_options
         return self.evaluation.figures(options["lam"], options["sft_weight"])
 

@@ -1,0 +1,316 @@
+"""`asft-train` from argument list to files: metrics, curves, checkpoints, resume, Ctrl-C, errors."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs the train extra: transformers")
+pytest.importorskip("datasets", reason="needs the train extra: datasets")
+pytest.importorskip("accelerate", reason="needs the train extra: accelerate")
+pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
+
+from asft_kernels import train as train_package
+from asft_kernels.data import load_pairs
+from asft_kernels.integrations.hf_model import PreferenceModel
+from asft_kernels.train import main
+from asft_kernels.train.arguments import RunArguments
+from asft_kernels.train.metrics import Evaluation, MetricsFile, change
+from asft_kernels.train.trainer import PreferenceTrainer
+from tiny_lm import pairs, saved_tiny_model, tiny_model, tiny_tokenizer, write_lines
+
+TIMES = {"tokens_per_second", "runtime", "samples_per_second", "steps_per_second",
+         "model_preparation_time"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """Arguments of a run with dropout, so that a resumed run must restore the generators too."""
+    folder = tmp_path_factory.mktemp("job")
+    model = saved_tiny_model(folder / "model", attention_dropout=0.1)
+    data = write_lines(folder / "pairs.jsonl", [*pairs(30), "{"])
+    return [
+        *("--model", str(model), "--data", str(data), "--eval-every-nth", "8"),
+        *("--max-length", "64", "--max-prompt-length", "32", "--learning-rate", "1e-2"),
+        *("--max-steps", "8", "--per-device-train-batch-size", "2", "--disable-tqdm", "true"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole_run(job, tmp_path_factory):
+    """One uninterrupted run; its folder and what it said."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    assert main([*job, "--output-dir", str(folder)]) == 0
+    return folder
+
+
+def rows(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [
+        {name: value for name, value in json.loads(line).items() if name not in TIMES}
+        for line in lines
+    ]
+
+
+def test_run_writes_metrics_curves_model_and_summary(whole_run):
+    train = [row for row in rows(whole_run) if row["kind"] == "train"]
+    evaluations = [row for row in rows(whole_run) if row["kind"] == "eval"]
+    assert [row["step"] for row in train] == list(range(1, 9))
+    assert [row["step"] for row in evaluations] == [0, 8]
+    figures = {"loss", "sft", "align", "chosen_avg_logp", "rejected_avg_logp", "margin", "accuracy"}
+    assert figures | {"loss_token_share", "learning_rate", "grad_norm", "pairs"} <= set(train[0])
+    assert figures | {"avg_logp_margin", "pairs"} <= set(evaluations[0])
+    assert '"tokens_per_second"' in (whole_run / "metrics.jsonl").read_text()
+    assert all(0 < row["loss_token_share"] < 1 for row in train)
+    for row in [*train, *evaluations]:
+        assert row["loss"] == pytest.approx(row["sft"] + row["align"], rel=1e-5)
+        assert row["sft"] == pytest.approx(-row["chosen_avg_logp"], rel=1e-5)
+    assert (whole_run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(whole_run.glob("*.partial"))
+
+    summary = json.loads((whole_run / "summary.json").read_text())
+    assert summary["pairs"] == 3  # lines 7, 15, 23
+    margin = summary["changes"]["margin"]
+    assert margin["before"] == pytest.approx(evaluations[0]["margin"])
+    assert margin["after"] == pytest.approx(evaluations[1]["margin"])
+    assert margin["standard_error"] > 0
+    assert summary["changes"]["chosen_avg_logp"]["change"] > 0
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trained = AutoModelForCausalLM.from_pretrained(whole_run)
+    start = tiny_model(attention_dropout=0.1)
+    assert not torch.equal(trained.lm_head.weight, start.lm_head.weight)
+    assert AutoTokenizer.from_pretrained(whole_run).eos_token == "<eos>"
+    settings = json.loads((whole_run / "run.json").read_text())
+    assert settings["settings"]["lam"] == 1.0
+    assert {"torch", "transformers", "python"} <= set(settings["versions"])
+
+
+def test_summary_of_rows_is_said_once(job, tmp_path, capsys):
+    assert main([*job, "--max-steps", "1", "--output-dir", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("31 rows, 30 kept, 1 left out") == 1
+    assert "left out, unreadable JSON: 1 (line 31)" in said
+    assert "27 pairs for training, 3 for evaluation" in said
+    assert "paired s.e." in said
+    assert str(tmp_path / "out" / "curves.png") in said
+
+
+def test_ctrl_c_saves_and_resume_goes_on_identically(job, whole_run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "out"
+    write = MetricsFile.write
+
+    def write_and_interrupt(self, row):
+        write(self, row)
+        if row["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(MetricsFile, "write", write_and_interrupt)
+    assert main([*job, "--output-dir", str(folder)]) == 130
+    said = capsys.readouterr().out
+    assert "stopped after step 4; go on with: " in said
+    assert said.rstrip().count("--resume") == 1
+    assert (folder / "checkpoint-4").is_dir()
+    assert (folder / "curves.png").is_file()
+    monkeypatch.undo()
+    with (folder / "metrics.jsonl").open("a") as file:  # as if it had gone on, and been killed
+        file.write('{"kind": "train", "step": 5, "loss": 0}\n{"kind": "tr')
+    (folder / "checkpoint-5").mkdir()  # a save that was killed: no trainer_state.json
+
+    assert main([*job, "--output-dir", str(folder), "--resume"]) == 0
+    assert rows(folder) == rows(whole_run)
+    ours, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, whole_run))
+    assert ours == theirs
+
+
+def test_resume_of_a_finished_run_does_the_rest_only(job, whole_run, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(whole_run, folder)
+    (folder / "summary.json").unlink()
+    assert main([*job, "--output-dir", str(folder), "--resume"]) == 0
+    assert rows(folder)[:-1] == rows(whole_run)[:-1]
+    assert rows(folder)[-1]["margin"] == pytest.approx(rows(whole_run)[-1]["margin"], rel=1e-6)
+
+
+def test_resume_refuses_what_would_be_another_experiment(job, whole_run, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(whole_run, folder)
+    assert main([*job, "--output-dir", str(folder), "--resume", "--lam", "2"]) == 2
+    assert "--resume: --lam was 1.0 and is 2.0 now, need the same" in capsys.readouterr().err
+    assert main([*job, "--output-dir", str(folder)]) == 2
+    assert "holds a run already; add --resume" in capsys.readouterr().err
+    assert main([*job, "--output-dir", str(tmp_path / "fresh"), "--resume"]) == 2
+    assert "no complete checkpoint in" in capsys.readouterr().err
+    assert main([*job, "--output-dir", str(folder), "--resume", str(tmp_path)]) == 2
+    assert "is no complete checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--lam", "-1"], "--lam: got -1.0, need a number >= 0"),
+        (["--beta", "0"], "--beta: got 0.0, need a number > 0"),
+        (["--beta", "nan"], "--beta: got nan, need a number > 0"),
+        (["--sft-weight", "inf"], "--sft-weight: got inf, need a number >= 0"),
+        (["--lam", "0", "--sft-weight", "0"], "both are 0, need one above 0"),
+        (["--max-length", "1"], "--max-length, --max-prompt-length: got 1, 32; need at least"),
+        (["--max-length", "999"], "--max-length: got 999, need at most 256, the model's positions"),
+        (["--eval-every-nth", "1"], "--eval-every-nth: got 1, need at least 2"),
+        (["--eval-data", "x.jsonl"], "--eval-data, --eval-every-nth: got both, need one"),
+        (["--backend", "cuda"], "--backend: got 'cuda', need 'torch' or 'triton'"),
+        (["--data", "no.jsonl"], "data: got 'no.jsonl', no such file; need a file of JSON lines"),
+        (
+            ["--strict"],
+            "1 rows cannot be used, and --strict is on; first: line 31: unreadable JSON",
+        ),
+        (["--model", "."], "--model: '.' cannot be loaded as a causal language model"),
+        (["--eval-every-nth", "500"], "leaves 30 pairs for training and 0 for evaluation"),
+    ],
+)
+def test_bad_input_says_what_and_what_to_do(job, tmp_path, capsys, monkeypatch, extra, message):
+    monkeypatch.chdir(tmp_path)
+    assert main([*job, "--output-dir", str(tmp_path / "out"), *extra]) == 2
+    said = capsys.readouterr().err
+    assert "asft-train: " in said
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(train_package.importlib.util, "find_spec", lambda name: None)
+    assert main([]) == 2
+    said = capsys.readouterr().err
+    assert "transformers, datasets, accelerate, matplotlib: not installed" in said
+    assert 'pip install "asft_kernels[train]"' in said
+
+
+def test_importing_the_command_imports_no_trainer():
+    code = (
+        "import sys, asft_kernels.train;"
+        "print([m for m in ('transformers', 'datasets', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )  # fmt: skip
+    assert done.stdout.strip() == "[]"
+
+
+class Gradients(PreferenceTrainer):
+    """Keeps the gradients of the first optimiser step."""
+
+    first = None
+
+    def _clip_grad_norm(self, model):
+        if self.first is None:
+            self.first = [p.grad.clone() for p in model.parameters()]
+        return super()._clip_grad_norm(model)
+
+
+def trained(tmp_path, micro, accumulation, dataset):
+    arguments = RunArguments(
+        output_dir=str(tmp_path / f"{micro}-{accumulation}"),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.start(None)
+    trainer = Gradients(
+        PreferenceModel(tiny_model(), lam=1.0, sft_weight=1.0),
+        arguments,
+        tokenizer=tiny_tokenizer(),
+        metrics=metrics,
+        train_dataset=dataset,
+    )
+    trainer.train()
+    return trainer.first, metrics.rows()[0]
+
+
+@pytest.mark.parametrize(("micro", "accumulation", "count"), [(1, 4, 4), (1, 8, 8), (3, 2, 4)])
+def test_accumulation_gives_the_same_gradients(tmp_path, micro, accumulation, count):
+    """The last case has micro-batches of 3 pairs and 1: a mean of means would weigh the one threefold.
+
+    Relative bound: fp32 sums in another order and shapes, 1e-5 is 80 roundings of the largest entry.
+    """
+    dataset, _ = load_pairs(write_lines(tmp_path / "p.jsonl", pairs(count)), tiny_tokenizer())
+    one, row = trained(tmp_path, count, 1, dataset)
+    many, row_of_many = trained(tmp_path, micro, accumulation, dataset)
+    for first, second in zip(one, many, strict=True):
+        assert (first - second).abs().max() <= 1e-5 * first.abs().max()
+    for name in ("loss", "sft", "margin", "accuracy", "pairs", "grad_norm"):
+        assert row[name] == pytest.approx(row_of_many[name], rel=1e-5)
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path):
+    from asft_kernels.train.arguments import ArgumentProblem
+
+    arguments = RunArguments(output_dir=str(tmp_path), disable_tqdm=True)
+    arguments._n_gpu = 2
+    with pytest.raises(
+        ArgumentProblem, match=r"2 GPUs in one process: .* torchrun --nproc-per-node 2"
+    ):
+        PreferenceTrainer(
+            PreferenceModel(tiny_model()), arguments, tokenizer=tiny_tokenizer(), metrics=None
+        )
+
+
+def test_change_is_paired():
+    """Margins 1, 2, 3 -> 2, 4, 3: change 1, standard error of the differences 1, 2, 0 = 1 / sqrt(3)."""
+    import numpy as np
+
+    def table(margins):
+        return Evaluation(np.array([[-1.0, -2.0, m, 1.0, 1.0] for m in margins] + [[0.0] * 5]))
+
+    result = change(table([1, 2, 3]), table([2, 4, 3]))["margin"]
+    assert result == pytest.approx(
+        {"before": 2, "after": 3, "change": 1, "standard_error": 3**-0.5}
+    )
+
+
+RANKS = """
+import sys
+sys.path[:0] = [{tests!r}, {root!r}]
+from asft_kernels.train import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_two_ranks_train_as_one_process(job, tmp_path):
+    """The same pairs a step (2 ranks of 1, one process of 2), dropout off: the same first losses."""
+    from transformers import AutoModelForCausalLM
+
+    model = saved_tiny_model(tmp_path / "model")
+    common = [*job, "--model", str(model), "--max-steps", "3", "--save-strategy", "no"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main([*common, "--output-dir", str(one)]) == 0
+    script = tmp_path / "ranks.py"
+    tests = Path(__file__).parent
+    script.write_text(RANKS.format(tests=str(tests), root=str(tests.parent)))
+    arguments = [*common, "--per-device-train-batch-size", "1", "--output-dir", str(two)]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29731", "OMP_NUM_THREADS": "1",
+                 "ACCELERATE_USE_CPU": "true"},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    for worker in workers:
+        output = worker.communicate(timeout=180)[0]
+        assert worker.returncode == 0, output
+    for name in ("loss", "sft", "margin", "accuracy", "pairs", "loss_token_share"):
+        first, second = ([row[name] for row in rows(f) if name in row] for f in (one, two))
+        assert first == pytest.approx(second, rel=1e-4, abs=1e-6), name
+    trained = [AutoModelForCausalLM.from_pretrained(f).lm_head.weight for f in (one, two)]
+    torch.testing.assert_close(*trained, rtol=1e-3, atol=1e-4)
