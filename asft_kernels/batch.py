@@ -134,7 +134,9 @@ def _check_on_host(facts: Tensor, vocab: int, positions: int) -> int:
             f"need 0 first, never decreasing, and {positions} (the packed tokens) last"
         )
     if not agree:
-        raise ValueError("nll_labels: got another label than labels at the same position, need equal ones where both are valid")
+        raise ValueError(
+            "nll_labels: got another label than labels at the same position, need equal ones where both are valid"
+        )
     return count
 
 

@@ -1,6 +1,8 @@
-"""Every ValueError about what a caller passed: which argument, what it was, what it must be, what to do."""
+"""Every ValueError about what a caller passed: the argument, what it was, what it must be, what to do."""
 
+from math import inf
 from numbers import Integral, Real
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,15 @@ from torch import Tensor, nn
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 _PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+_HEADS = "an nn.Linear, a (V, D) tensor or a (weight, bias) pair"
+
+
+def _refuse(name: str, got: object, need: str) -> NoReturn:
+    raise ValueError(f"{name}: got {got}, need {need}")
+
+
+def _what(x: object) -> str:
+    return f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def head_tensors(lm_head: nn.Linear | Tensor | tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
@@ -19,128 +30,151 @@ def head_tensors(lm_head: nn.Linear | Tensor | tuple[Tensor, Tensor | None]) -> 
     elif isinstance(lm_head, nn.Linear) and type(lm_head).forward is nn.Linear.forward:
         weight, bias = lm_head.weight, lm_head.bias
     elif hasattr(lm_head, "weight"):
-        raise ValueError(
-            f"lm_head: got {type(lm_head).__module__}.{type(lm_head).__qualname__}, need an nn.Linear, a (V, D) tensor or a "
-            "(weight, bias) pair: its .weight alone would silently drop what the wrapper adds (adapter, quantisation); "
-            "merge the adapter or leave lm_head out of the target modules, dequantise the head, or pass the weight itself"
+        _refuse(
+            "lm_head",
+            f"{type(lm_head).__module__}.{type(lm_head).__qualname__}",
+            f"{_HEADS}: its .weight alone would silently drop what the wrapper adds (adapter, quantisation); "
+            "merge the adapter or leave lm_head out of its target modules, dequantise the head, or pass the weight",
         )
     else:
-        raise ValueError(
-            f"lm_head: got {type(lm_head).__name__}, need an nn.Linear, a (V, D) tensor or a (weight, bias) pair of tensors"
-        )
+        _refuse("lm_head", type(lm_head).__name__, f"{_HEADS} of tensors")
     _plain_tensor("lm_head weight", weight)
     if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(
-            f"lm_head: got a weight of shape {tuple(weight.shape)}, need (V, D) with both at least 1; "
-            "gather a flattened or sharded parameter first"
-        )
+        need = "(V, D) with both at least 1; gather a flattened or sharded parameter first"
+        _refuse("lm_head", f"a weight of shape {tuple(weight.shape)}", need)
     if bias is not None:
         _plain_tensor("lm_head bias", bias)
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"lm_head: got a bias of shape {tuple(bias.shape)}, need ({weight.shape[0]},), one entry a row of the weight")
+            need = f"({weight.shape[0]},), one entry a row of the weight"
+            _refuse("lm_head", f"a bias of shape {tuple(bias.shape)}", need)
     return weight, bias
 
 
 def _plain_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name}: got {type(tensor).__name__}, need a tensor")
+        _refuse(name, type(tensor).__name__, "a tensor")
     if hasattr(tensor, "ds_id"):
-        raise ValueError(f"{name}: got a DeepSpeed ZeRO parameter, need it whole; wrap the call in deepspeed.zero.GatheredParameters")
+        need = "it whole; wrap the call in deepspeed.zero.GatheredParameters"
+        _refuse(name, "a DeepSpeed ZeRO parameter", need)
     if type(tensor) not in _PLAIN_TENSORS and not torch.compiler.is_compiling():
-        raise ValueError(
-            f"{name}: got a {type(tensor).__name__}, need a plain tensor; call .full_tensor() on a DTensor, dequantise a quantised one"
-        )
+        need = "a plain tensor; call .full_tensor() on a DTensor, dequantise a quantised one"
+        _refuse(name, f"a {type(tensor).__name__}", need)
     if tensor.device.type == "meta":
-        raise ValueError(f"{name}: got a tensor on the meta device, need a loaded one; materialise or un-offload the head first")
+        _refuse(name, "a tensor on the meta device", "a loaded one; materialise or un-offload the head first")
     if tensor.dtype not in FLOATING:
-        raise ValueError(f"{name}: got dtype {tensor.dtype}, need one of {', '.join(map(str, FLOATING))}")
+        _refuse(name, f"dtype {tensor.dtype}", f"one of {', '.join(map(str, FLOATING))}")
 
 
 def hidden_states(hidden: Tensor, weight: Tensor) -> None:
+    layout = "(2B, T, D), or packed (M, D) with cu_seqlens"
     if not isinstance(hidden, Tensor):
-        raise ValueError(f"hidden: got {type(hidden).__name__}, need a tensor (2B, T, D), or packed (M, D) with cu_seqlens")
+        _refuse("hidden", type(hidden).__name__, f"a tensor {layout}")
     if hidden.dtype not in FLOATING:
-        raise ValueError(f"hidden: got dtype {hidden.dtype}, need one of {', '.join(map(str, FLOATING))}")
+        _refuse("hidden", f"dtype {hidden.dtype}", f"one of {', '.join(map(str, FLOATING))}")
     if hidden.dim() not in (2, 3):
-        raise ValueError(f"hidden: got shape {tuple(hidden.shape)}, need (2B, T, D), or packed (M, D) with cu_seqlens")
+        _refuse("hidden", f"shape {tuple(hidden.shape)}", layout)
     if hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"hidden: got size {hidden.shape[-1]} in its last dimension, need {weight.shape[1]}, that of lm_head's weight")
+        need = f"{weight.shape[1]}, that of lm_head's weight"
+        _refuse("hidden", f"size {hidden.shape[-1]} in its last dimension", need)
 
 
 def same_place(**tensors: Tensor | None) -> None:
     """All on the device of the first."""
     (first_name, first), *others = tensors.items()
     for name, tensor in others:
-        if tensor is not None and tensor.device != first.device:
-            raise ValueError(f"{name}: got a tensor on {tensor.device}, need {first.device}, where {first_name} is; move one with .to()")
+        if tensor is not None and first is not None and tensor.device != first.device:
+            need = f"{first.device}, where {first_name} is; move one with .to()"
+            _refuse(name, f"a tensor on {tensor.device}", need)
 
 
 def same_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, tensor in (("lm_head weight", weight), ("lm_head bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
-            raise ValueError(
-                f"{name}: got {tensor.dtype}, need {hidden.dtype}, the dtype of hidden; cast one, or call under torch.autocast"
-            )
+            need = f"{hidden.dtype}, the dtype of hidden; cast one, or call under torch.autocast"
+            _refuse(name, tensor.dtype, need)
 
 
-def label_layout(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, name: str = "labels") -> None:
+def label_layout(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> None:
+    shape = tuple(hidden.shape[:-1])
     if not isinstance(labels, Tensor):
-        raise ValueError(f"{name}: got {type(labels).__name__}, need an integer tensor of shape {tuple(hidden.shape[:-1])}")
+        _refuse("labels", type(labels).__name__, f"an integer tensor of shape {shape}")
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
-        raise ValueError(f"{name}: got dtype {labels.dtype}, need an integer one (torch.int64)")
+        _refuse("labels", f"dtype {labels.dtype}", "an integer one (torch.int64)")
     if labels.shape != hidden.shape[:-1]:
-        raise ValueError(f"{name}: got shape {tuple(labels.shape)}, need {tuple(hidden.shape[:-1])}, that of hidden without its last dimension")
-    if cu_seqlens is None and hidden.dim() == 2:
-        raise ValueError("cu_seqlens: got None with packed hidden (M, D), need the borders of its sequences, (2B+1,) integers from 0 to M")
-    if cu_seqlens is not None:
-        if hidden.dim() == 3:
-            raise ValueError(f"cu_seqlens: got borders with padded hidden {tuple(hidden.shape)}, need packed hidden (M, D), or drop cu_seqlens")
-        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-            got = f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}" if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-            raise ValueError(f"cu_seqlens: got {got}, need a tensor (2B+1,) of int32 or int64")
+        _refuse("labels", f"shape {tuple(labels.shape)}", f"{shape}, that of hidden without its last dimension")
+    if cu_seqlens is None:
+        if hidden.dim() == 2:
+            need = "the borders of its sequences, (2B+1,) integers from 0 to M"
+            _refuse("cu_seqlens", "None with packed hidden (M, D)", need)
+        return
+    if hidden.dim() == 3:
+        got = f"borders with padded hidden {tuple(hidden.shape)}"
+        _refuse("cu_seqlens", got, "packed hidden (M, D), or drop cu_seqlens")
+    integer = isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype in (torch.int32, torch.int64)
+    if not integer or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        _refuse("cu_seqlens", _what(cu_seqlens), "a tensor (2B+1,) of int32 or int64")
 
 
 def even_rows(rows: int) -> None:
     if rows % 2:
-        raise ValueError(f"hidden: got {rows} rows (sequences), need an even number: B chosen rows, then their B rejected rows")
+        need = "an even number: B chosen rows, then their B rejected rows"
+        _refuse("hidden", f"{rows} rows (sequences)", need)
 
 
 def weights_like_labels(token_weights: Tensor, labels: Tensor) -> None:
-    if not isinstance(token_weights, Tensor) or not token_weights.is_floating_point() or token_weights.shape != labels.shape:
-        got = f"{tuple(token_weights.shape)} {token_weights.dtype}" if isinstance(token_weights, Tensor) else type(token_weights).__name__
-        raise ValueError(f"token_weights: got {got}, need a floating tensor of shape {tuple(labels.shape)}, one weight a label")
+    floating = isinstance(token_weights, Tensor) and token_weights.is_floating_point()
+    if not floating or token_weights.shape != labels.shape:
+        need = f"a floating tensor of shape {tuple(labels.shape)}, one weight a label"
+        _refuse("token_weights", _what(token_weights), need)
 
 
 def nll_layout(nll_labels: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> None:
     if cu_seqlens is not None:
-        raise ValueError("nll_labels: got a second label set with packed hidden, need padded hidden (2B, T, D)")
-    need = (labels.shape[0] // 2, labels.shape[1])
-    if not isinstance(nll_labels, Tensor) or nll_labels.is_floating_point() or tuple(nll_labels.shape) != need:
-        got = f"{tuple(nll_labels.shape)} {nll_labels.dtype}" if isinstance(nll_labels, Tensor) else type(nll_labels).__name__
-        raise ValueError(f"nll_labels: got {got}, need integers of shape {need}, one row a chosen row")
+        _refuse("nll_labels", "a second label set with packed hidden", "padded hidden (2B, T, D)")
+    shape = (labels.shape[0] // 2, labels.shape[1])
+    integer = isinstance(nll_labels, Tensor) and not nll_labels.is_floating_point()
+    if not integer or tuple(nll_labels.shape) != shape:
+        _refuse("nll_labels", _what(nll_labels), f"integers of shape {shape}, one row a chosen row")
 
 
 def reference_logps(ref_logps: Tensor | None, rows: int, objective: str, needed: bool) -> None:
+    layout = f"({rows},) or (K, {rows})"
     if needed and ref_logps is None:
-        raise ValueError(f"ref_logps: got None, need sums of log-probabilities per row, ({rows},) or (K, {rows}): {objective} compares with a reference")
+        need = f"sums of log-probabilities per row, {layout}: {objective} compares with a reference"
+        _refuse("ref_logps", None, need)
     if not needed and ref_logps is not None:
-        raise ValueError(f"ref_logps: got a tensor, need None: {objective} has no reference; drop it, or choose another objective")
+        need = f"None: {objective} has no reference; drop it, or choose another objective"
+        _refuse("ref_logps", "a tensor", need)
     if ref_logps is not None and (ref_logps.dim() not in (1, 2) or ref_logps.shape[-1] != rows):
-        raise ValueError(f"ref_logps: got shape {tuple(ref_logps.shape)}, need ({rows},) or (K, {rows}), one sum a row of hidden")
+        _refuse("ref_logps", f"shape {tuple(ref_logps.shape)}", f"{layout}, one sum a row of hidden")
 
 
 def options(
-    *, reduction: str, logit_scale: float, softcap: float | None, cache_bytes: int | None, chunk_size: int | None,
-    num_valid: int | None, ignore_index: int,
-) -> None:  # fmt: skip
+    *,
+    reduction: str,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    cache_bytes: int | None,
+    chunk_size: int | None,
+    num_valid: int | None,
+) -> None:
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: got {reduction!r}, need one of {', '.join(map(repr, REDUCTIONS))}")
-    if not (isinstance(logit_scale, Real) and 0 < abs(logit_scale) < float("inf")):
-        raise ValueError(f"logit_scale: got {logit_scale!r}, need a finite number other than 0")
-    if softcap is not None and not (isinstance(softcap, Real) and 0 < softcap < float("inf")):
-        raise ValueError(f"softcap: got {softcap!r}, need a finite number > 0, or None for no cap")
-    for name, value, least in (("cache_bytes", cache_bytes, 0), ("chunk_size", chunk_size, 1), ("num_valid", num_valid, 0)):
-        if value is not None and not (isinstance(value, Integral) and not isinstance(value, bool) and value >= least):
-            raise ValueError(f"{name}: got {value!r}, need an integer >= {least}, or None for the default")
-    if not isinstance(ignore_index, Integral) or isinstance(ignore_index, bool):
-        raise ValueError(f"ignore_index: got {ignore_index!r}, need an integer")
+        _refuse("reduction", repr(reduction), f"one of {', '.join(map(repr, REDUCTIONS))}")
+    if not (isinstance(logit_scale, Real) and 0 < abs(logit_scale) < inf):
+        _refuse("logit_scale", repr(logit_scale), "a finite number other than 0")
+    if softcap is not None and not (isinstance(softcap, Real) and 0 < softcap < inf):
+        _refuse("softcap", repr(softcap), "a finite number > 0, or None for no cap")
+    for name, value, least in (
+        ("cache_bytes", cache_bytes, 0),
+        ("chunk_size", chunk_size, 1),
+        ("num_valid", num_valid, 0),
+    ):
+        if value is not None and not (_integer(value) and value >= least):
+            _refuse(name, repr(value), f"an integer >= {least}, or None for the default")
+    if not _integer(ignore_index):
+        _refuse("ignore_index", repr(ignore_index), "an integer")
+
+
+def _integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

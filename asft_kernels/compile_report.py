@@ -75,9 +75,7 @@ class Launch:
             constexprs=dict(self.constexprs),
             attrs={(i,): [["tt.divisibility", 16]] for i in self.divisible},
         )
-        return triton.compile(
-            source, target=TARGETS[architecture], options=dict(self.options)
-        )
+        return triton.compile(source, target=TARGETS[architecture], options=dict(self.options))
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,11 @@ def record_launches() -> Iterator[list[Launch]]:
         for i, p in enumerate(self.params):
             value = bound[p.name]
             specialise = not p.do_not_specialize
-            if p.is_constexpr or value is None or (specialise and type(value) is int and value == 1):
+            if (
+                p.is_constexpr
+                or value is None
+                or (specialise and type(value) is int and value == 1)
+            ):
                 signature[p.name], constexprs[p.name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[p.name] = "*" + TYPE_NAMES[value.dtype]
@@ -149,7 +151,9 @@ def launches_for(architecture: str, dtype: torch.dtype) -> list[Launch]:
                 g, *inputs, saved, logits, plan,
                 needs_hidden=True, needs_weight=True, needs_bias=b is not None,
             )  # fmt: skip
-        if dtype == torch.float32:  # its inputs are fp32 log-probabilities whatever the model's dtype
+        if (
+            dtype == torch.float32
+        ):  # its inputs are fp32 log-probabilities whatever the model's dtype
             offsets = torch.empty(17, dtype=torch.int64)
             terms = asft_sequence(g, offsets, lam=1.0, beta=1.0, sft_weight=1.0)
             asft_sequence_grad(terms.loss, terms.coef, offsets, N)
@@ -188,7 +192,9 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
         file.write(cubin)
         file.flush()
         usage, code = (
-            subprocess.run([tools / tool, *flags, file.name], capture_output=True, text=True, check=True)
+            subprocess.run(
+                [tools / tool, *flags, file.name], capture_output=True, text=True, check=True
+            )
             for tool, flags in (("cuobjdump", ["-res-usage"]), ("nvdisasm", ["-c"]))
         )
     found = re.search(r"REG:(\d+)", usage.stdout)

@@ -74,7 +74,17 @@ def fused_linear_logps(
     >>> fused_linear_logps(hidden, head, torch.randint(32, (2, 5))).shape
     torch.Size([2, 5])
     """
-    options = Options(cu_seqlens, shift, ignore_index, logit_scale, softcap, backend, cache_bytes, chunk_size, num_valid)
+    options = Options(
+        cu_seqlens,
+        shift,
+        ignore_index,
+        logit_scale,
+        softcap,
+        backend,
+        cache_bytes,
+        chunk_size,
+        num_valid,
+    )
     logps, batch, _ = _token_logps(hidden, lm_head, labels, options)
     return batch.spread(logps)
 
@@ -101,7 +111,8 @@ def fused_asft_loss(
 ) -> Tensor | tuple[Tensor, PreferenceOutputs]:
     """ASFT (Aligned Supervised Fine-Tuning through Absolute Likelihood, arXiv 2409.10571) from hidden states.
 
-        L = -sft_weight avg_w - lam [log sigmoid(beta f_w) + log sigmoid(-beta f_l)],  f = log(p / (1 - p)), p = exp(avg)
+        L = -sft_weight avg_w - lam [log sigmoid(beta f_w) + log sigmoid(-beta f_l)]
+        f = log(p / (1 - p)),  p = exp(avg)
 
     avg is a sequence's mean log-probability, w chosen, l rejected; beta is arXiv 2502.01237's temperature.
     A pair counts only if both its sequences have a valid token; the others have loss and gradient 0.
@@ -116,7 +127,17 @@ def fused_asft_loss(
     >>> hidden, head = torch.randn(4, 7, 16, requires_grad=True), nn.Linear(16, 50)
     >>> fused_asft_loss(hidden, head, torch.randint(50, (4, 7))).backward()
     """
-    options = Options(cu_seqlens, shift, ignore_index, logit_scale, softcap, backend, cache_bytes, chunk_size, num_valid)
+    options = Options(
+        cu_seqlens,
+        shift,
+        ignore_index,
+        logit_scale,
+        softcap,
+        backend,
+        cache_bytes,
+        chunk_size,
+        num_valid,
+    )
     return _preference_loss(hidden, lm_head, labels, ASFT(lam, beta, sft_weight), options, reduction, return_outputs)
 
 
@@ -154,10 +175,31 @@ def fused_preference_loss(
     if isinstance(objective, str):
         objective = get_objective(objective)
     elif not (callable(objective) and hasattr(objective, "paired")):
-        raise ValueError(f"objective: got {type(objective).__name__}, need a name or an object such as asft_kernels.objectives.ASFT()")
-    options = Options(cu_seqlens, shift, ignore_index, logit_scale, softcap, backend, cache_bytes, chunk_size, num_valid)
+        raise ValueError(
+            f"objective: got {type(objective).__name__}, need a name or an object such as objectives.ASFT()"
+        )
+    options = Options(
+        cu_seqlens,
+        shift,
+        ignore_index,
+        logit_scale,
+        softcap,
+        backend,
+        cache_bytes,
+        chunk_size,
+        num_valid,
+    )
     return _preference_loss(
-        hidden, lm_head, labels, objective, options, reduction, return_outputs, ref_logps, token_weights, nll_labels
+        hidden,
+        lm_head,
+        labels,
+        objective,
+        options,
+        reduction,
+        return_outputs,
+        ref_logps,
+        token_weights,
+        nll_labels,
     )
 
 
@@ -177,7 +219,13 @@ def _preference_loss(
     if nll_labels is not None and not objective.uses_nll_labels:
         raise ValueError(f"nll_labels: got labels, need None: {name} has no separate likelihood term; drop them")
     logps, batch, backend = _token_logps(
-        hidden, lm_head, labels, options, reduction=reduction, paired=objective.paired, nll_labels=nll_labels
+        hidden,
+        lm_head,
+        labels,
+        options,
+        reduction=reduction,
+        paired=objective.paired,
+        nll_labels=nll_labels,
     )
     rows = batch.offsets.numel() - 1
     checks.reference_logps(ref_logps, rows, name, objective.needs_reference)

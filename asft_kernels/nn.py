@@ -39,7 +39,13 @@ class FusedASFTLoss(nn.Module):
         }  # fmt: skip
 
     def forward(
-        self, hidden: Tensor, lm_head: Head, labels: Tensor, *, cu_seqlens: Tensor | None = None, num_valid: int | None = None
+        self,
+        hidden: Tensor,
+        lm_head: Head,
+        labels: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        num_valid: int | None = None,
     ) -> Tensor | tuple[Tensor, PreferenceOutputs]:
         """The batch's own two keywords come with the batch."""
         return fused_asft_loss(hidden, lm_head, labels, cu_seqlens=cu_seqlens, num_valid=num_valid, **self.keywords)

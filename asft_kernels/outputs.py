@@ -40,7 +40,10 @@ class PreferenceOutputs:
 
 @dataclass(frozen=True)
 class SequenceOutputs:
-    """Figures of an unpaired batch, detached: logps, avg_logps, lengths (R,); sft_loss and num_sequences over rows that count."""
+    """Figures of an unpaired batch, as above.
+
+    logps, avg_logps, lengths: (R,). sft_loss, num_sequences: scalars over the rows that count.
+    """
 
     logps: Tensor
     avg_logps: Tensor
@@ -50,7 +53,9 @@ class SequenceOutputs:
 
 
 @torch.no_grad()
-def summarize(policy: Logps, terms: LossTerms, *, paired: bool, dtype: torch.dtype) -> PreferenceOutputs | SequenceOutputs:
+def summarize(
+    policy: Logps, terms: LossTerms, *, paired: bool, dtype: torch.dtype
+) -> PreferenceOutputs | SequenceOutputs:
     policy = policy.detach()
     counts = counting(policy, paired)
     sft_loss = mean_over(terms.sft, counts).to(dtype)

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 
 def fused_linear_logps(
-    hidden, lm_head, labels, *, cu_seqlens=None, shift=True, ignore_index=-100, logit_scale=1.0, softcap=None, **_steering
+    hidden,
+    lm_head,
+    labels,
+    *,
+    cu_seqlens=None,
+    shift=True,
+    ignore_index=-100,
+    logit_scale=1.0,
+    softcap=None,
+    **_steering,
 ) -> Tensor:
     """log p of every label, in the shape of labels; 0 at masked places, and label t+1's at index t if shifted."""
     rows = []
@@ -38,7 +47,7 @@ def fused_asft_loss(
     hidden, lm_head, labels, *, lam=1.0, beta=1.0, sft_weight=1.0, cu_seqlens=None, reduction="mean",
     return_outputs=False, **options,
 ):  # fmt: skip
-    """ASFT, arXiv 2409.10571: cross-entropy of the chosen answer plus the two binary cross-entropies of its log-odds."""
+    """ASFT, arXiv 2409.10571: cross-entropy of the chosen answer, and two binary cross-entropies of the log-odds."""
     sums, lengths = _sums(hidden, lm_head, labels, cu_seqlens, **options)
     pairs = len(sums) // 2
     losses, sfts, aligns, margins, better = [], [], [], [], []
@@ -54,14 +63,43 @@ def fused_asft_loss(
         losses.append(sft_weight * sfts[-1] + lam * aligns[-1])
         margins.append(_log_odds(chosen) - _log_odds(rejected))
         better.append((chosen > rejected).to(chosen.dtype))
-    return _finish(losses, len(sfts), reduction, return_outputs, hidden, sums, avgs, lengths, margins, sfts, aligns, better)
+    return _finish(
+        losses,
+        len(sfts),
+        reduction,
+        return_outputs,
+        hidden,
+        sums,
+        avgs,
+        lengths,
+        margins,
+        sfts,
+        aligns,
+        better,
+    )
 
 
-def fused_preference_loss(hidden, lm_head, labels, objective, *, cu_seqlens=None, reduction="mean", return_outputs=False, **options):
+def fused_preference_loss(
+    hidden,
+    lm_head,
+    labels,
+    objective,
+    *,
+    cu_seqlens=None,
+    reduction="mean",
+    return_outputs=False,
+    **options,
+):
     """The same by name: "asft" with its defaults, or "sft", the mean negative log-likelihood of each row."""
     if objective == "asft":
         return fused_asft_loss(
-            hidden, lm_head, labels, cu_seqlens=cu_seqlens, reduction=reduction, return_outputs=return_outputs, **options
+            hidden,
+            lm_head,
+            labels,
+            cu_seqlens=cu_seqlens,
+            reduction=reduction,
+            return_outputs=return_outputs,
+            **options,
         )
     if objective != "sft":
         raise ValueError(f"objective: got {objective!r}, need 'asft' or 'sft'")
@@ -95,9 +133,17 @@ def _logits(states: Tensor, lm_head, logit_scale: float, softcap: float | None) 
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _sums(hidden, lm_head, labels, cu_seqlens, shift=True, ignore_index=-100, **options) -> tuple[list[Tensor], list[int]]:
+def _sums(
+    hidden, lm_head, labels, cu_seqlens, shift=True, ignore_index=-100, **options
+) -> tuple[list[Tensor], list[int]]:
     logps = fused_linear_logps(
-        hidden, lm_head, labels, cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index, **options
+        hidden,
+        lm_head,
+        labels,
+        cu_seqlens=cu_seqlens,
+        shift=shift,
+        ignore_index=ignore_index,
+        **options,
     )
     states, targets = _sequences(logps, labels, cu_seqlens)
     counts = [int(((t[1:] if shift else t) != ignore_index).sum()) for t in targets]
@@ -132,7 +178,20 @@ def _reduce(losses: list[Tensor], counted: int, reduction: str, like: Tensor) ->
     return stacked.sum() if reduction == "sum" else stacked.sum() / max(counted, 1)
 
 
-def _finish(losses, counted, reduction, return_outputs, hidden, sums, avgs, lengths, margins, sfts, aligns, better):
+def _finish(
+    losses,
+    counted,
+    reduction,
+    return_outputs,
+    hidden,
+    sums,
+    avgs,
+    lengths,
+    margins,
+    sfts,
+    aligns,
+    better,
+):
     loss = _reduce(losses, counted, reduction, hidden)
     if not return_outputs:
         return loss
@@ -144,8 +203,11 @@ def _finish(losses, counted, reduction, return_outputs, hidden, sums, avgs, leng
         for side, part in (("chosen", slice(half)), ("rejected", slice(half, None)))
     }
     count = torch.tensor(lengths, device=hidden.device)
-    means = {name: _reduce(v, counted, "mean", hidden).detach() for name, v in (("accuracy", better), ("sft_loss", sfts), ("align_loss", aligns))}
+    means = {
+        name: _reduce(v, counted, "mean", hidden).detach()
+        for name, v in (("accuracy", better), ("sft_loss", sfts), ("align_loss", aligns))
+    }
     return loss, SimpleNamespace(
-        **figures, **means, margins=_stack(margins, hidden).detach(), chosen_lengths=count[:half], rejected_lengths=count[half:],
-        num_pairs=torch.tensor(counted),
+        **figures, **means, margins=_stack(margins, hidden).detach(), chosen_lengths=count[:half],
+        rejected_lengths=count[half:], num_pairs=torch.tensor(counted),
     )  # fmt: skip

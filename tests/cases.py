@@ -29,13 +29,24 @@ class Case:
     def to(self, dtype: torch.dtype) -> "Case":
         """A copy with leaves of its own; from a low precision to float64 the values stay what they are."""
         hidden, weight, bias = (
-            None if x is None else x.detach().to(dtype, copy=True).requires_grad_() for x in (self.hidden, self.weight, self.bias)
+            None if x is None else x.detach().to(dtype, copy=True).requires_grad_()
+            for x in (self.hidden, self.weight, self.bias)
         )
         return Case(hidden, weight, bias, self.labels)
 
 
 def make_case(
-    rows=4, T=13, D=24, V=97, *, dtype=torch.float32, valid=0.5, bias=False, peaked=False, spread=1.0, seed=0
+    rows=4,
+    T=13,
+    D=24,
+    V=97,
+    *,
+    dtype=torch.float32,
+    valid=0.5,
+    bias=False,
+    peaked=False,
+    spread=1.0,
+    seed=0,
 ) -> Case:
     """A batch with about `valid` of its labels unmasked; peaked copies rows of hidden into the head.
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from bounds import fp32_bound, relative_error, rounded_once
-from cases import IGNORE, Case, make_case
 
 from asft_kernels import fused_asft_loss, fused_linear_logps, reference
+from bounds import fp32_bound, relative_error, rounded_once
+from cases import IGNORE, Case, make_case
 
 LOW = [torch.bfloat16, torch.float16]
 # The torch backend rounds a low-precision gradient once; its fp32 interior adds 1e-6, and 1.1 covers the draw.
@@ -69,7 +69,11 @@ def test_fp32_large_vocabulary(peaked):
     mine = fused_asft_loss(case.hidden, case.head, case.labels)
     truth = plain_loss(exact)
     assert relative_error(mine, truth) <= fp32_bound(max_logit(case))
-    for got, right in zip(torch.autograd.grad(mine, case.leaves), torch.autograd.grad(truth, exact.leaves), strict=True):
+    for got, right in zip(
+        torch.autograd.grad(mine, case.leaves),
+        torch.autograd.grad(truth, exact.leaves),
+        strict=True,
+    ):
         assert relative_error(got, right) <= fp32_bound(max_logit(case))
 
 
@@ -140,5 +144,8 @@ def test_reference_agrees_with_the_closed_form():
     """The oracle itself, against the loss written another way."""
     case = make_case(dtype=torch.float64)
     torch.testing.assert_close(
-        reference.fused_asft_loss(case.hidden, case.head, case.labels), plain_loss(case), rtol=1e-13, atol=0
+        reference.fused_asft_loss(case.hidden, case.head, case.labels),
+        plain_loss(case),
+        rtol=1e-13,
+        atol=0,
     )

@@ -4,11 +4,11 @@ import re
 
 import pytest
 import torch
-from cases import make_case
 from torch import nn
 
 from asft_kernels import fused_asft_loss, fused_linear_logps, fused_preference_loss
 from asft_kernels.objectives import ASFT
+from cases import make_case
 
 
 def call(message, *, hidden=None, head=None, labels=None, fn=fused_asft_loss, **keywords):
@@ -21,8 +21,17 @@ def call(message, *, hidden=None, head=None, labels=None, fn=fused_asft_loss, **
 
 
 def test_odd_number_of_rows():
-    call("hidden: got 3 rows (sequences), need an even number: B chosen rows", hidden=torch.randn(3, 5, 24), labels=torch.ones(3, 5).long())
-    call("got 3 rows", hidden=torch.randn(6, 24), labels=torch.ones(6).long(), cu_seqlens=torch.tensor([0, 2, 4, 6]))
+    call(
+        "hidden: got 3 rows (sequences), need an even number: B chosen rows",
+        hidden=torch.randn(3, 5, 24),
+        labels=torch.ones(3, 5).long(),
+    )
+    call(
+        "got 3 rows",
+        hidden=torch.randn(6, 24),
+        labels=torch.ones(6).long(),
+        cu_seqlens=torch.tensor([0, 2, 4, 6]),
+    )
 
 
 @pytest.mark.parametrize("bad", [97, 10**6, -1, -99])
@@ -66,13 +75,22 @@ def test_options(keywords, message):
 @pytest.mark.parametrize(
     ("hidden", "message"),
     [
-        (torch.ones(4, 13, 24, dtype=torch.int64), "hidden: got dtype torch.int64, need one of torch.float32"),
+        (
+            torch.ones(4, 13, 24, dtype=torch.int64),
+            "hidden: got dtype torch.int64, need one of torch.float32",
+        ),
         (torch.randn(4, 13, 25), "hidden: got size 25 in its last dimension, need 24"),
         (torch.randn(4, 13, 2, 24), "hidden: got shape (4, 13, 2, 24), need (2B, T, D), or packed"),
         (torch.randn(52, 24), "labels: got shape (4, 13), need (52,)"),
         ([[1.0]], "hidden: got list, need a tensor"),
-        (torch.randn(4, 13, 24).bfloat16(), "lm_head weight: got torch.float32, need torch.bfloat16, the dtype of hidden"),
-        (torch.randn(4, 13, 24, device="meta"), "lm_head weight: got a tensor on cpu, need meta, where hidden is"),
+        (
+            torch.randn(4, 13, 24).bfloat16(),
+            "lm_head weight: got torch.float32, need torch.bfloat16, the dtype of hidden",
+        ),
+        (
+            torch.randn(4, 13, 24, device="meta"),
+            "lm_head weight: got a tensor on cpu, need meta, where hidden is",
+        ),
     ],
 )
 def test_hidden(hidden, message):
@@ -97,11 +115,17 @@ def test_labels(labels, message):
     ("borders", "message"),
     [
         (None, "cu_seqlens: got None with packed hidden (M, D)"),
-        (torch.tensor([0, 3, 5]), "cu_seqlens: got borders in order up to 5, need 0 first, never decreasing, and 6"),
+        (
+            torch.tensor([0, 3, 5]),
+            "cu_seqlens: got borders in order up to 5, need 0 first, never decreasing, and 6",
+        ),
         (torch.tensor([0, 3, 9]), "cu_seqlens: got borders in order up to 9"),
         (torch.tensor([1, 3, 6]), "cu_seqlens: got borders out of order or not from 0 up to 6"),
         (torch.tensor([0, 4, 3, 5, 6]), "cu_seqlens: got borders out of order"),
-        (torch.tensor([0.0, 3, 6]), "cu_seqlens: got (3,) torch.float32, need a tensor (2B+1,) of int32 or int64"),
+        (
+            torch.tensor([0.0, 3, 6]),
+            "cu_seqlens: got (3,) torch.float32, need a tensor (2B+1,) of int32 or int64",
+        ),
         ([0, 3, 6], "cu_seqlens: got list, need a tensor (2B+1,)"),
     ],
 )
@@ -110,7 +134,10 @@ def test_borders(borders, message):
 
 
 def test_borders_with_padded_hidden():
-    call("cu_seqlens: got borders with padded hidden (4, 13, 24)", cu_seqlens=torch.tensor([0, 13, 52]))
+    call(
+        "cu_seqlens: got borders with padded hidden (4, 13, 24)",
+        cu_seqlens=torch.tensor([0, 13, 52]),
+    )
 
 
 class Wrapped(nn.Linear):
@@ -133,7 +160,10 @@ def partitioned():
 @pytest.mark.parametrize(
     ("head", "message"),
     [
-        (Wrapped(24, 97), "Wrapped, need an nn.Linear, a (V, D) tensor or a (weight, bias) pair: its .weight alone"),
+        (
+            Wrapped(24, 97),
+            "Wrapped, need an nn.Linear, a (V, D) tensor or a (weight, bias) pair: its .weight alone",
+        ),
         (HasWeight(), "HasWeight, need an nn.Linear"),
         (nn.Embedding(97, 24), "Embedding, need an nn.Linear"),
         ("lm_head", "lm_head: got str, need an nn.Linear"),
@@ -142,7 +172,10 @@ def partitioned():
         (nn.Linear(24, 97, device="meta"), "lm_head weight: got a tensor on the meta device"),
         (torch.ones(97, 24).long(), "lm_head weight: got dtype torch.int64"),
         ((torch.randn(97, 24), torch.randn(96)), "lm_head: got a bias of shape (96,), need (97,)"),
-        ((torch.randn(97, 24), torch.randn(97).half()), "lm_head bias: got torch.float16, need torch.float32"),
+        (
+            (torch.randn(97, 24), torch.randn(97).half()),
+            "lm_head bias: got torch.float16, need torch.float32",
+        ),
         ((torch.randn(97, 24), 0.5), "lm_head bias: got float, need a tensor"),
         (partitioned(), "lm_head weight: got a DeepSpeed ZeRO parameter, need it whole"),
     ],
@@ -163,7 +196,9 @@ def test_distributed_and_lora_heads_are_refused(tmp_path):
     """A DTensor and a LoRA-wrapped Linear have a .weight too; each is refused with the way out."""
     from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "s"), 1), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "s"), 1), rank=0, world_size=1
+    )
     try:
         mesh = init_device_mesh("cpu", (1,))
         sharded = DTensor.from_local(torch.randn(97, 24), mesh, [Replicate()])
@@ -182,13 +217,21 @@ def test_peft_head_is_refused():
 def test_triton_on_cpu_tensors(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv("ASFT_KERNELS_EMULATOR", raising=False)
-    call("backend: got 'triton' with tensors on cpu, need CUDA or ROCm tensors; move them, use backend='torch'", backend="triton")
+    call(
+        "backend: got 'triton' with tensors on cpu, need CUDA or ROCm tensors; move them, use backend='torch'",
+        backend="triton",
+    )
 
 
 def test_triton_with_float64(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     case = make_case(dtype=torch.float64)
-    call("backend: got 'triton' with float64 tensors", hidden=case.hidden, head=case.head, backend="triton")
+    call(
+        "backend: got 'triton' with float64 tensors",
+        hidden=case.hidden,
+        head=case.head,
+        backend="triton",
+    )
 
 
 @pytest.mark.parametrize(
@@ -196,11 +239,23 @@ def test_triton_with_float64(monkeypatch):
     [
         ({"objective": "dpo2"}, "objective: got 'dpo2', need one of 'asft', 'sft'"),
         ({"objective": 3}, "objective: got int, need a name or an object"),
-        ({"objective": "asft", "ref_logps": torch.zeros(4)}, "ref_logps: got a tensor, need None: ASFT has no reference"),
-        ({"objective": "asft", "token_weights": torch.ones(4, 12)}, "token_weights: got (4, 12) torch.float32, need a floating tensor of shape (4, 13)"),
+        (
+            {"objective": "asft", "ref_logps": torch.zeros(4)},
+            "ref_logps: got a tensor, need None: ASFT has no reference",
+        ),
+        (
+            {"objective": "asft", "token_weights": torch.ones(4, 12)},
+            "token_weights: got (4, 12) torch.float32, need a floating tensor of shape (4, 13)",
+        ),
         ({"objective": "asft", "token_weights": 2.0}, "token_weights: got float"),
-        ({"objective": "asft", "nll_labels": torch.ones(4, 13).long()}, "nll_labels: got (4, 13) torch.int64, need integers of shape (2, 13)"),
-        ({"objective": "sft", "nll_labels": torch.ones(2, 13).long()}, "nll_labels: got labels, need None: SFT has no separate"),
+        (
+            {"objective": "asft", "nll_labels": torch.ones(4, 13).long()},
+            "nll_labels: got (4, 13) torch.int64, need integers of shape (2, 13)",
+        ),
+        (
+            {"objective": "sft", "nll_labels": torch.ones(2, 13).long()},
+            "nll_labels: got labels, need None: SFT has no separate",
+        ),
     ],
 )
 def test_preference_loss(keywords, message):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import IGNORE, make_case, packed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from asft_kernels import FusedASFTLoss, fused_asft_loss, fused_linear_logps, reference
+from cases import IGNORE, make_case, packed
 
 
 def grads_of(loss, *leaves):
@@ -54,7 +54,13 @@ def test_double_backward_is_refused():
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
 def test_frozen_parts_get_no_gradient_and_change_no_other(frozen):
     case = make_case(bias=True)
-    everything = dict(zip(("hidden", "weight", "bias"), grads_of(fused_asft_loss(case.hidden, case.head, case.labels), *case.leaves), strict=True))
+    everything = dict(
+        zip(
+            ("hidden", "weight", "bias"),
+            grads_of(fused_asft_loss(case.hidden, case.head, case.labels), *case.leaves),
+            strict=True,
+        )
+    )
     getattr(case, frozen).requires_grad_(False)
     fused_asft_loss(case.hidden, case.head, case.labels).backward()
     for name, grad in everything.items():
@@ -74,7 +80,12 @@ def test_bias_alone_trains():
 def test_checkpointing():
     case = make_case()
     plain = grads_of(fused_asft_loss(case.hidden, case.head, case.labels), *case.leaves)
-    loss = checkpoint(lambda h, w: fused_asft_loss(h, w, case.labels), case.hidden, case.weight, use_reentrant=False)
+    loss = checkpoint(
+        lambda h, w: fused_asft_loss(h, w, case.labels),
+        case.hidden,
+        case.weight,
+        use_reentrant=False,
+    )
     assert all(torch.equal(a, b) for a, b in zip(plain, grads_of(loss, *case.leaves), strict=True))
 
 

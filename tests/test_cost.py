@@ -6,18 +6,24 @@ import sys
 
 import pytest
 import torch
-from cases import IGNORE, make_case
 from torch.profiler import ProfilerActivity, profile
 
-import asft_kernels
-from asft_kernels import fused_asft_loss, fused_linear_logps
+from asft_kernels import fused_asft_loss
+from cases import IGNORE, make_case
 
 
 def gemms(call, n_valid: int, V: int, D: int) -> float:
     """Multiply-adds of every mm and addmm that ran, in units of one N x V x D product."""
     with profile(activities=[ProfilerActivity.CPU], with_flops=True) as prof:
         call()
-    products = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::matmul"}
+    products = {
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::linear",
+        "aten::matmul",
+    }
     return sum(e.flops for e in prof.events() if e.name in products) / (2 * n_valid * V * D)
 
 
@@ -53,7 +59,9 @@ def test_one_gemm_without_grad_mode(mode):
     case = make_case(rows=4, T=17, D=16, V=256)
     n = int((case.labels[:, 1:] != IGNORE).sum())
     with mode():
-        assert gemms(lambda: fused_asft_loss(case.hidden, case.head, case.labels), n, 256, 16) == pytest.approx(1, rel=1e-9)
+        assert gemms(lambda: fused_asft_loss(case.hidden, case.head, case.labels), n, 256, 16) == pytest.approx(
+            1, rel=1e-9
+        )
 
 
 def test_partial_cache_recomputes_the_rest():
@@ -86,7 +94,17 @@ class Reads(Exception):
 def host_reads(monkeypatch):
     """Counts every way in which a tensor's value reaches Python."""
     seen = []
-    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero"):
+    for name in (
+        "item",
+        "tolist",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "cpu",
+        "numpy",
+        "nonzero",
+    ):
         original = getattr(torch.Tensor, name)
 
         def counted(self, *args, _name=name, _original=original, **kwargs):

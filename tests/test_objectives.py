@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from bounds import relative_error
 
 from asft_kernels.objectives import ASFT, OBJECTIVES, SFT, get_objective
 from asft_kernels.objectives.base import counting, reduce_loss
 from asft_kernels.objectives.log_odds import FLOOR, log_odds, nll_of_odds
 from asft_kernels.sequence import Logps
+from bounds import relative_error
 
 # A handful of float64 roundings (expm1, log, sigmoid, two products), each 1.1e-16; relative to the result.
 DOUBLE = 1e-14
@@ -47,7 +47,7 @@ def test_closed_form_at_beta_one(avg):
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("avg", AVGS)
 def test_derivatives_are_the_papers(avg, beta):
-    """dL/davg_w = -sft_weight - lam beta sigmoid(-beta f_w) / (1 - p_w); dL/davg_l = lam beta sigmoid(beta f_l) / (1 - p_l)."""
+    """-sft_weight - lam beta sigmoid(-beta f_w) / (1 - p_w), and lam beta sigmoid(beta f_l) / (1 - p_l)."""
     chosen, rejected = (torch.tensor([avg], dtype=torch.float64, requires_grad=True) for _ in range(2))
     policy = Logps(torch.cat([chosen, rejected]), torch.ones(2, dtype=torch.int64))
     grads = torch.autograd.grad(ASFT(lam=0.7, beta=beta, sft_weight=0.4)(policy).loss.sum(), (chosen, rejected))

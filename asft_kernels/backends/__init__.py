@@ -99,7 +99,9 @@ def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype) -
                 "move them, use backend='torch', or set TRITON_INTERPRET=1 before starting Python to debug on a CPU"
             )
         if dtype == torch.float64:
-            raise ValueError("backend: got 'triton' with float64 tensors, need float32, float16 or bfloat16; use backend='torch'")
+            raise ValueError(
+                "backend: got 'triton' with float64 tensors, need float32, float16 or bfloat16; use backend='torch'"
+            )
     if name is None:
         triton_here = device.type == "cuda" and dtype != torch.float64 and _has_triton()
         return "triton" if triton_here else "torch"

@@ -10,7 +10,9 @@ OBJECTIVES: dict[str, type[Objective]] = {"asft": ASFT, "sft": SFT}
 def get_objective(name: str, **parameters) -> Objective:
     """The objective called `name`, with its paper's defaults where a parameter is not given."""
     if name not in OBJECTIVES:
-        raise ValueError(f"objective: got {name!r}, need one of {', '.join(map(repr, OBJECTIVES))} or an objective object")
+        raise ValueError(
+            f"objective: got {name!r}, need one of {', '.join(map(repr, OBJECTIVES))} or an objective object"
+        )
     return OBJECTIVES[name](**parameters)
 
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from asft_kernels.objectives.asft_fused import asft_sequence_op
 from asft_kernels.objectives.base import LossTerms, require_number
 from asft_kernels.objectives.log_odds import nll_of_odds
 from asft_kernels.sequence import Logps
@@ -35,9 +36,20 @@ class ASFT:
     def __post_init__(self):
         require_number("asft", "lam", self.lam, "a finite number >= 0", 0 <= self.lam < inf)
         require_number("asft", "beta", self.beta, "a finite number > 0", 0 < self.beta < inf)
-        require_number("asft", "sft_weight", self.sft_weight, "a finite number >= 0", 0 <= self.sft_weight < inf)
+        require_number(
+            "asft",
+            "sft_weight",
+            self.sft_weight,
+            "a finite number >= 0",
+            0 <= self.sft_weight < inf,
+        )
 
     def __call__(self, policy: Logps, ref_logps: Tensor | None = None) -> LossTerms:
         sft = -policy.chosen.nll_avg
         align = nll_of_odds(policy.chosen.avg, self.beta) + nll_of_odds(policy.rejected.avg, -self.beta)
         return LossTerms(self.sft_weight * sft + self.lam * align, sft, align)
+
+    def from_tokens(self, logps: Tensor, offsets: Tensor) -> tuple[Logps, LossTerms]:
+        """The same from (N,) token logps of 2B sequences by the Triton kernel: only .loss is differentiable."""
+        sums, _, sft, align, loss, _ = asft_sequence_op(logps, offsets, self.lam, self.beta, self.sft_weight)
+        return Logps(sums, offsets.diff()), LossTerms(loss, sft, align)

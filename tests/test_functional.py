@@ -1,0 +1,367 @@
+"""The public calls as a whole against the plain reference, on every backend that runs here."""
+
+import inspect
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asft_kernels import (
+    FusedASFTLoss,
+    fused_asft_loss,
+    fused_linear_logps,
+    fused_preference_loss,
+    reference,
+)
+from asft_kernels.objectives import ASFT
+from asft_kernels.objectives.base import LossTerms
+from bounds import fp32_bound, relative_error, unit_roundoff
+from cases import IGNORE, make_case, packed
+
+BACKENDS = [
+    "torch",
+    pytest.param("triton", marks=pytest.mark.interpreter),
+    pytest.param("triton", marks=pytest.mark.emulated, id="triton-emulated"),
+]
+ALL = ["torch", *BACKENDS[1:]]
+# fp32 sums of a few dozen terms and some 40 logits of size 10: well inside the bound for |z| <= 32.
+FP32 = fp32_bound(32)
+
+
+def bound(dtype: torch.dtype, backend: str) -> float:
+    """In units of the gradient's own rounding: 1 (torch), 1.5 (Triton, whose E and scaled hidden are rounded too)."""
+    if dtype == torch.float32:
+        return FP32
+    factor = 1.1 if backend == "torch" else 1.5
+    return factor * unit_roundoff(dtype)
+
+
+def small(dtype=torch.float32, **more):
+    return make_case(**({"rows": 4, "T": 9, "D": 20, "V": 75} | more), dtype=dtype)
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_loss_outputs_and_gradients(backend, dtype):
+    case = small(dtype, bias=True)
+    case.labels[3] = IGNORE  # a pair that does not count
+    exact = case.to(torch.float64)
+    options = {
+        "lam": 0.7,
+        "beta": 0.5,
+        "sft_weight": 0.3,
+        "logit_scale": 0.8,
+        "softcap": 6.0,
+        "return_outputs": True,
+    }
+    loss, out = fused_asft_loss(case.hidden, case.head, case.labels, **options, backend=backend, chunk_size=40)
+    truth, plain = reference.fused_asft_loss(exact.hidden, exact.head, exact.labels, **options)
+    assert relative_error(loss, truth) <= FP32
+    for name, value in vars(out).items():
+        assert relative_error(value, getattr(plain, name)) <= FP32, name
+        assert not value.requires_grad, name
+    grads = torch.autograd.grad(loss, case.leaves)
+    for got, right in zip(grads, torch.autograd.grad(truth, exact.leaves), strict=True):
+        assert got.dtype == dtype
+        assert relative_error(got, right) <= bound(dtype, backend)
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("beta", [0.001, 1.0])
+@pytest.mark.parametrize("sft_weight", [0.0, 1.0])
+def test_beta_and_second_stage(backend, beta, sft_weight):
+    case = small()
+    exact = case.to(torch.float64)
+    loss = fused_asft_loss(case.hidden, case.head, case.labels, beta=beta, sft_weight=sft_weight, backend=backend)
+    truth = reference.fused_asft_loss(exact.hidden, exact.head, exact.labels, beta=beta, sft_weight=sft_weight)
+    assert relative_error(loss, truth) <= FP32
+    for got, right in zip(
+        torch.autograd.grad(loss, case.leaves),
+        torch.autograd.grad(truth, exact.leaves),
+        strict=True,
+    ):
+        assert relative_error(got, right) <= FP32
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_saturated_answers(backend):
+    """p = 1 to 1e-8 on both sides: past the floor value and gradient go on, finite and not 0."""
+    hidden = torch.tensor([[[1.0], [0.0]], [[1.0], [0.0]]], requires_grad=True)
+    weight = torch.tensor([[20.0], [0.0], [0.0]], requires_grad=True)
+    labels = torch.tensor([[IGNORE, 0], [IGNORE, 0]])
+    leaves = [hidden, weight]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    for beta in (0.1, 1.0):
+        loss = fused_asft_loss(*leaves, labels, beta=beta, backend=backend)
+        truth = reference.fused_asft_loss(*exact, labels, beta=beta)
+        assert relative_error(loss, truth) <= FP32
+        grads = torch.autograd.grad(loss, leaves)
+        assert all(g.abs().max() > 0 for g in grads)
+        for got, right in zip(grads, torch.autograd.grad(truth, exact), strict=True):
+            assert relative_error(got, right) <= FP32
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_reductions_and_pairs_that_do_not_count(backend, reduction):
+    case = small(rows=6)
+    case.labels[1] = IGNORE  # chosen of pair 1 empty
+    case.labels[5] = IGNORE  # rejected of pair 2 empty
+    exact = case.to(torch.float64)
+    loss, out = fused_asft_loss(
+        case.hidden,
+        case.head,
+        case.labels,
+        reduction=reduction,
+        backend=backend,
+        return_outputs=True,
+    )
+    truth = reference.fused_asft_loss(exact.hidden, exact.head, exact.labels, reduction=reduction)
+    assert out.num_pairs == 1
+    assert relative_error(loss, truth) <= FP32
+    if reduction == "none":
+        assert (loss[1:] == 0).all()
+    (grad,) = torch.autograd.grad(loss.sum(), case.hidden)
+    assert (grad[[1, 2, 4, 5]] == 0).all()
+    assert (grad[[0, 3]] != 0).any()
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_packed(backend):
+    case = small(dtype=torch.float32)
+    hidden, labels, cu_seqlens = packed(case)
+    exact = reference.fused_asft_loss(hidden.double(), case.weight.double(), labels, cu_seqlens=cu_seqlens)
+    assert (
+        relative_error(
+            fused_asft_loss(hidden, case.head, labels, cu_seqlens=cu_seqlens, backend=backend),
+            exact,
+        )
+        <= FP32
+    )
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_logps(backend):
+    case = small(rows=3)
+    logps = fused_linear_logps(case.hidden, case.head, case.labels, backend=backend)
+    exact = reference.fused_linear_logps(case.hidden.double(), case.weight.double(), case.labels)
+    assert relative_error(logps, exact) <= FP32
+    assert torch.equal(logps == 0, exact == 0)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_num_valid_and_upstream_gradient(backend):
+    case = small()
+    loss = fused_asft_loss(case.hidden, case.head, case.labels, backend=backend)
+    bounded = fused_asft_loss(case.hidden, case.head, case.labels, backend=backend, num_valid=30)
+    upstream = torch.tensor(-1.7)
+    for a, b in zip(
+        torch.autograd.grad(loss, case.leaves, upstream),
+        torch.autograd.grad(bounded, case.leaves, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.interpreter
+def test_triton_contract():
+    """retain_graph, repeatability, one host read's worth of structure: the Triton twin keeps the same promises."""
+    case = small(bias=True)
+    loss = fused_asft_loss(case.hidden, case.head, case.labels, backend="triton", cache_bytes=2000, chunk_size=20)
+    first = torch.autograd.grad(loss, case.leaves, retain_graph=True)
+    second = torch.autograd.grad(loss, case.leaves)
+    again = fused_asft_loss(case.hidden, case.head, case.labels, backend="triton", cache_bytes=2000, chunk_size=20)
+    third = torch.autograd.grad(again, case.leaves)
+    for a, b, c in zip(first, second, third, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+    loss = fused_asft_loss(case.hidden, case.head, case.labels, backend="triton")
+    (grad,) = torch.autograd.grad(loss, case.hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        grad.sum().backward()
+
+
+@pytest.mark.interpreter
+def test_triton_with_nothing_to_learn_from():
+    case = small()
+    case.labels.fill_(IGNORE)
+    loss = fused_asft_loss(case.hidden, case.head, case.labels, backend="triton")
+    loss.backward()
+    assert loss == 0
+    assert all((x.grad == 0).all() for x in case.leaves)
+
+
+def test_sft_objective():
+    case = small(rows=3)
+    exact = case.to(torch.float64)
+    loss, out = fused_preference_loss(case.hidden, case.head, case.labels, "sft", return_outputs=True)
+    truth, plain = reference.fused_preference_loss(exact.hidden, exact.head, exact.labels, "sft", return_outputs=True)
+    assert relative_error(loss, truth) <= FP32
+    for name in vars(out):
+        assert relative_error(getattr(out, name), getattr(plain, name)) <= FP32
+    with pytest.raises(ValueError, match="objective: got 'ipo', need 'asft' or 'sft'"):
+        reference.fused_preference_loss(case.hidden, case.head, case.labels, "ipo")
+
+
+def test_objective_by_name_or_object_is_fused_asft_loss():
+    case = small()
+    expected = fused_asft_loss(case.hidden, case.head, case.labels, lam=1.0)
+    assert torch.equal(fused_preference_loss(case.hidden, case.head, case.labels, "asft"), expected)
+    assert torch.equal(fused_preference_loss(case.hidden, case.head, case.labels, ASFT()), expected)
+    assert torch.equal(
+        reference.fused_preference_loss(case.hidden, case.head, case.labels, "asft"),
+        reference.fused_asft_loss(case.hidden, case.head, case.labels),
+    )
+
+
+class SumDPO:
+    """What a user would bring: DPO on sums."""
+
+    paired, needs_reference, uses_nll_labels = True, True, False
+
+    def __call__(self, policy, ref_logps):
+        ref_chosen, ref_rejected = ref_logps.chunk(2, dim=-1)
+        margin = (policy.chosen.sum - ref_chosen) - (policy.rejected.sum - ref_rejected)
+        loss = -torch.nn.functional.logsigmoid(0.1 * margin)
+        return LossTerms(loss, -policy.chosen.avg, loss)
+
+
+def test_an_objective_of_your_own_with_a_reference():
+    case = small()
+    exact = case.to(torch.float64)
+    ref = torch.randn(4, dtype=torch.float64)
+    loss = fused_preference_loss(case.hidden, case.head, case.labels, SumDPO(), ref_logps=ref)
+    sums = reference.fused_linear_logps(exact.hidden, exact.head, exact.labels).sum(1)
+    chosen, rejected = (sums - ref).chunk(2)
+    truth = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
+    assert relative_error(loss, truth) <= FP32
+    for got, right in zip(
+        torch.autograd.grad(loss, case.leaves),
+        torch.autograd.grad(truth, exact.leaves),
+        strict=True,
+    ):
+        assert relative_error(got, right) <= FP32
+    with pytest.raises(ValueError, match="ref_logps: got None"):
+        fused_preference_loss(case.hidden, case.head, case.labels, SumDPO())
+    with pytest.raises(ValueError, match=r"ref_logps: got shape \(3,\), need \(4,\) or \(K, 4\)"):
+        fused_preference_loss(case.hidden, case.head, case.labels, SumDPO(), ref_logps=ref[:3])
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_token_weights_stand_at_their_labels(shift):
+    case = small(rows=3)
+    exact = case.to(torch.float64)
+    weights = torch.rand(3, 9, requires_grad=True)
+    loss = fused_preference_loss(
+        case.hidden,
+        case.head,
+        case.labels,
+        "sft",
+        token_weights=weights,
+        shift=shift,
+        reduction="none",
+    )
+    logps = reference.fused_linear_logps(exact.hidden, exact.head, exact.labels, shift=shift)
+    at = torch.cat([weights[:, 1:], torch.zeros(3, 1)], 1) if shift else weights
+    counts = (case.labels[:, 1:] if shift else case.labels).ne(IGNORE).sum(1)
+    truth = -(logps * at.detach()).sum(1) / counts
+    assert relative_error(loss, truth) <= FP32
+    assert (
+        relative_error(
+            torch.autograd.grad(loss.sum(), case.hidden)[0],
+            torch.autograd.grad(truth.sum(), exact.hidden)[0],
+        )
+        <= FP32
+    )
+    with pytest.raises(RuntimeError):  # detached: the loss has no gradient to them
+        torch.autograd.grad(
+            fused_preference_loss(
+                case.hidden.detach(),
+                case.weight.detach(),
+                case.labels,
+                "sft",
+                token_weights=weights,
+            ),
+            weights,
+        )
+
+
+def test_nll_labels_take_the_likelihood_of_more_tokens():
+    """ASFT with the likelihood term over prompt and answer, the odds over the answer."""
+    case = small(valid=1.0)
+    everything = case.labels[:2].clone()
+    case.labels[:, :5] = IGNORE
+    exact = case.to(torch.float64)
+    loss, out = fused_preference_loss(
+        case.hidden,
+        case.head,
+        case.labels,
+        ASFT(lam=0.5),
+        nll_labels=everything,
+        return_outputs=True,
+    )
+    align = reference.fused_asft_loss(exact.hidden, exact.head, exact.labels, lam=0.5, sft_weight=0.0)
+    nll = reference.fused_preference_loss(exact.hidden[:2], exact.head, everything, "sft")
+    assert relative_error(loss, nll + align) <= FP32
+    assert relative_error(out.sft_loss, nll) <= FP32
+    assert out.chosen_lengths.tolist() == [4, 4]
+    for got, right in zip(
+        torch.autograd.grad(loss, case.leaves),
+        torch.autograd.grad(nll + align, exact.leaves),
+        strict=True,
+    ):
+        assert relative_error(got, right) <= FP32
+
+
+def test_signatures_agree():
+    """The module takes what the function takes; the reference accepts the same calls."""
+    function = inspect.signature(fused_asft_loss).parameters
+    module = {
+        **inspect.signature(FusedASFTLoss).parameters,
+        **inspect.signature(FusedASFTLoss.forward).parameters,
+    }
+    module.pop("self")
+    assert set(module) == set(function)
+    assert all(module[name].default == function[name].default for name in function)
+    case = small()
+    keywords = {name: p.default for name, p in function.items() if p.kind is p.KEYWORD_ONLY}
+    assert reference.fused_asft_loss(case.hidden, case.head, case.labels, **keywords).isfinite()
+    shared = set(inspect.signature(fused_linear_logps).parameters)
+    assert shared < set(function) | {"reduction"}
+    assert shared < set(inspect.signature(fused_preference_loss).parameters)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    rows=st.sampled_from([2, 4, 6]), T=st.integers(2, 12), D=st.integers(1, 17), V=st.integers(2, 60),
+    valid=st.floats(0, 1), chunk_size=st.integers(1, 70), cache_bytes=st.integers(0, 4000), extra=st.integers(0, 5),
+    seed=st.integers(0, 10**6),
+)  # fmt: skip
+def test_invariances(rows, T, D, V, valid, chunk_size, cache_bytes, extra, seed):
+    """To chunk_size, cache_bytes, padding, pair order and packing; float64, so that only rounding may differ."""
+    case = make_case(rows, T, D, V, valid=valid, seed=seed, dtype=torch.float64)
+    loss = fused_asft_loss(case.hidden, case.head, case.labels)
+    expected = torch.autograd.grad(loss, case.leaves)
+
+    def same(other, unpermute=lambda g: g):
+        torch.testing.assert_close(other, loss, rtol=1e-12, atol=1e-13)
+        grads = torch.autograd.grad(other, case.leaves)
+        for a, b in zip(grads, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+    same(fused_asft_loss(case.hidden, case.head, case.labels, chunk_size=chunk_size, cache_bytes=cache_bytes))
+    wide = torch.nn.functional.pad(case.hidden, (0, 0, 0, extra), value=float("nan"))
+    same(fused_asft_loss(wide, case.head, torch.nn.functional.pad(case.labels, (0, extra), value=IGNORE)))
+    order = torch.randperm(rows // 2)
+    order = torch.cat([order, order + rows // 2])
+    same(fused_asft_loss(case.hidden[order], case.head, case.labels[order]))
+    hidden, labels, cu_seqlens = packed(case)
+    same(fused_asft_loss(hidden, case.head, labels, cu_seqlens=cu_seqlens))
+
+
+def test_interpreter_is_on_where_there_is_no_gpu():
+    """Else the tests marked interpreter would pass for the wrong reason."""
+    if not torch.cuda.is_available():
+        assert os.environ.get("TRITON_INTERPRET") == "1"
