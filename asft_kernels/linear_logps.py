@@ -94,7 +94,7 @@ def _phase2(
             grad_logps.contiguous(), inputs[0], weight, bias, *inputs[1:], saved, Logits(scale, softcap), plan,
             needs_hidden=needs_hidden, needs_weight=needs_weight, needs_bias=needs_bias,
         )  # fmt: skip
-        if padded and needs_hidden:
+        if padded and grad_hidden is not None:
             spread = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
             grad_hidden = spread.index_copy_(0, rows, grad_hidden)
     # An operator returns tensors alone: an empty one stands for "not asked for".

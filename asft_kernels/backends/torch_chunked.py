@@ -24,27 +24,33 @@ from asft_kernels.backends.plan import Plan
 MOVE = 30.0  # exp(30) = 1e13: room for 1e25 such entries in fp32, and 13 digits below the reference
 
 
-def forward(hidden, weight, bias, rows, labels, logits: Logits, plan: Plan, *, needs_acc, needs_exps) -> Saved:
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    labels: Tensor,
+    logits: Logits,
+    plan: Plan,
+    *,
+    needs_acc: bool,
+    needs_exps: bool,
+) -> Saved:
     H = _rows(hidden, rows)
     z_y = _label_logits(H, weight, bias, labels, logits)
     ref, others = z_y.clone(), torch.zeros_like(z_y)
     acc = H.new_empty(H.shape if needs_acc else 0)
+    cached = plan.cached if needs_exps else 0
     exps: list[Tensor] = []
     refs: list[Tensor] = []
-    workspace = H.new_empty(0)
+    workspace = _workspace(H, plan, cached)
 
     for k, (start, stop) in enumerate(plan.slices):
-        keep = needs_exps and k < plan.cached
-        if keep:
-            out = H.new_empty(len(labels), stop - start)
-        else:
-            if not workspace.numel():
-                workspace = H.new_empty(len(labels), plan.chunk)
-            out = workspace[:, : stop - start]
+        out = H.new_empty(len(H), stop - start) if k < cached else workspace[:, : stop - start]
         weight_k = weight[start:stop].to(H.dtype)
-        z = _chunk_logits(H, weight[start:stop], weight_k, bias, start, stop, logits, out)
+        z = _chunk_logits(H, weight_k, None if bias is None else bias[start:stop], logits, out)
         slope = _softcap_slope(z, logits)
-        _exclude_labels(z, labels, start, -torch.inf)
+        _set_label_entries(z, labels, start, -torch.inf)
 
         highest = z.amax(dim=1)
         moved = torch.where(highest > ref + MOVE, highest, ref)
@@ -58,12 +64,11 @@ def forward(hidden, weight, bias, rows, labels, logits: Logits, plan: Plan, *, n
             if k:
                 acc.mul_(shrink[:, None])
             torch.addmm(acc, E, weight_k, beta=min(k, 1), out=acc)  # beta 0 does not read acc
-        if keep:
+        if k < cached:
             exps.append(E)
             refs.append(ref)
 
-    label_exp = torch.exp(z_y - ref)
-    total = others + label_exp
+    total = others + torch.exp(z_y - ref)
     x = ref + others.log() - z_y
     logps = -(x.clamp(min=0) + torch.exp(-x.abs()).log1p())  # -softplus(x), exact at both ends
     label_entry = -others * _label_slope(z_y, logits)
@@ -71,21 +76,32 @@ def forward(hidden, weight, bias, rows, labels, logits: Logits, plan: Plan, *, n
         # On a GPU the comparison would stop the stream: there the rescale always runs.
         if E.device.type != "cpu" or not torch.equal(written_at, ref):
             E.mul_(torch.exp(written_at - ref)[:, None])
-        _exclude_labels(E, labels, start, label_entry)
+        _set_label_entries(E, labels, start, label_entry)
     return Saved(logps, others / total, total.reciprocal(), ref, acc, exps)
 
 
 def backward(
-    grad_logps, hidden, weight, bias, rows, labels, saved: Saved, logits: Logits, plan: Plan,
-    *, needs_hidden, needs_weight, needs_bias,
-):  # fmt: skip
+    grad_logps: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    labels: Tensor,
+    saved: Saved,
+    logits: Logits,
+    plan: Plan,
+    *,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     H = _rows(hidden, rows)
-    z_y = _label_logits(H, weight, bias, labels, logits)
-    label_slope = _label_slope(z_y, logits)
-    coef = logits.scale * grad_logps.to(H.dtype) * saved.inv_total
-    grad_hidden = grad_weight = grad_bias = None
+    label_slope = _label_slope(_label_logits(H, weight, bias, labels, logits), logits)
+    g = logits.scale * grad_logps.to(H.dtype)
+    coef = g * saved.inv_total
+    grad_hidden = None
     if needs_hidden:
-        pull = logits.scale * grad_logps.to(H.dtype) * saved.one_minus_p * label_slope
+        pull = g * saved.one_minus_p * label_slope
         grad_rows = weight.index_select(0, labels).to(H.dtype).mul_(pull[:, None])
         grad_rows.addcmul_(saved.acc, coef[:, None], value=-1)
         grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
@@ -94,35 +110,37 @@ def backward(
     if not (needs_weight or needs_bias):
         return grad_hidden, None, None
 
-    scaled = H * -coef[:, None] if needs_weight else None
-    if needs_weight:
-        grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    if needs_bias:
-        grad_bias = torch.empty_like(bias)
-    workspace = H.new_empty(0)
-    scratch = H.new_empty(plan.chunk, H.shape[1]) if needs_weight and weight.dtype != H.dtype else None
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
+    grad_bias = torch.empty_like(bias) if needs_bias and bias is not None else None
+    scaled = H * -coef[:, None] if needs_weight else H
+    rounds = needs_weight and weight.dtype != H.dtype
+    scratch = H.new_empty(plan.chunk if rounds else 0, H.shape[1])
+    workspace = _workspace(H, plan, len(saved.exps))
+    label_entry = -label_slope * saved.one_minus_p / saved.inv_total
     for k, (start, stop) in enumerate(plan.slices):
         if k < len(saved.exps):
             E = saved.exps[k]
         else:
-            if not workspace.numel():
-                workspace = H.new_empty(len(labels), plan.chunk)
-            out = workspace[:, : stop - start]
-            weight_k = weight[start:stop].to(H.dtype)
-            z = _chunk_logits(H, weight[start:stop], weight_k, bias, start, stop, logits, out)
+            weight_k, out = weight[start:stop].to(H.dtype), workspace[:, : stop - start]
+            z = _chunk_logits(H, weight_k, None if bias is None else bias[start:stop], logits, out)
             slope = _softcap_slope(z, logits)
             E = z.sub_(saved.ref[:, None]).exp_()
             if slope is not None:
                 E.mul_(slope)
-            _exclude_labels(E, labels, start, -label_slope * saved.one_minus_p / saved.inv_total)
-        if needs_weight and scratch is None:
-            torch.mm(E.T, scaled, out=grad_weight[start:stop])
-        elif needs_weight:
-            grad_weight[start:stop] = torch.mm(E.T, scaled, out=scratch[: stop - start])
-        if needs_bias:
+            _set_label_entries(E, labels, start, label_entry)
+        if grad_weight is not None:
+            grad_k = torch.mm(E.T, scaled, out=scratch[: stop - start] if rounds else grad_weight[start:stop])
+            if rounds:
+                grad_weight[start:stop] = grad_k  # the one rounding
+        if grad_bias is not None:
             # A sum, not a matrix-vector product: BLAS adds the tokens one by one, sum() pairwise.
-            grad_bias[start:stop] = (E * coef[:, None]).sum(dim=0).neg_()
+            grad_bias[start:stop] = (E * -coef[:, None]).sum(dim=0)
     return grad_hidden, grad_weight, grad_bias
+
+
+def _workspace(H: Tensor, plan: Plan, cached: int) -> Tensor:
+    """One chunk of E, for the chunks that are not cached."""
+    return H.new_empty(len(H) if cached < len(plan.slices) else 0, plan.chunk)
 
 
 def _rows(hidden: Tensor, rows: Tensor) -> Tensor:
@@ -131,17 +149,17 @@ def _rows(hidden: Tensor, rows: Tensor) -> Tensor:
     return H if H.dtype == torch.float64 else H.float()
 
 
-def _label_logits(H, weight, bias, labels, logits: Logits) -> Tensor:
+def _label_logits(H: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logits: Logits) -> Tensor:
     z = torch.linalg.vecdot(H, weight.index_select(0, labels).to(H.dtype))
     if bias is not None:
         z += bias.index_select(0, labels)
     return _transform(z, logits)
 
 
-def _chunk_logits(H, weight_k, weight_k_upcast, bias, start, stop, logits: Logits, out: Tensor) -> Tensor:
-    torch.mm(H, weight_k_upcast.T, out=out)
-    if bias is not None:
-        out += bias[start:stop]
+def _chunk_logits(H: Tensor, weight_k: Tensor, bias_k: Tensor | None, logits: Logits, out: Tensor) -> Tensor:
+    torch.mm(H, weight_k.T, out=out)
+    if bias_k is not None:
+        out += bias_k
     return _transform(out, logits)
 
 
@@ -164,7 +182,7 @@ def _label_slope(z_y: Tensor, logits: Logits) -> Tensor:
     return torch.ones_like(z_y) if slope is None else slope
 
 
-def _exclude_labels(E: Tensor, labels: Tensor, start: int, value: float | Tensor) -> None:
+def _set_label_entries(E: Tensor, labels: Tensor, start: int, value: float | Tensor) -> None:
     """E[t, y_t - start] = value[t] for the labels inside this chunk, without looking which they are."""
     column = (labels - start).clamp_(0, E.shape[1] - 1)[:, None]
     inside = (labels >= start) & (labels < start + E.shape[1])
