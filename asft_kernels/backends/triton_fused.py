@@ -120,9 +120,7 @@ def backward(
         z_y = None
         if logits.softcap is not None:
             z_y = label_logits(hidden, weight, bias, rows, labels, **transform)
-        pull, push = row_factors(
-            grad_logps.float().contiguous(), saved.one_minus_p, saved.inv_total, z_y, **transform
-        )
+        pull, push = row_factors(grad_logps.float().contiguous(), saved.one_minus_p, saved.inv_total, z_y, **transform)
         if needs_hidden:
             dH = grad_hidden(hidden, saved.acc, weight, rows, labels, pull, push)
         if not (needs_weight or needs_bias):

@@ -31,9 +31,9 @@ TILES: dict[tuple[str, bool], Tile] = {
     ("sm_90", True): Tile(128, 128, 64, 8, 3, "compiled only: 96 KiB, 128 registers: 2 on an SM"),
     ("sm_100", True): Tile(128, 128, 64, 8, 3, "compiled only: as sm_90; 4 warps spill"),
     ("gfx942", True): Tile(128, 128, 64, 8, 2, "compiled only: 32 KiB, 2 on a CU"),
-    ("sm_80", False): Tile(64, 64, 32, 8, 3, "compiled only: ieee products run on FMA units"),
-    ("sm_90", False): Tile(64, 64, 32, 8, 3, "compiled only: as sm_80; 128 x 128 spills"),
-    ("sm_100", False): Tile(64, 64, 32, 8, 3, "compiled only: as sm_90"),
+    ("sm_80", False): Tile(64, 64, 32, 4, 3, "compiled only: ieee products run on FMA units"),
+    ("sm_90", False): Tile(64, 64, 32, 4, 3, "compiled only: as sm_80; 128 x 128 spills"),
+    ("sm_100", False): Tile(64, 64, 32, 4, 3, "compiled only: as sm_90; 8 warps spill"),
     ("gfx942", False): Tile(64, 64, 32, 4, 2, "compiled only: MFMA has fp32 products of its own"),
     # Interpreted, emulated, or a chip that the table does not know: anything can run these.
     ("other", True): Tile(32, 32, 32, 4, 2, "small: half the registers of any chip", GROUP=2),

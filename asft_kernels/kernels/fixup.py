@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from asft_kernels.kernels.device_math import narrow
+
 
 @triton.jit(do_not_specialize=["N"])
 def fixup_kernel(
@@ -39,7 +41,7 @@ def fixup_kernel(
     mask = moved[:, None] & (j < width)[None, :]  # rows past N load 0 twice: not moved
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     x *= tl.exp(old - new)[:, None]
-    tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=mask)
+    tl.store(x_ptr + at, narrow(x, x_ptr.dtype.element_ty), mask=mask)
 
 
 def fixup(x: Tensor, old: Tensor, new: Tensor, *, tile_width: int) -> None:

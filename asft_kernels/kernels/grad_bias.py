@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from asft_kernels.kernels.device_math import narrow
+
 
 @triton.jit(do_not_specialize=["N", "first"])
 def grad_bias_kernel(
@@ -37,7 +39,7 @@ def grad_bias_kernel(
         push = tl.load(push_ptr + m, mask=is_token, other=0.0)
         label_part = tl.where(own[:, None] == v[None, :], pull[:, None], 0.0)
         acc += tl.sum(label_part - push[:, None] * e.to(tl.float32), 0)
-    tl.store(out_ptr + v, acc.to(out_ptr.dtype.element_ty), mask=in_chunk)
+    tl.store(out_ptr + v, narrow(acc, out_ptr.dtype.element_ty), mask=in_chunk)
 
 
 def grad_bias(

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from asft_kernels.kernels.device_math import narrow
+
 
 @triton.jit
 def grad_hidden_kernel(
@@ -37,7 +39,7 @@ def grad_hidden_kernel(
     acc = tl.load(acc_ptr + t * D + d, mask=in_row, other=0.0)
     grad = tl.load(pull_ptr + t) * w_y.to(tl.float32) - tl.load(push_ptr + t) * acc
     row = tl.load(rows_ptr + t)
-    tl.store(out_ptr + row * D + d, grad.to(out_ptr.dtype.element_ty), mask=in_row)
+    tl.store(out_ptr + row * D + d, narrow(grad, out_ptr.dtype.element_ty), mask=in_row)
 
 
 def grad_hidden(

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from asft_kernels.kernels.configs import best_tile
-from asft_kernels.kernels.device_math import dot, softcap_logits, softcap_slope
+from asft_kernels.kernels.device_math import dot, narrow, softcap_logits, softcap_slope
 
 # exp(30) = 1e13: room for 1e25 such entries in fp32, and 13 digits below the reference.
 MOVE = tl.constexpr(30.0)
@@ -70,7 +70,7 @@ def logits_exp_kernel(
     is_token = m < N
     in_chunk = v < width
     # Tokens and vocabulary rows past the end repeat a valid one: their results are never stored.
-    row = tl.load(rows_ptr + m, mask=is_token, other=0).to(tl.int64)
+    row = tl.load(rows_ptr + tl.minimum(m, N - 1))  # int64
     v64 = tl.minimum(v, width - 1).to(tl.int64)
     hidden_row = hidden_ptr + (row * stride_hm)[:, None]
     weight_row = weight_ptr + (v64 * stride_wv)[None, :]
@@ -104,7 +104,7 @@ def logits_exp_kernel(
         if HAS_SOFTCAP:
             e *= softcap_slope(z, softcap)  # from z, which is there: another array would spill
         at = (m.to(tl.int64) * width)[:, None] + v[None, :]
-        e = e.to(exps_ptr.dtype.element_ty)
+        e = narrow(e, exps_ptr.dtype.element_ty)
         tl.store(exps_ptr + at, e, mask=is_token[:, None] & in_chunk[None, :])
 
 

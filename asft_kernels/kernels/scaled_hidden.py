@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from asft_kernels.kernels.device_math import narrow
+
 
 @triton.jit
 def scaled_hidden_kernel(
@@ -28,7 +30,7 @@ def scaled_hidden_kernel(
     in_row = d < D
     h = tl.load(hidden_ptr + tl.load(rows_ptr + t) * stride_hm + d, mask=in_row, other=0.0)
     scaled = -tl.load(push_ptr + t) * h.to(tl.float32)
-    tl.store(out_ptr + t * D + d, scaled.to(out_ptr.dtype.element_ty), mask=in_row)
+    tl.store(out_ptr + t * D + d, narrow(scaled, out_ptr.dtype.element_ty), mask=in_row)
 
 
 def scaled_hidden(hidden: Tensor, rows: Tensor, push: Tensor, *, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,540 @@
+"""Each kernel alone against float64, with a bound derived beside it: interpreted, emulated, or on a GPU.
+
+u = 2**-24 is one fp32 rounding. Bounds count roundings of the worst path and add 1 % for second-order
+terms; `stored(dtype)` is the rounding of the store. Fresh memory is NaN (conftest), so a finite
+result is a written one.
+"""
+
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from bounds import unit_roundoff
+
+from asft_kernels.kernels import device_math
+from asft_kernels.kernels.asft_sequence import asft_sequence, asft_sequence_grad
+from asft_kernels.kernels.fixup import fixup
+from asft_kernels.kernels.grad_bias import grad_bias
+from asft_kernels.kernels.grad_hidden import grad_hidden
+from asft_kernels.kernels.label_logits import label_logits
+from asft_kernels.kernels.label_rows import label_rows
+from asft_kernels.kernels.logits_exp import logits_exp
+from asft_kernels.kernels.row_statistics import close_statistics, merge_statistics, row_factors
+from asft_kernels.kernels.scaled_hidden import scaled_hidden
+
+u = 2.0**-24
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def both(interpreted: list, emulated: list) -> list:
+    """One table for two processes: the emulator gets its own, smaller rows."""
+    as_params = [row if isinstance(row, tuple) else (row,) for row in interpreted]
+    emulated = [row if isinstance(row, tuple) else (row,) for row in emulated]
+    return [pytest.param(*row, marks=pytest.mark.interpreter) for row in as_params] + [
+        pytest.param(*row, marks=pytest.mark.emulated) for row in emulated
+    ]
+
+
+def exp_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def stored(dtype: torch.dtype) -> float:
+    return 0.0 if dtype == torch.float32 else 1.01 * unit_roundoff(dtype)
+
+
+def assert_within(got, exact, bound, dtype=torch.float32) -> None:
+    got, exact = got.cpu().double(), exact.cpu().double()
+    assert got.shape == exact.shape
+    assert got.isfinite().all(), "not finite, or never written"
+    bound = 1.01 * bound + stored(dtype) * exact.abs() + torch.finfo(dtype).tiny
+    excess = (got - exact).abs() - bound
+    worst = excess.argmax() if excess.numel() else 0
+    assert not (excess > 0).any(), f"{got.flatten()[worst]} should be {exact.flatten()[worst]}"
+
+
+class Inputs:
+    """N tokens scattered over M rows of hidden, whose unused rows are NaN; peaked labels and rivals."""
+
+    def __init__(self, N, V, D, dtype, device, *, bias=False, rivals=True):
+        gen = torch.Generator().manual_seed(N * 1000 + V)
+        M = N + N // 3 + 1
+        self.rows = torch.randperm(M, generator=gen)[:N]
+        self.hidden = torch.full((M, D), torch.nan)
+        self.hidden[self.rows] = torch.randn(N, D, generator=gen)
+        self.weight = torch.randn(V, D, generator=gen) / math.sqrt(D)
+        self.labels = torch.randint(V, (N,), generator=gen)
+        if rivals and N > 6 and V > 20:
+            # Rows of the head parallel to a token's hidden state: logits far above that token's label.
+            for t, v, gap in ((1, V // 2, 31.0), (2, V - 1, 45.0), (2, V // 3, 20.0), (5, 3, 205.0)):
+                h = self.hidden[self.rows[t]]
+                self.weight[v] = h * gap / h.square().sum()
+            self.labels[[1, 2, 5]] = V // 4
+            self.labels[3] = V - 1
+        self.bias = torch.randn(V, generator=gen).to(dtype).to(device) if bias else None
+        self.hidden, self.weight = (x.to(dtype).to(device) for x in (self.hidden, self.weight))
+        self.rows, self.labels = self.rows.to(device), self.labels.to(device)
+
+    def exact_logits(self, scale=1.0, softcap=None):
+        """(z, dz): float64 logits of all tokens, and what fp32 summation in any order may add to them.
+
+        A sum of D products, a bias and a scale: D + 2 roundings of at most u * sum |h w|. The softcap
+        does not magnify it (slope <= 1) and adds some 8 roundings of z.
+        """
+        h, w = self.hidden.cpu().double()[self.rows.cpu()], self.weight.cpu().double()
+        b = 0.0 if self.bias is None else self.bias.cpu().double()
+        z = scale * (h @ w.T + b)
+        size = abs(scale) * (h.abs() @ w.abs().T + abs(b))
+        dz = (h.shape[1] + 2) * u * size
+        if softcap is not None:
+            z = softcap * torch.tanh(z / softcap)
+            dz = dz + 8 * u * z.abs()
+        return z, dz
+
+
+# --- device_math
+
+
+@triton.jit
+def _apply_kernel(out_ptr, x_ptr, n, cap, WHICH: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n, other=0.0)
+    if WHICH == "log1p":
+        y = device_math.log1p(x)
+    elif WHICH == "expm1":
+        y = device_math.expm1(x)
+    elif WHICH == "softplus":
+        y = device_math.softplus(x)
+    elif WHICH == "sigmoid":
+        y = device_math.sigmoid(x)
+    elif WHICH == "softcap_logits":
+        y = device_math.softcap_logits(x, cap)
+    else:
+        y = device_math.softcap_slope(x, cap)
+    tl.store(out_ptr + i, y, mask=i < n)
+
+
+TINY_TO_HUGE = 10.0 ** torch.linspace(-28, 30, 200, dtype=torch.float64)
+AROUND_HALF = torch.linspace(0.45, 0.55, 33, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "which",
+    both(*[["log1p", "expm1", "softplus", "sigmoid", "softcap_logits", "softcap_slope"]] * 2),
+)
+def test_device_math(which, device):
+    """Relative errors: a series or quotient of some 8 operations, or exp and log, which chips round
+    within 4 units and whose argument's rounding exp magnifies by |x|; 1 - exp magnifies by 2.6."""
+    grid = torch.cat([TINY_TO_HUGE, AROUND_HALF, torch.linspace(0.6, 60, 99, dtype=torch.float64)])
+    both_signs = torch.cat([-grid, torch.zeros(1, dtype=torch.float64), grid])
+    if which == "log1p":
+        x = torch.cat([grid, -AROUND_HALF[:16], -TINY_TO_HUGE[:100]])
+        x = x[x > -0.5].float()
+        exact, bound = torch.log1p(x.double()), 10 * u
+    elif which == "expm1":
+        x = both_signs[both_signs < 80].float()
+        exact, bound = torch.expm1(x.double()), 8 * u + 2.6 * u * (4 + x.double().clamp(-40).abs())
+    elif which == "softplus":
+        x = both_signs.float()
+        exact = torch.nn.functional.softplus(x.double(), threshold=1000)
+        bound = 14 * u + u * x.double().clamp(-100, 0).abs()
+    elif which == "sigmoid":
+        x = both_signs.float()
+        exact, bound = torch.sigmoid(x.double()), 8 * u + u * x.double().clamp(-100, 0).abs()
+    elif which == "softcap_logits":
+        x = both_signs.float()
+        exact, bound = 30 * torch.tanh(x.double() / 30), 20 * u
+    else:
+        x = both_signs[both_signs.abs() <= 30].float()
+        exact = 1 - (x.double() / 30).square()
+        bound = 4 * u / exact.clamp(min=1e-9)  # absolute 4 u: 1 - t loses what t rounded
+    out = torch.full_like(x, torch.nan).to(device)
+    _apply_kernel[(triton.cdiv(len(x), 512),)](out, x.to(device), len(x), 30.0, WHICH=which, BLOCK=512)
+    assert_within(out, exact, bound * exact.abs())
+
+
+# --- label_logits and logits_exp
+
+LOGIT_OPTIONS = [(1.0, None, False), (0.7, None, True), (1.3, 8.0, True), (0.5, 30.0, False)]
+SHAPES = [(1, 1, 1), (7, 33, 5), (40, 123, 67)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("scale", "softcap", "bias"), LOGIT_OPTIONS)
+@pytest.mark.parametrize(("N", "V", "D"), both([*SHAPES, (11, 21, 1030)], [(9, 33, 67)]))
+def test_label_logits(N, V, D, scale, softcap, bias, dtype, device):
+    x = Inputs(N, V, D, dtype, device, bias=bias)
+    got = label_logits(x.hidden, x.weight, x.bias, x.rows, x.labels, scale=scale, softcap=softcap)
+    own = x.labels.cpu()[:, None]
+    z, dz = (a.gather(1, own)[:, 0] for a in x.exact_logits(scale, softcap))
+    assert_within(got, z, dz)
+
+
+@pytest.mark.interpreter
+def test_label_logits_reads_a_transposed_head(device):
+    x = Inputs(9, 33, 20, torch.float32, device)
+    columns = x.weight.t().contiguous().t()
+    assert columns.stride(1) != 1
+    arguments = (None, x.rows, x.labels)
+    expected = label_logits(x.hidden, x.weight, *arguments, scale=1.0, softcap=None)
+    got = label_logits(x.hidden, columns, *arguments, scale=1.0, softcap=None)
+    assert torch.equal(got, expected)
+
+
+
+
+@pytest.mark.parametrize("sums", [True, False], ids=["sums", "no sums"])
+@pytest.mark.parametrize("store", [True, False], ids=["store", "no store"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("scale", "softcap", "bias"), [(1.0, None, False), (1.3, 40.0, True)])
+@pytest.mark.parametrize(
+    ("N", "V", "D", "first", "stop"),
+    both(
+        [(1, 1, 1, 0, 1), (7, 33, 5, 0, 33), (70, 251, 37, 100, 251), (33, 123, 67, 64, 97)],
+        [(9, 75, 40, 20, 75)],
+    ),
+)
+def test_logits_exp(N, V, D, first, stop, scale, softcap, bias, dtype, store, sums, device):
+    """E' = exp(z - q) c: exp turns an absolute error of its argument into a relative one, dz of z
+    and u |z - q| of the difference, and is itself within 4 roundings; c = 1 - (z / cap)^2 is off by
+    at most 2 |z| dz / cap^2 + 4 u. A tile's sum adds at most BLOCK_V of its roundings, all positive."""
+    if not store and not sums:
+        return
+    x = Inputs(N, V, D, dtype, device, bias=bias)
+    z, dz = (a[:, first:stop] for a in x.exact_logits(scale, softcap))
+    own = x.labels.cpu()
+    z_y = x.exact_logits(scale, softcap)[0].gather(1, own[:, None])[:, 0]
+    # Without sums, as in phase 2, r is final: nothing passes it by more than 30.
+    ref = z_y.float() if sums else torch.maximum(z_y, z.amax(1) - 29).float()
+    exps = torch.full((N, stop - first), torch.nan, dtype=exp_dtype(dtype), device=device) if store else None
+    result = logits_exp(
+        exps, x.hidden, x.weight[first:stop], None if x.bias is None else x.bias[first:stop],
+        x.rows, x.labels, ref.to(device), first=first, scale=scale, softcap=softcap, sums=sums,
+    )  # fmt: skip
+
+    columns = torch.arange(first, stop)
+    counted = columns[None, :] != own[:, None]
+    q = ref.double()[:, None].expand_as(z)
+    if sums:
+        tile_sums, tile_refs, width = result
+        tiles = triton.cdiv(stop - first, width)
+        tile_of = (columns - first) // width
+        assert tile_refs.shape == tile_sums.shape == (tiles, N)
+        q = tile_refs.cpu().double()[tile_of].T
+        for i in range(tiles):
+            inside = counted & (tile_of == i)
+            top, at = z.masked_fill(~inside, -torch.inf).max(1)
+            moved = top > ref.double() + 30
+            same = tile_refs[i].cpu() == ref
+            near = (tile_refs[i].cpu().double() - top).abs() <= 1.01 * dz.gather(1, at[:, None])[:, 0]
+            assert torch.where(moved, near, same).all()
+    else:
+        assert result is None
+    error = dz + u * (z - q).abs() + 5 * u
+    e = torch.exp(z - q) * counted
+    if sums:
+        for i in range(tiles):
+            part = tile_of == i
+            bound = (e * (error + width * u))[:, part].sum(1)
+            assert_within(tile_sums[i], e[:, part].sum(1), bound)
+    if store:
+        if softcap is not None:
+            c = 1 - (z / softcap) ** 2
+            # The relative error of e' is that of e plus that of c, which may be tiny itself.
+            bound = e * (c * error + 2 * z.abs() * dz / softcap**2 + 4 * u)
+            e = e * c
+        else:
+            bound = e * error
+        assert_within(exps, e, bound + 1e-37, exps.dtype)
+        assert (exps.cpu()[~counted] == 0).all()
+
+
+@pytest.mark.interpreter
+def test_logits_exp_moves_the_reference_only_where_needed(device):
+    """The cases that the table above relies on do occur: tiles that stay, and tiles that move."""
+    x = Inputs(70, 251, 37, torch.float32, device)
+    z_y = label_logits(x.hidden, x.weight, None, x.rows, x.labels, scale=1.0, softcap=None)
+    _, refs, _ = logits_exp(
+        None, x.hidden, x.weight, None, x.rows, x.labels, z_y, first=0, scale=1.0, softcap=None, sums=True
+    )
+    moved = (refs != z_y).cpu()
+    assert moved.any(0)[[1, 2, 5]].all()  # the rivals' tokens
+    assert not moved.all(0).any()  # never in all tiles
+    assert moved.float().mean() < 0.1  # and hardly ever elsewhere
+    assert (refs - z_y).max() > 200
+
+
+# --- row statistics
+
+
+@pytest.mark.parametrize(
+    ("N", "tiles"), both([(1, 1), (33, 5), (70, 70)], [(33, 5), (7, 40)])
+)
+def test_merge_statistics(N, tiles, device):
+    """All terms are positive: each carries 4 roundings of exp and product, u |q - r'| of the exponent,
+    and at most one for every later addition or rescaling (5 a block of 32 tiles, plus 40)."""
+    gen = torch.Generator().manual_seed(N)
+    ref, others = torch.randn(N, generator=gen), torch.rand(N, generator=gen) * 1e3
+    refs = ref.repeat(tiles, 1)
+    jumps = torch.rand(tiles, N, generator=gen)
+    refs += torch.where(jumps > 0.8, 30 + 200 * (jumps - 0.8), 0.0)
+    sums = torch.rand(tiles, N, generator=gen) * 100
+    inputs = [x.clone().to(device) for x in (sums, refs, ref, others)]  # others is changed
+    got_ref = merge_statistics(*inputs)
+    sums, refs, ref, others = (x.double() for x in (sums, refs, ref, others))
+    top = torch.maximum(ref, refs.amax(0))
+    assert torch.equal(got_ref.cpu().double(), top)
+    logs = torch.cat([ref[None], refs]) - top
+    terms = torch.cat([others[None], sums]) * torch.exp(logs)
+    bound = (terms * u * (44 + 5 * (tiles / 32 + 1) + 2 * logs.abs())).sum(0)
+    assert_within(inputs[3], terms.sum(0), bound)
+
+
+def closed(z_y, ref, others, device):
+    inputs = [torch.tensor(x, dtype=torch.float32) for x in (z_y, ref, others)]
+    got = close_statistics(*(x.to(device) for x in inputs))
+    z_y, ref, others = (x.double() for x in inputs)
+    return got, z_y, ref, others
+
+
+@pytest.mark.parametrize("shift", both([0.0, -37.0, 250.0], [-37.0]))
+def test_close_statistics(shift, device):
+    """x = (r - z_y) + log s is off by dx = u (|r - z_y| + 4 |log s| + |x|); softplus' is at most softplus
+    itself, so logp is off by logp (dx + 14 u + u |x|)."""
+    s = [1e-30, 1e-12, 1e-7, 0.3, 1.0, 1.5, 77.0, 1e5, 1e13, 3e20]
+    gaps = [0.0, 31.0, 80.0, 300.0]
+    z_y = [shift for _ in gaps for _ in s]
+    ref = [shift + gap for gap in gaps for _ in s]
+    (logps, one_minus_p, inv_total), z_y, ref, s = closed(z_y, ref, s * len(gaps), device)
+    x = (ref - z_y) + s.log()
+    logp = -torch.nn.functional.softplus(x, threshold=1000)
+    dx = u * ((ref - z_y).abs() + 4 * s.log().abs() + x.abs())
+    assert_within(logps, logp, logp.abs() * (dx + 14 * u + u * x.abs()))
+    total = s + torch.exp(z_y - ref)
+    relative = 8 * u + u * (z_y - ref).abs() * torch.exp(z_y - ref) / total
+    assert_within(one_minus_p, s / total, relative * s / total)
+    assert_within(inv_total, 1 / total, relative / total)
+
+
+@pytest.mark.parametrize("label", both([0.0, -1e4, 80.0], [80.0]))
+def test_close_statistics_of_a_vocabulary_of_one(label, device):
+    (logps, one_minus_p, inv_total), *_ = closed([label], [label], [0.0], device)
+    assert (logps.item(), one_minus_p.item(), inv_total.item()) == (0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("softcap", both([None, 12.0], [12.0]))
+def test_row_factors(softcap, device):
+    """Two products, and with a softcap a third with c, itself off by at most 4 u."""
+    gen = torch.Generator().manual_seed(0)
+    g, q, i = torch.rand(3, 300, generator=gen) - 0.5
+    z = 24 * torch.rand(300, generator=gen) - 12 if softcap else None
+    inputs = [None if x is None else x.to(device) for x in (g, q, i, z)]
+    pull, push = row_factors(*inputs, scale=0.3, softcap=softcap)
+    g, q, i = 0.3 * g.double(), q.double(), i.double()
+    c = 1 - (z.double() / softcap) ** 2 if softcap else torch.ones(300, dtype=torch.float64)
+    assert_within(pull, g * q * c, (g * q).abs() * u * (4 * c + 4 * bool(softcap)))
+    assert_within(push, g * i, 3 * u * (g * i).abs())
+
+
+# --- fixup
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("N", "width", "tile_width"),
+    both([(1, 1, 1), (40, 123, 32), (33, 300, 300), (5, 700, 256)], [(20, 70, 32), (7, 300, 300)]),
+)
+def test_fixup(N, width, tile_width, dtype, device):
+    """A product with exp(old - new): 5 roundings and u |old - new|. Rows that did not move keep every bit."""
+    gen = torch.Generator().manual_seed(N)
+    tiles = triton.cdiv(width, tile_width)
+    old = torch.randn(tiles, N, generator=gen)
+    new = old.amax(0) + torch.where(torch.rand(N, generator=gen) > 0.5, 3.0, 0.0)
+    x = torch.randn(N, width, generator=gen).to(dtype)
+    got = x.clone().to(device)
+    fixup(got, old.to(device), new.to(device), tile_width=tile_width)
+    tile_of = torch.arange(width) // tile_width
+    change = (old.double() - new.double())[tile_of].T
+    stays = change == 0
+    assert torch.equal(got.cpu()[stays], x[stays])
+    exact = x.double() * torch.exp(change)
+    assert_within(got, exact, exact.abs() * u * (5 + change.abs()), dtype)
+
+
+# --- gradients
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize(("N", "V", "D"), both([*SHAPES, (4, 33, 1025)], [(9, 33, 67)]))
+def test_grad_hidden(N, V, D, layout, dtype, device):
+    """fp32 rounds each path twice (product, difference): |error| <= 2 u * size; then one store."""
+    x = Inputs(N, V, D, dtype, device)
+    weight = x.weight if layout == "rows" else x.weight.t().contiguous().t()
+    acc, (pull, push) = torch.randn(N, D), torch.randn(2, N)
+    arguments = (acc, weight, x.rows, x.labels, pull, push)
+    got = grad_hidden(x.hidden, *(a.to(device) for a in arguments))
+    acc, weight, rows, labels, pull, push = (a.cpu() for a in arguments)
+    own = pull[:, None].double() * weight.double()[labels]
+    other = push[:, None].double() * acc.double()
+    exact, bound = (torch.zeros(got.shape, dtype=torch.float64) for _ in range(2))
+    exact[rows], bound[rows] = own - other, 2 * u * (own.abs() + other.abs())
+    assert got.dtype == dtype
+    assert_within(got, exact, bound, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "V", "D"), both([*SHAPES, (4, 33, 1025)], [(9, 33, 67)]))
+def test_scaled_hidden(N, V, D, dtype, device):
+    x = Inputs(N, V, D, dtype, device)
+    push = torch.randn(N)
+    got = scaled_hidden(x.hidden, x.rows, push.to(device), dtype=exp_dtype(dtype))
+    exact = -push.double()[:, None] * x.hidden.cpu().double()[x.rows.cpu()]
+    assert_within(got, exact, u * exact.abs(), exp_dtype(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("N", "D", "first", "stop"),
+    both([(1, 1, 0, 9), (40, 67, 0, 9), (40, 1030, 3, 7), (23, 5, 9, 12)], [(20, 67, 3, 9)]),
+)
+def test_label_rows(N, D, first, stop, dtype, device):
+    """A run of m tokens with one label: m products and m additions onto what is there already.
+    Labels are few, so runs have every length up to 12 and cross the kernel's blocks."""
+    gen = torch.Generator().manual_seed(N)
+    x = Inputs(N, 9, D, dtype, device)
+    labels = torch.randint(9, (N,), generator=gen)
+    labels[: N // 2] = labels[: N // 2].clamp(max=4)
+    sorted_labels, order = torch.sort(labels, stable=True)
+    pull, there = torch.randn(N, generator=gen), torch.randn(stop - first, D, generator=gen)
+    results = []
+    for _ in range(2):
+        out = there.clone().to(device)
+        arguments = (x.rows, sorted_labels, order, pull)
+        label_rows(out, x.hidden, *(a.to(device) for a in arguments), first=first)
+        results.append(out.cpu())
+    assert torch.equal(*results), "the order of the sums is fixed"
+    terms = pull.double()[:, None] * x.hidden.cpu().double()[x.rows.cpu()]
+    member = (labels[None, :] == torch.arange(first, stop)[:, None]).double()
+    exact = there.double() + member @ terms
+    size = there.double().abs() + member @ terms.abs()
+    assert_within(results[0], exact, (member.sum(1)[:, None] + 2) * u * size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("N", "V", "first"), both([(1, 1, 0), (40, 123, 0), (70, 300, 57)], [(40, 140, 57)])
+)
+def test_grad_bias(N, V, first, dtype, device):
+    """2 N terms, a product each, summed in fp32: at most 2 N + 2 roundings of the sum of sizes; one store."""
+    gen = torch.Generator().manual_seed(N)
+    E = torch.rand(N, V, generator=gen).to(exp_dtype(dtype))
+    labels = torch.randint(first + V + 20, (N,), generator=gen)
+    pull, push = torch.randn(2, N, generator=gen)
+    out = torch.full((V,), torch.nan, dtype=dtype, device=device)
+    grad_bias(out, *(x.to(device) for x in (E, labels, pull, push)), first=first)
+    own = (labels[:, None] == first + torch.arange(V)[None, :]) * pull.double()[:, None]
+    other = push.double()[:, None] * E.double()
+    assert_within(out, (own - other).sum(0), (2 * N + 2) * u * (own.abs() + other.abs()).sum(0), dtype)
+
+
+# --- the ASFT sequence kernel
+
+
+def exact_asft(avg_w, avg_l, lam, beta, sft_weight):
+    """Loss parts and their derivatives by avg in float64, with autograd where the formula is plain and
+    the linear continuation above -1e-6 written out."""
+    parts = []
+    for sign, avg in ((-1.0, avg_w), (1.0, avg_l)):
+        a = avg.clamp(max=-1e-6).requires_grad_()
+        odds = a - torch.log(-torch.expm1(a))
+        value = torch.nn.functional.softplus(sign * beta * odds, threshold=1000)
+        (slope,) = torch.autograd.grad(value.sum(), a)
+        a, value = a.detach(), value.detach()
+        parts.append((value + slope * (avg - a), slope, (sign * beta * odds).detach().abs()))
+    return parts
+
+
+EXTREMES = [0.0, -1e-9, -3e-7, -1e-6, -2e-6, -1e-4, -0.1, -0.7, -3.0, -20.0, -90.0, -1e4]
+
+
+@pytest.mark.parametrize("beta", both([0.001, 0.1, 1.0, 10.0], [0.1, 1.0]))
+def test_asft_sequence_over_extreme_averages(beta, device):
+    """Single-token sequences, so avg is exact. f = a - log(1 - p) is off by u (|a| + 2 |f| + 12); times
+    beta that is the error dx of softplus' argument, a relative error of at most dx + 14 u + u |x| of
+    softplus and sigmoid; the slope divides by 1 - p, off by 10 u. The last product and sum add 4 u."""
+    lam, sft_weight = 0.8, 0.3
+    pairs = [(w, r) for w in EXTREMES for r in EXTREMES]
+    avg = torch.tensor([w for w, _ in pairs] + [r for _, r in pairs], dtype=torch.float32)
+    B = len(pairs)
+    offsets = torch.arange(2 * B + 1)
+    got = asft_sequence(
+        avg.to(device), offsets.to(device), lam=lam, beta=beta, sft_weight=sft_weight
+    )
+    assert torch.equal(got.sums.cpu(), avg)
+    assert torch.equal(got.avgs.cpu(), avg)
+    avg_w, avg_l = avg.double().split(B)
+    assert_within(got.sft, -avg_w, 0.0)
+    parts = exact_asft(avg_w, avg_l, lam, beta, sft_weight)
+    errors = []
+    for (_, _, x), a in zip(parts, (avg_w, avg_l), strict=True):
+        dx = beta * u * (a.abs() + 12) + 3 * u * x
+        errors.append(dx + 28 * u + u * x)
+    align = parts[0][0] + parts[1][0]
+    d_align = parts[0][0] * errors[0] + parts[1][0] * errors[1]
+    # Beyond the floor the slope times at most 1e-6 is subtracted or added.
+    d_align += 1e-6 * (parts[0][1].abs() * errors[0] + parts[1][1].abs() * errors[1]) + 2 * u * align
+    assert_within(got.align, align, d_align)
+    size = lam * align + sft_weight * avg_w.abs()
+    assert_within(got.loss, lam * align - sft_weight * avg_w, lam * d_align + 4 * u * size)
+    slopes = torch.cat([lam * parts[0][1] - sft_weight, lam * parts[1][1]])
+    sizes = torch.cat([lam * parts[0][1].abs() + sft_weight, lam * parts[1][1]])
+    assert_within(got.coef, slopes, sizes * (torch.cat(errors) + 4 * u))
+    assert (got.coef[:B] < 0).all()
+    assert (got.coef[B:] >= 0).all()
+    worst = torch.tensor([r == 0.0 for _, r in pairs])
+    assert (got.coef[B:].cpu()[worst] > 0).all(), "the worst rejected answers keep their gradient"
+
+
+@pytest.mark.parametrize("lengths", both(
+    [[3, 1, 2500, 7, 1024, 40], [0, 5, 0, 4, 0, 0], [1, 1]], [[3, 1100, 0, 7, 40, 2]]
+))  # fmt: skip
+def test_asft_sequence_over_lengths(lengths, device):
+    """Sums of m tokens: m / 1024 blocks added lane by lane and a tree of 10 levels, all of one sign."""
+    B, offsets = len(lengths) // 2, torch.tensor([0, *lengths]).cumsum(0)
+    logps = -torch.rand(int(offsets[-1])) * 3
+    got = asft_sequence(logps.to(device), offsets.to(device), lam=0.7, beta=0.4, sft_weight=0.2)
+    m = torch.tensor(lengths).double()
+    sums = torch.stack([s.sum() for s in logps.double().split(lengths)])
+    avgs = sums / m.clamp(min=1)
+    relative = u * (m / 1024 + 12)
+    assert_within(got.sums, sums, relative * sums.abs())
+    assert_within(got.avgs, avgs, (relative + u) * avgs.abs())
+    counts = (m[:B] > 0) & (m[B:] > 0)
+    # An error of avg reaches f, and so softplus' argument, times beta / (1 - p).
+    (v_w, s_w, _), (v_l, s_l, _) = exact_asft(avgs[:B], avgs[B:], 0.7, 0.4, 0.2)
+    align, coef_w, coef_l = v_w + v_l, (0.7 * s_w - 0.2) / m[:B], 0.7 * s_l / m[B:]
+    grow = 0.4 * (avgs.abs() * (relative + u) / -torch.expm1(avgs.clamp(max=-1e-6)))
+    error = (grow[:B] + grow[B:]) * 2 + 80 * u
+    zero = torch.zeros(())
+    assert_within(got.align, torch.where(counts, align, zero), error * align)
+    assert_within(got.sft, torch.where(counts, -avgs[:B], zero), (relative + u)[:B] * avgs[:B].abs())
+    loss = torch.where(counts, 0.7 * align - 0.2 * avgs[:B], zero)
+    assert_within(got.loss, loss, error * (0.7 * align + 0.2 * avgs[:B].abs()))
+    coef = torch.cat([torch.where(counts, coef_w, zero), torch.where(counts, coef_l, zero)])
+    assert_within(got.coef, coef, torch.cat([error, error]) * coef.abs())
+
+    grad_pair = torch.randn(B)
+    g = asft_sequence_grad(grad_pair.to(device), got.coef, offsets.to(device), len(logps))
+    expected = (grad_pair.repeat(2) * got.coef.cpu()).repeat_interleave(m.long())
+    assert torch.equal(g.cpu(), expected)
+
+
+@pytest.mark.interpreter
+def test_asft_sequence_without_pairs(device):
+    offsets = torch.zeros(1, dtype=torch.int64, device=device)
+    got = asft_sequence(torch.empty(0, device=device), offsets, lam=1.0, beta=1.0, sft_weight=1.0)
+    assert all(x.shape == (0,) for x in got)
+    assert asft_sequence_grad(got.loss, got.coef, offsets, 0).shape == (0,)

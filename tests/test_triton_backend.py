@@ -1,0 +1,280 @@
+"""The Triton backend whole, both phases, against float64: interpreted, emulated, or on a GPU."""
+
+import pytest
+import torch
+from bounds import fp32_bound, relative_error, rounded_once
+
+from asft_kernels.backends import Logits, triton_fused, triton_runs_on_cpu
+from asft_kernels.backends.plan import Plan
+
+PLAIN = Logits()
+GEMMA = Logits(scale=0.5, softcap=20.0)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() or triton_runs_on_cpu()), reason="Triton has nothing to run on here"
+)
+
+
+class Problem:
+    """Tokens scattered over hidden, half with peaked rows in the head, some with the same label.
+
+    Rivals: a token whose label is beaten by more than 30 in the first chunk, one in the last, and one
+    by more and more from chunk to chunk, up to 200; so references move in tiles and between chunks.
+    """
+
+    def __init__(self, dtype, device, *, N=50, V=251, D=43, logits=PLAIN, bias=False, rivals=True):
+        gen = torch.Generator().manual_seed(N + V)
+        self.logits, M = logits, N + 11
+        hidden = torch.randn(M, D, generator=gen)
+        weight = torch.randn(V, D, generator=gen) / D**0.5
+        self.rows = torch.randperm(M, generator=gen)[:N]
+        self.labels = torch.randint(V, (N,), generator=gen)
+        if rivals:
+            self.labels[: N // 3] = torch.arange(N // 3) % 3 + 5
+            places = [(0, 3, 35), (1, V - 2, 40), (2, 1, 33), (2, V // 2, 70), (2, V - 1, 200)]
+            places += [(t, int(self.labels[t]), 12) for t in range(N // 3 + 1, N, 2)]  # right and sure
+            for t, v, z in places:
+                h = hidden[self.rows[t]]
+                weight[v] = h * z / logits.scale / h.square().sum()
+        self.hidden, self.weight = hidden.to(dtype).to(device), weight.to(dtype).to(device)
+        self.bias = torch.randn(V, generator=gen).to(dtype).to(device) if bias else None
+        self.g = torch.randn(N, generator=gen).to(device)
+        self.rows, self.labels = self.rows.to(device), self.labels.to(device)
+
+    @property
+    def inputs(self):
+        return self.hidden, self.weight, self.bias, self.rows, self.labels
+
+    def forward(self, plan, needs_acc=True, needs_exps=True):
+        return triton_fused.forward(
+            *self.inputs, self.logits, plan, needs_acc=needs_acc, needs_exps=needs_exps
+        )
+
+    def backward(self, saved, plan, hidden=True, weight=True, bias=None):
+        bias = self.bias is not None if bias is None else bias
+        return triton_fused.backward(
+            self.g, *self.inputs, saved, self.logits, plan,
+            needs_hidden=hidden, needs_weight=weight, needs_bias=bias,
+        )  # fmt: skip
+
+    def exact(self):
+        """(logps, gradients, max|z|) in float64 by autograd over the whole logits."""
+        leaves = [
+            None if x is None else x.cpu().double().requires_grad_()
+            for x in (self.hidden, self.weight, self.bias)
+        ]
+        hidden, weight, bias = leaves
+        rows, labels, softcap = self.rows.cpu(), self.labels.cpu(), self.logits.softcap
+        z = self.logits.scale * (hidden[rows] @ weight.T + (0 if bias is None else bias))
+        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        logps = z.log_softmax(1).gather(1, labels[:, None])[:, 0]
+        grads = torch.autograd.grad(logps, [x for x in leaves if x is not None], self.g.cpu().double())
+        grads = [*grads, None][:3]
+        return logps.detach(), grads, z.abs().max().item()
+
+
+def few(dtype) -> float:
+    """How many times the error of rounding the exact gradient once, where one token may make up a row.
+
+    fp16's E and Hs are fp32: the final rounding is the only one. In bf16 E and Hs are rounded once each
+    beside the result; a row of dW that one token dominates sees three independent roundings, sqrt(3)
+    times one, and 10 % for the spread of so small a sample.
+    """
+    return 1.1 if dtype == torch.float16 else 1.9
+
+
+def many(dtype) -> float:
+    """The same where rows are sums over many tokens, which average E's and Hs' roundings."""
+    return 1.1 if dtype == torch.float16 else 1.5
+
+
+def check(problem, saved, grads, factor=few) -> None:
+    dtype = problem.hidden.dtype
+    logps, exact, max_logit = problem.exact()
+    # An fp32 logit of 200 is known to 1e-5 and so is a log-probability of -200.
+    assert (saved.logps.cpu() - logps).abs().max() <= 1e-4 * max(1.0, max_logit / 32)
+    assert relative_error(saved.logps, logps) <= fp32_bound(max_logit)
+    for got, want in zip(grads, exact, strict=True):
+        if got is None:
+            continue
+        bound = fp32_bound(max_logit)
+        if dtype != torch.float32:
+            assert got.dtype == dtype
+            bound = max(bound, factor(dtype) * rounded_once(want, dtype))
+        assert relative_error(got, want) <= bound
+
+
+# What differs between the plans: chunks that divide V or not, chunks smaller than a tile, exponentials
+# of none, some and all of them kept.
+PLANS = [Plan(251, 251, 0), Plan(251, 251, 1), Plan(251, 64, 2), Plan(251, 100, 3), Plan(251, 37, 5)]
+WAYS = [
+    *((PLAIN, False, plan) for plan in PLANS),
+    *((GEMMA, True, plan) for plan in PLANS[2:4]),
+    (Logits(scale=1.7), True, PLANS[3]),
+]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("logits", "bias", "plan"), WAYS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_both_phases(dtype, logits, bias, plan, device):
+    problem = Problem(dtype, device, logits=logits, bias=bias)
+    saved = problem.forward(plan)
+    check(problem, saved, problem.backward(saved, plan))
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("plan", [Plan(75, 75, 0), Plan(75, 40, 1), Plan(75, 32, 3)], ids=str)
+@pytest.mark.parametrize(("logits", "bias"), [(PLAIN, False), (GEMMA, True)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_both_phases_emulated(dtype, logits, bias, plan, device):
+    problem = Problem(dtype, device, logits=logits, bias=bias, N=20, V=75, D=40)
+    saved = problem.forward(plan)
+    check(problem, saved, problem.backward(saved, plan))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_references_moved_in_the_problem(dtype, device):
+    """Else the fix-ups above would be tested by nothing: three tokens move, one of them thrice."""
+    problem = Problem(dtype, device)
+    plan = Plan(251, 64, 4)
+    saved = problem.forward(plan)
+    z_y = triton_fused.label_logits(*problem.inputs, scale=1.0, softcap=None)
+    gap = (saved.ref - z_y).cpu()
+    assert (gap[:3] > 30).all()
+    assert gap[2] > 150
+    assert (gap == 0).float().mean() > 0.5  # as for nearly all tokens of real text
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_odd_shapes(dtype, device):
+    problem = Problem(dtype, device, N=251, V=507, D=123, bias=True, rivals=False)
+    plan = Plan(507, 300, 1)
+    saved = problem.forward(plan)
+    check(problem, saved, problem.backward(saved, plan), many)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("N", "V", "D"), [(1, 1, 1), (3, 1, 5), (1, 7, 3), (5, 2, 1)])
+def test_smallest_shapes(N, V, D, device):
+    problem = Problem(torch.float32, device, N=N, V=V, D=D, bias=True, rivals=False)
+    plan = Plan(V, V, 1)
+    saved = problem.forward(plan)
+    grads = problem.backward(saved, plan)
+    check(problem, saved, grads)
+    if V == 1:
+        assert (saved.logps == 0).all()
+        assert all((x == 0).all() for x in grads)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_tokens(dtype, device):
+    problem = Problem(dtype, device, N=3, rivals=False, bias=True)
+    problem.rows, problem.labels, problem.g = problem.rows[:0], problem.labels[:0], problem.g[:0]
+    plan = Plan(251, 100, 2)
+    saved = problem.forward(plan)
+    assert saved.logps.shape == (0,)
+    assert [tuple(x.shape) for x in saved.exps] == [(0, 100), (0, 100)]
+    for got, like in zip(problem.backward(saved, plan), problem.inputs, strict=False):
+        assert got.shape == like.shape
+        assert (got == 0).all()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parts_that_are_not_asked_for(dtype, device):
+    """Every combination of frozen inputs gives the bits that the full call gives, and None elsewhere."""
+    problem = Problem(dtype, device, N=20, V=75, D=33, bias=True)
+    plan = Plan(75, 40, 1)
+    saved = problem.forward(plan)
+    full = problem.backward(saved, plan)
+    for hidden in (False, True):
+        for weight, bias in ((False, False), (True, False), (False, True)):
+            part = problem.forward(plan, needs_acc=hidden, needs_exps=weight or bias)
+            assert torch.equal(part.logps, saved.logps)
+            assert part.acc.shape == (saved.acc.shape if hidden else (0,))
+            assert len(part.exps) == (1 if weight or bias else 0)
+            grads = problem.backward(part, plan, hidden, weight, bias)
+            for got, want, asked in zip(grads, full, (hidden, weight, bias), strict=True):
+                assert (got is not None) == asked
+                assert got is None or torch.equal(got, want)
+
+
+@pytest.mark.interpreter
+def test_chunks_and_cache_change_roundings_alone(device):
+    """fp32: other orders of the same sums, so the difference stays within the fp32 bound of each."""
+    problem = Problem(torch.float32, device, bias=True)
+    _, _, max_logit = problem.exact()
+    results = []
+    for plan in PLANS[1:]:
+        saved = problem.forward(plan)
+        results.append([saved.logps, *problem.backward(saved, plan)])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert relative_error(a, b) <= 2 * fp32_bound(max_logit)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides(dtype, device):
+    """A transposed head, a strided one, hidden with a gap between rows or transposed: the same bits."""
+    problem = Problem(dtype, device, N=20, V=75, D=33, bias=True)
+    plan = Plan(75, 40, 1)
+    saved = problem.forward(plan)
+    expected = [saved.logps, *problem.backward(saved, plan)]
+    hidden, weight, bias = problem.hidden, problem.weight, problem.bias
+    wide = torch.full((hidden.shape[0], 60), torch.nan, dtype=dtype, device=device)
+    wide[:, 5 : 5 + hidden.shape[1]] = hidden
+    for h, w, b in (
+        (hidden.t().contiguous().t(), weight.t().contiguous().t(), bias),
+        (wide[:, 5 : 5 + hidden.shape[1]], weight.repeat(1, 2)[:, : weight.shape[1]], bias),
+        (hidden, weight.repeat_interleave(2, 1)[:, ::2], torch.stack([bias, bias], 1)[:, 1]),
+    ):
+        problem.hidden, problem.weight, problem.bias = h, w, b
+        saved = problem.forward(plan)
+        grads = problem.backward(saved, plan)
+        assert all(g.is_contiguous() for g in grads)
+        assert all(torch.equal(a, e) for a, e in zip([saved.logps, *grads], expected, strict=True))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_changes_nothing_and_repeats(dtype, device):
+    """retain_graph, and two live graphs: saved tensors and inputs keep their bits, results repeat."""
+    problem = Problem(dtype, device, bias=True)
+    plan = Plan(251, 64, 2)
+    saved = problem.forward(plan)
+    watched = [x for x in (*saved[:5], *saved.exps, *problem.inputs, problem.g)]
+    before = [x.clone() for x in watched]
+    first = problem.backward(saved, plan)
+    again = problem.forward(plan)
+    second = problem.backward(saved, plan)
+    assert all(torch.equal(a, b) for a, b in zip(watched, before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(saved[:5], again[:5], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(saved.exps, again.exps, strict=True))
+
+
+@pytest.mark.interpreter
+def test_one_rounding_where_label_and_softmax_cancel(device):
+    """Two labels share all tokens' probability, and nearly half of the tokens each: dW's label part of 16.5 h
+    (33 tokens) and softmax part of 15.5 h (31) leave h. Hs = h / 2 and E = 1 are exact in bf16 here, so only
+    the final rounding is left; one of a part alone would err by up to 16 times as much."""
+    N, V, D = 64, 40, 16
+    problem = Problem(torch.bfloat16, device, N=N, V=V, D=D, rivals=False)
+    h = problem.hidden[0].clone()
+    problem.hidden[:] = h
+    problem.weight[:] = 0
+    problem.weight[:2] = h * (20 / h.float().square().sum()).item()
+    problem.labels = (torch.arange(N, device=device) >= 33).long()
+    problem.g = torch.ones(N, device=device)
+    plan = Plan(V, V, 1)
+    _, dW, _ = problem.backward(problem.forward(plan), plan)
+    _, (_, exact, _), _ = problem.exact()
+    exact, fp32_sums = exact[:2], 64 * 2**-24 * 16 * h.cpu().double().abs()
+    error = (dW[:2].cpu().double() - exact).abs()
+    assert (error <= 1.01 * 2**-8 * exact.abs() + fp32_sums).all()
