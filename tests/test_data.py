@@ -209,7 +209,7 @@ def test_split_goes_by_line_number(tmp_path):
     rows = pairs(24)
     path = write_lines(tmp_path / "pairs.jsonl", [*rows[:5], "{", *rows[6:]])
     train, evaluation = split_every_nth(load_pairs(path, tiny_tokenizer())[0], 8)
-    assert evaluation["line"][:] == [7, 15, 23]
+    assert evaluation["line"][:] == [8, 16, 24]
     assert len(train) == 20
     with pytest.raises(DataError, match="eval_every_nth: got 1, need at least 2"):
         split_every_nth(train, 1)

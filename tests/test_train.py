@@ -75,7 +75,7 @@ def test_run_writes_metrics_curves_model_and_summary(whole_run):
     assert not list(whole_run.glob("*.partial"))
 
     summary = json.loads((whole_run / "summary.json").read_text())
-    assert summary["pairs"] == 3  # lines 7, 15, 23
+    assert summary["pairs"] == 3  # lines 8, 16, 24
     margin = summary["changes"]["margin"]
     assert margin["before"] == pytest.approx(evaluations[0]["margin"])
     assert margin["after"] == pytest.approx(evaluations[1]["margin"])
@@ -289,7 +289,7 @@ def test_two_ranks_train_as_one_process(job, tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = saved_tiny_model(tmp_path / "model")
-    common = [*job, "--model", str(model), "--max-steps", "3", "--save-strategy", "no"]
+    common = [*job, "--model", str(model), "--max-steps", "3"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert main([*common, "--output-dir", str(one)]) == 0
     script = tmp_path / "ranks.py"

@@ -114,13 +114,14 @@ def load_pairs(
 
 
 def split_every_nth(pairs: "Dataset", nth: int) -> "tuple[Dataset, Dataset]":
-    """(training, evaluation): evaluation takes the lines whose number mod `nth` is nth - 1.
+    """(training, evaluation): evaluation takes every nth line of the file, line nth first.
 
-    It goes by the line number in the file, so a row left out moves no other row to the other side.
+    Counted from 0 these are the lines whose number mod nth is nth - 1. It goes by the line in the
+    file, so a row left out moves no other row to the other side.
     """
     if nth < 2:
         raise DataError(f"eval_every_nth: got {nth}, need at least 2 (8 evaluates on an eighth)")
-    held_out = [line % nth == nth - 1 for line in pairs["line"]]
+    held_out = [line % nth == 0 for line in pairs["line"]]
     train = [index for index, out in enumerate(held_out) if not out]
     evaluation = [index for index, out in enumerate(held_out) if out]
     if not train or not evaluation:

@@ -21,7 +21,9 @@ class JobArguments:
     )
     eval_every_nth: int | None = field(
         default=None,
-        metadata={"help": "N: hold out the lines of --data whose number (from 1) mod N is N - 1"},
+        metadata={
+            "help": "N: hold out every Nth line of --data (counted from 0: number mod N is N - 1)"
+        },
     )
     lam: float = field(default=1.0, metadata={"help": "weight of the alignment term"})
     beta: float = field(default=1.0, metadata={"help": "temperature on the log-odds"})

@@ -106,7 +106,8 @@ def run(job: JobArguments, args: RunArguments, say: Any = print) -> Result:
                 f"stopped after step {trainer.state.global_step}; go on with: {_command()} --resume"
             )
         else:
-            trainer.save_model()
+            if args.save_strategy != "no":
+                trainer.save_model()
             if evaluation is not None:
                 trainer.evaluate()
             if before is not None and trainer.evaluation is not None:
