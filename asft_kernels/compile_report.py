@@ -33,6 +33,7 @@ from asft_kernels.backends import Logits, triton_fused
 from asft_kernels.backends.plan import Plan
 from asft_kernels.kernels.asft_sequence import asft_sequence, asft_sequence_grad
 from asft_kernels.kernels.configs import ARCHITECTURES, assume_architecture
+from asft_kernels.kernels.device_math import INTERPRETED
 
 KIB = 1024
 TARGETS = {
@@ -102,15 +103,13 @@ def record_launches() -> Iterator[list[Launch]]:
         names = [p.name for p in self.params]
         options = {k: kwargs.pop(k) for k in list(kwargs) if k not in names}
         bound = dict(zip(names, args, strict=False)) | kwargs
-        signature, constexprs, divisible = {}, {}, []
+        signature: dict[str, str] = {}
+        constexprs: dict[str, Any] = {}
+        divisible: list[int] = []
         for i, p in enumerate(self.params):
-            value = bound[p.name]
+            value: Any = bound[p.name]
             specialise = not p.do_not_specialize
-            if (
-                p.is_constexpr
-                or value is None
-                or (specialise and type(value) is int and value == 1)
-            ):
+            if p.is_constexpr or value is None or (specialise and type(value) is int and value == 1):
                 signature[p.name], constexprs[p.name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[p.name] = "*" + TYPE_NAMES[value.dtype]
@@ -123,9 +122,12 @@ def record_launches() -> Iterator[list[Launch]]:
                 if specialise and value % 16 == 0:
                     divisible.append(i)
         launch = Launch(
-            self, *(tuple(d.items()) for d in (signature, constexprs)), tuple(divisible),
+            self,
+            tuple(signature.items()),
+            tuple(constexprs.items()),
+            tuple(divisible),
             tuple(sorted(options.items())),
-        )  # fmt: skip
+        )
         if launch not in launches:
             launches.append(launch)
 
@@ -142,18 +144,22 @@ def launches_for(architecture: str, dtype: torch.dtype) -> list[Launch]:
     plan = Plan(V, chunk=V // 2, cached=1)
     with assume_architecture(architecture), record_launches() as launches, torch.device("meta"):
         hidden, weight, bias = (torch.empty(s, dtype=dtype) for s in ((M, D), (V, D), (V,)))
-        rows, labels, g = torch.empty(2, N, dtype=torch.int64).unbind() + (torch.empty(N),)
-        for logits, b in ((Logits(), None), (Logits(0.5, 30.0), bias)):
-            inputs = (hidden, weight, b, rows, labels)
+        rows, labels, g = (*torch.empty(2, N, dtype=torch.int64).unbind(), torch.empty(N))
+        by_column = torch.empty((D, V), dtype=dtype).t()  # a head that was stored transposed
+        plain, softcapped = Logits(), Logits(0.5, 30.0)
+        for w, b, logits in (
+            (weight, None, plain),
+            (weight, bias, softcapped),
+            (by_column, None, plain),
+        ):
+            inputs = (hidden, w, b, rows, labels)
             triton_fused.forward(*inputs, logits, plan, needs_acc=False, needs_exps=False)
             saved = triton_fused.forward(*inputs, logits, plan, needs_acc=True, needs_exps=True)
             triton_fused.backward(
                 g, *inputs, saved, logits, plan,
                 needs_hidden=True, needs_weight=True, needs_bias=b is not None,
             )  # fmt: skip
-        if (
-            dtype == torch.float32
-        ):  # its inputs are fp32 log-probabilities whatever the model's dtype
+        if dtype == torch.float32:  # its inputs are fp32 log-probabilities whatever the model's dtype
             offsets = torch.empty(17, dtype=torch.int64)
             terms = asft_sequence(g, offsets, lam=1.0, beta=1.0, sft_weight=1.0)
             asft_sequence_grad(terms.loss, terms.coef, offsets, N)
@@ -187,14 +193,12 @@ def describe(launch: Launch, architecture: str, dtype: torch.dtype) -> Row:
 
 def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
     """(registers, spill instructions, SASS) by the tools that come with Triton."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tools = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage, code = (
-            subprocess.run(
-                [tools / tool, *flags, file.name], capture_output=True, text=True, check=True
-            )
+            subprocess.run([tools / tool, *flags, file.name], capture_output=True, text=True, check=True)
             for tool, flags in (("cuobjdump", ["-res-usage"]), ("nvdisasm", ["-c"]))
         )
     found = re.search(r"REG:(\d+)", usage.stdout)
@@ -210,7 +214,7 @@ def _metadata(assembly: str, key: str) -> int:
 
 def report(architectures: tuple[str, ...] = ARCHITECTURES) -> Iterator[Row]:
     """One row per distinct launch, compiled one after another (Triton keeps what it has compiled)."""
-    if triton.knobs.runtime.interpret:
+    if INTERPRETED.value:
         raise RuntimeError(
             "compile_report: TRITON_INTERPRET is set in this process, so kernels were made for the "
             "interpreter and cannot be compiled; unset it and start again"

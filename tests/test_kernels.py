@@ -11,7 +11,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from bounds import unit_roundoff
 
 from asft_kernels.kernels import device_math
 from asft_kernels.kernels.asft_sequence import asft_sequence, asft_sequence_grad
@@ -23,6 +22,7 @@ from asft_kernels.kernels.label_rows import label_rows
 from asft_kernels.kernels.logits_exp import logits_exp
 from asft_kernels.kernels.row_statistics import close_statistics, merge_statistics, row_factors
 from asft_kernels.kernels.scaled_hidden import scaled_hidden
+from bounds import unit_roundoff
 
 u = 2.0**-24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -68,7 +68,12 @@ class Inputs:
         self.labels = torch.randint(V, (N,), generator=gen)
         if rivals and N > 6 and V > 20:
             # Rows of the head parallel to a token's hidden state: logits far above that token's label.
-            for t, v, gap in ((1, V // 2, 31.0), (2, V - 1, 45.0), (2, V // 3, 20.0), (5, 3, 205.0)):
+            for t, v, gap in (
+                (1, V // 2, 31.0),
+                (2, V - 1, 45.0),
+                (2, V // 3, 20.0),
+                (5, 3, 205.0),
+            ):
                 h = self.hidden[self.rows[t]]
                 self.weight[v] = h * gap / h.square().sum()
             self.labels[[1, 2, 5]] = V // 4
@@ -183,8 +188,6 @@ def test_label_logits_reads_a_transposed_head(device):
     assert torch.equal(got, expected)
 
 
-
-
 @pytest.mark.parametrize("sums", [True, False], ids=["sums", "no sums"])
 @pytest.mark.parametrize("store", [True, False], ids=["store", "no store"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -257,7 +260,17 @@ def test_logits_exp_moves_the_reference_only_where_needed(device):
     x = Inputs(70, 251, 37, torch.float32, device)
     z_y = label_logits(x.hidden, x.weight, None, x.rows, x.labels, scale=1.0, softcap=None)
     _, refs, _ = logits_exp(
-        None, x.hidden, x.weight, None, x.rows, x.labels, z_y, first=0, scale=1.0, softcap=None, sums=True
+        None,
+        x.hidden,
+        x.weight,
+        None,
+        x.rows,
+        x.labels,
+        z_y,
+        first=0,
+        scale=1.0,
+        softcap=None,
+        sums=True,
     )
     moved = (refs != z_y).cpu()
     assert moved.any(0)[[1, 2, 5]].all()  # the rivals' tokens
@@ -269,9 +282,7 @@ def test_logits_exp_moves_the_reference_only_where_needed(device):
 # --- row statistics
 
 
-@pytest.mark.parametrize(
-    ("N", "tiles"), both([(1, 1), (33, 5), (70, 70)], [(33, 5), (7, 40)])
-)
+@pytest.mark.parametrize(("N", "tiles"), both([(1, 1), (33, 5), (70, 70)], [(33, 5), (7, 40)]))
 def test_merge_statistics(N, tiles, device):
     """All terms are positive: each carries 4 roundings of exp and product, u |q - r'| of the exponent,
     and at most one for every later addition or rescaling (5 a block of 32 tiles, plus 40)."""
@@ -424,9 +435,7 @@ def test_label_rows(N, D, first, stop, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("N", "V", "first"), both([(1, 1, 0), (40, 123, 0), (70, 300, 57)], [(40, 140, 57)])
-)
+@pytest.mark.parametrize(("N", "V", "first"), both([(1, 1, 0), (40, 123, 0), (70, 300, 57)], [(40, 140, 57)]))
 def test_grad_bias(N, V, first, dtype, device):
     """2 N terms, a product each, summed in fp32: at most 2 N + 2 roundings of the sum of sizes; one store."""
     gen = torch.Generator().manual_seed(N)
@@ -470,9 +479,7 @@ def test_asft_sequence_over_extreme_averages(beta, device):
     avg = torch.tensor([w for w, _ in pairs] + [r for _, r in pairs], dtype=torch.float32)
     B = len(pairs)
     offsets = torch.arange(2 * B + 1)
-    got = asft_sequence(
-        avg.to(device), offsets.to(device), lam=lam, beta=beta, sft_weight=sft_weight
-    )
+    got = asft_sequence(avg.to(device), offsets.to(device), lam=lam, beta=beta, sft_weight=sft_weight)
     assert torch.equal(got.sums.cpu(), avg)
     assert torch.equal(got.avgs.cpu(), avg)
     avg_w, avg_l = avg.double().split(B)

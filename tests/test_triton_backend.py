@@ -2,17 +2,18 @@
 
 import pytest
 import torch
-from bounds import fp32_bound, relative_error, rounded_once
 
 from asft_kernels.backends import Logits, triton_fused, triton_runs_on_cpu
 from asft_kernels.backends.plan import Plan
+from bounds import fp32_bound, relative_error, rounded_once
 
 PLAIN = Logits()
 GEMMA = Logits(scale=0.5, softcap=20.0)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() or triton_runs_on_cpu()), reason="Triton has nothing to run on here"
+    not (torch.cuda.is_available() or triton_runs_on_cpu()),
+    reason="Triton has nothing to run on here",
 )
 
 
@@ -47,9 +48,7 @@ class Problem:
         return self.hidden, self.weight, self.bias, self.rows, self.labels
 
     def forward(self, plan, needs_acc=True, needs_exps=True):
-        return triton_fused.forward(
-            *self.inputs, self.logits, plan, needs_acc=needs_acc, needs_exps=needs_exps
-        )
+        return triton_fused.forward(*self.inputs, self.logits, plan, needs_acc=needs_acc, needs_exps=needs_exps)
 
     def backward(self, saved, plan, hidden=True, weight=True, bias=None):
         bias = self.bias is not None if bias is None else bias
@@ -61,8 +60,7 @@ class Problem:
     def exact(self):
         """(logps, gradients, max|z|) in float64 by autograd over the whole logits."""
         leaves = [
-            None if x is None else x.cpu().double().requires_grad_()
-            for x in (self.hidden, self.weight, self.bias)
+            None if x is None else x.cpu().double().requires_grad_() for x in (self.hidden, self.weight, self.bias)
         ]
         hidden, weight, bias = leaves
         rows, labels, softcap = self.rows.cpu(), self.labels.cpu(), self.logits.softcap
@@ -107,7 +105,13 @@ def check(problem, saved, grads, factor=few) -> None:
 
 # What differs between the plans: chunks that divide V or not, chunks smaller than a tile, exponentials
 # of none, some and all of them kept.
-PLANS = [Plan(251, 251, 0), Plan(251, 251, 1), Plan(251, 64, 2), Plan(251, 100, 3), Plan(251, 37, 5)]
+PLANS = [
+    Plan(251, 251, 0),
+    Plan(251, 251, 1),
+    Plan(251, 64, 2),
+    Plan(251, 100, 3),
+    Plan(251, 37, 5),
+]
 WAYS = [
     *((PLAIN, False, plan) for plan in PLANS),
     *((GEMMA, True, plan) for plan in PLANS[2:4]),

@@ -51,9 +51,9 @@ def forward(
     acc = hidden.new_empty((N, D) if needs_acc else 0, dtype=torch.float32)
     exps: list[Tensor] = []
     if N == 0:
-        stats = [hidden.new_empty(0, dtype=torch.float32) for _ in range(4)]
+        logps, one_minus_p, inv_total, ref = (hidden.new_empty(0, dtype=torch.float32) for _ in range(4))
         exps = [_exps(hidden, 0, b - a) for a, b in plan.slices[: plan.cached] if needs_exps]
-        return Saved(*stats, acc, exps)
+        return Saved(logps, one_minus_p, inv_total, ref, acc, exps)
 
     transform = {"scale": logits.scale, "softcap": logits.softcap}
     with torch.cuda.device_of(hidden):
@@ -69,13 +69,15 @@ def forward(
             elif needs_acc:
                 workspace = _exps(hidden, N, plan.chunk) if workspace is None else workspace
                 E = workspace.view(-1)[: N * (stop - start)].view(N, stop - start)
-            tile_sums, tile_refs, tile_width = logits_exp(
+            tiles = logits_exp(
                 E, hidden, weight_k, None if bias is None else bias[start:stop], rows, labels, ref,
                 first=start, sums=True, **transform,
             )  # fmt: skip
-            before, ref = ref, merge_statistics(tile_sums, tile_refs, ref, others)
-            if E is not None:
-                fixup(E, tile_refs, ref, tile_width=tile_width)
+            assert tiles is not None, "backend bug: asked for sums"
+            before, ref = ref, merge_statistics(tiles.sums, tiles.refs, ref, others)
+            if E is None:
+                continue
+            fixup(E, tiles.refs, ref, tile_width=tiles.width)
             if needs_acc and k == 0:
                 _product(E, weight_k, out=acc)
             elif needs_acc:
@@ -126,15 +128,15 @@ def backward(
         if not (needs_weight or needs_bias):
             return dH, None, None
 
-        scaled = scratch = sorted_labels = order = workspace = None
+        scaled = scaled_hidden(hidden, rows, push, dtype=exp_dtype("triton", hidden.dtype)) if needs_weight else None
+        scratch = workspace = None
         if needs_weight:
-            scaled = scaled_hidden(hidden, rows, push, dtype=exp_dtype("triton", hidden.dtype))
-            sorted_labels, order = torch.sort(labels, stable=True)
             dW = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
             if weight.dtype != torch.float32:
                 scratch = torch.empty((plan.chunk, D), dtype=torch.float32, device=weight.device)
         if needs_bias and bias is not None:
             db = torch.empty_like(bias)
+        sorted_labels, order = torch.sort(labels, stable=True)
         for k, (start, stop) in enumerate(plan.slices):
             if k < len(saved.exps):
                 E = saved.exps[k]
@@ -146,7 +148,7 @@ def backward(
                     None if bias is None else bias[start:stop], rows, labels, saved.ref,
                     first=start, sums=False, **transform,
                 )  # fmt: skip
-            if dW is not None:
+            if dW is not None and scaled is not None:
                 dW_k = dW[start:stop] if scratch is None else scratch[: stop - start]
                 _product(E.t(), scaled, out=dW_k)
                 label_rows(dW_k, hidden, rows, sorted_labels, order, pull, first=start)

@@ -103,9 +103,7 @@ def asft_sequence_kernel(
     tl.store(coef_ptr + B + i, tl.where(counts, lam * slope_l / m_l, 0.0))
 
 
-def asft_sequence(
-    logps: Tensor, offsets: Tensor, *, lam: float, beta: float, sft_weight: float
-) -> ASFTTerms:
+def asft_sequence(logps: Tensor, offsets: Tensor, *, lam: float, beta: float, sft_weight: float) -> ASFTTerms:
     """Sequence sums, loss terms and coefficients of B pairs; arguments as in the kernel."""
     B = (offsets.shape[0] - 1) // 2
     assert offsets.shape[0] == 2 * B + 1, "backend bug: offsets of chosen and rejected sequences"

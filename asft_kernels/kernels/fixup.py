@@ -48,11 +48,11 @@ def fixup(x: Tensor, old: Tensor, new: Tensor, *, tile_width: int) -> None:
     """Rescales x (N, width) in place; old (tiles, N), new (N,), tile_width a power of 2 or width."""
     N, width = x.shape
     assert x.is_contiguous(), "backend bug: fixup needs contiguous rows"
-    BLOCK = min(triton.next_power_of_2(width), 256)
+    BLOCK = min(triton.next_power_of_2(width), 128)
     if tile_width < width:
         BLOCK = min(BLOCK, tile_width)
         assert tile_width % BLOCK == 0, "backend bug: a block would straddle two references"
-    BLOCK_M = 16
+    BLOCK_M = 32  # 32 elements a thread where something moved, one program for 32 rows where not
     fixup_kernel[(triton.cdiv(N, BLOCK_M) * triton.cdiv(width, BLOCK),)](
         x, old, new, N, width, tile_width, BLOCK_M=BLOCK_M, BLOCK=BLOCK, num_warps=4
     )

@@ -42,12 +42,11 @@ def grad_bias_kernel(
     tl.store(out_ptr + v, narrow(acc, out_ptr.dtype.element_ty), mask=in_chunk)
 
 
-def grad_bias(
-    out: Tensor, exps: Tensor, labels: Tensor, pull: Tensor, push: Tensor, *, first: int
-) -> None:
+def grad_bias(out: Tensor, exps: Tensor, labels: Tensor, pull: Tensor, push: Tensor, *, first: int) -> None:
     """Fills out (width,), the chunk that starts with vocabulary row first; exps (N, width)."""
     N, width = exps.shape
-    assert exps.is_contiguous() and out.is_contiguous(), "backend bug: needs contiguous E and db"
+    assert exps.is_contiguous(), "backend bug: needs contiguous E"
+    assert out.is_contiguous(), "backend bug: needs contiguous db"
     grad_bias_kernel[(triton.cdiv(width, 128),)](
         out, exps, labels, pull, push, N, width, first, BLOCK_M=32, BLOCK_V=128, num_warps=4
     )

@@ -32,7 +32,7 @@ def grad_hidden_kernel(
 ):
     """Program (t, j) writes out[rows[t], j*BLOCK_D : (j+1)*BLOCK_D]."""
     t = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)  # as t: D * stride_wd
     in_row = d < D
     label = tl.load(labels_ptr + t)
     w_y = tl.load(weight_ptr + label * stride_wv + d * stride_wd, mask=in_row, other=0.0)

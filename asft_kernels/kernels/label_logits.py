@@ -41,7 +41,7 @@ def label_logits_kernel(
     label = tl.load(labels_ptr + t)
     acc = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
+        d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)  # D * stride_wd of a transposed head
         in_row = d < D
         h = tl.load(hidden_ptr + row * stride_hm + d, mask=in_row, other=0.0)
         w = tl.load(weight_ptr + label * stride_wv + d * stride_wd, mask=in_row, other=0.0)

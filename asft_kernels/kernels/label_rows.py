@@ -8,6 +8,7 @@ equal labels walks the run, so sums have a fixed order and need no atomics. Read
 once; programs whose label lies outside the chunk read 16 bytes and return.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -69,7 +70,8 @@ def label_rows(
 ) -> None:
     """Adds the label part to out (width, D) fp32, the chunk that starts with vocabulary row first."""
     (N,), (width, D) = rows.shape, out.shape
-    assert out.is_contiguous() and out.element_size() == 4, "backend bug: needs contiguous fp32"
+    assert out.is_contiguous(), "backend bug: needs a contiguous chunk of dW"
+    assert out.dtype == torch.float32, "backend bug: the label part is added before dW's rounding"
     BLOCK_D = min(triton.next_power_of_2(D), 1024)
     label_rows_kernel[(N, triton.cdiv(D, BLOCK_D))](
         out, hidden, rows, sorted_labels, order, pull,

@@ -12,6 +12,8 @@ rows is written by one program. Moves about N*D*(Vc/BLOCK_V) + Vc*D*(N/BLOCK_M) 
 serves most) and N*Vc stored ones; 2*N*Vc*D operations: bound by the matrix units.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -108,6 +110,12 @@ def logits_exp_kernel(
         tl.store(exps_ptr + at, e, mask=is_token[:, None] & in_chunk[None, :])
 
 
+class TileSums(NamedTuple):
+    sums: Tensor  # (tiles, N) fp32
+    refs: Tensor  # (tiles, N) fp32: q
+    width: int  # vocabulary rows of a tile
+
+
 def logits_exp(
     exps: Tensor | None,
     hidden: Tensor,
@@ -121,8 +129,8 @@ def logits_exp(
     scale: float,
     softcap: float | None,
     sums: bool,
-) -> tuple[Tensor, Tensor, int] | None:
-    """Fills exps (N, width) unless it is None; with sums, returns (tile_sums, tile_refs, BLOCK_V).
+) -> TileSums | None:
+    """Fills exps (N, width) unless it is None, and returns the tiles' sums and references if asked.
 
     weight and bias are the chunk's, whose first row is vocabulary row `first`. Without sums, ref must
     be final: phase 2 recomputes E' with it.
@@ -145,4 +153,4 @@ def logits_exp(
         BLOCK_M=tile.BLOCK_M, BLOCK_V=tile.BLOCK_V, BLOCK_D=tile.BLOCK_D, GROUP=tile.GROUP,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return (tile_sums, tile_refs, tile.BLOCK_V) if sums else None
+    return TileSums(tile_sums, tile_refs, tile.BLOCK_V) if sums else None

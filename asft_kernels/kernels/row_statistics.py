@@ -85,9 +85,7 @@ def close_statistics_kernel(
     tl.store(inv_total_ptr + m, 1.0 / total, mask=is_token)
 
 
-def close_statistics(
-    label_logits: Tensor, ref: Tensor, others: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def close_statistics(label_logits: Tensor, ref: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(logps, one_minus_p, inv_total), (N,) each; arguments as in the kernel."""
     N = ref.shape[0]
     logps, one_minus_p, inv_total = (torch.empty_like(ref) for _ in range(3))

@@ -1,0 +1,152 @@
+"""Every kernel cross-compiled for every architecture of the tile table: `python -m pytest -m compile`."""
+
+import json
+import re
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+import torch
+
+from asft_kernels import compile_report
+from asft_kernels.compile_report import DTYPES, TYPE_NAMES, Launch, describe, launches_for
+from asft_kernels.kernels.configs import ARCHITECTURES, TILES
+
+pytestmark = pytest.mark.compile
+
+KERNELS = {
+    "asft_sequence_grad_kernel",
+    "asft_sequence_kernel",
+    "close_statistics_kernel",
+    "fixup_kernel",
+    "grad_bias_kernel",
+    "grad_hidden_kernel",
+    "label_logits_kernel",
+    "label_rows_kernel",
+    "logits_exp_kernel",
+    "merge_statistics_kernel",
+    "row_factors_kernel",
+    "scaled_hidden_kernel",
+}
+# The instruction that makes the tile worth its registers, by chip; fp32 runs on FMA units or fp32 MFMA.
+MATRIX = {
+    "sm_80": "HMMA.16816.F32",
+    "sm_90": "HGMMA.64x",
+    "sm_100": "UTCHMMA",
+    "gfx942": "v_mfma_f32_",
+}
+
+launches = cache(launches_for)
+
+
+def name(launch: Launch) -> str:
+    return launch.fn.fn.__name__
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fits_without_spills_and_uses_matrix_units(architecture, dtype):
+    rows = [describe(launch, architecture, dtype) for launch in launches(architecture, dtype)]
+    for row in rows:
+        assert row.spills == 0, row
+        assert 2 * row.shared <= row.shared_limit, row  # two programs, to overlap loads and epilogues
+        if row.kernel != "logits_exp_kernel":
+            assert not row.matrix, row
+        elif dtype != torch.float32:
+            assert any(m.startswith(MATRIX[architecture]) for m in row.matrix), row
+        else:
+            # tf32 keeps 10 bits of 23; a product of fp32 on these units would say so in its name.
+            assert all(m.startswith("v_mfma_f32_") and m.endswith("_f32") for m in row.matrix), row
+            assert bool(row.matrix) == (architecture == "gfx942"), row
+    variants = [row.variant for row in rows if row.kernel == "logits_exp_kernel"]
+    assert len(set(variants)) == len(variants) == 6  # 3 ways to store, with and without softcap
+
+
+def test_every_kernel_is_in_the_report():
+    seen = {name(launch) for dtype in DTYPES for launch in launches("sm_90", dtype)}
+    assert seen == KERNELS
+
+
+def test_the_tile_table_has_no_other_rows():
+    assert {arch for arch, _ in TILES} == {*ARCHITECTURES, "other"}
+
+
+def narrow_row_offsets(ttir: str) -> list[str]:
+    """Products of 32 bits with a kernel's argument (a stride, N, D, a width) that reach an address.
+
+    The text is in single-assignment form: each line gives its result's operands, so an address is
+    followed back through them.
+    """
+    operands: dict[str, list[str]] = {}
+    narrow: dict[str, str] = {}
+    pointers = []
+    arguments = set(re.findall(r"(%\w+): (?:i32|i64|f32)", ttir.split("attributes", 1)[0]))
+    direct = set(arguments)  # values that are an argument, repeated or widened
+    for line in ttir.splitlines():
+        found = re.match(r"\s*(%[\w:]+) = \"?([\w.]+)\"?(.*)", line)
+        if not found:
+            continue
+        result, operation, rest = found[1].split(":")[0], found[2], found[3].split(" loc(")[0]
+        used = re.findall(r"%\w+", rest)
+        operands[result] = used
+        if operation in ("tt.splat", "arith.extsi", "tt.expand_dims", "tt.broadcast") and used[0] in direct:
+            direct.add(result)
+        if operation == "arith.muli" and "i64" not in rest.rsplit(":", 1)[1] and direct & set(used):
+            narrow[result] = line.strip()
+        if operation == "tt.addptr":
+            pointers += used[1:]
+    reached, queue = set(), pointers
+    while queue:
+        value = queue.pop()
+        if value not in reached:
+            reached.add(value)
+            queue = queue + operands.get(value, [])
+    return [line for value, line in narrow.items() if value in reached]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_row_offsets_have_64_bits(dtype):
+    """N*V, V*D and N*D pass 2**31 elements: rows times strides must be 64-bit products."""
+    for launch in launches("sm_90", dtype):
+        ttir = launch.compile("sm_90").asm["ttir"]
+        assert "tt.addptr" in ttir
+        assert not narrow_row_offsets(ttir), name(launch)
+
+
+def test_narrow_offsets_would_be_found():
+    """The check above can fail: on a kernel that multiplies row and stride in 32 bits."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def copy_kernel(out_ptr, x_ptr, stride, WIDE: tl.constexpr):
+        row = tl.program_id(0)
+        if WIDE:
+            row = row.to(tl.int64)
+        at = row * stride + tl.arange(0, 32)
+        tl.store(out_ptr + at, tl.load(x_ptr + at))
+
+    for wide in (False, True):
+        signature = {"out_ptr": "*fp32", "x_ptr": "*fp32", "stride": "i32", "WIDE": "constexpr"}
+        launch = Launch(copy_kernel, tuple(signature.items()), (("WIDE", wide),), (), (("num_warps", 1),))
+        assert bool(narrow_row_offsets(launch.compile("sm_90").asm["ttir"])) != wide
+
+
+def test_the_command_writes_a_table_and_json(tmp_path, monkeypatch, capsys):
+    one = launches("sm_90", torch.float32)[0]
+    row = describe(one, "sm_90", torch.float32)
+    monkeypatch.setattr(compile_report, "report", lambda architectures: iter([row]))
+    path = tmp_path / "rows.json"
+    compile_report.main(["--arch", "sm_90", "--json", str(path)])
+    assert f"sm_90   {TYPE_NAMES[torch.float32]}" in capsys.readouterr().out
+    (written,) = json.loads(path.read_text())["rows"]
+    assert written["kernel"] == row.kernel
+    assert written["registers"] == row.registers > 0
+
+
+def test_the_command_refuses_an_interpreting_process():
+    command = [sys.executable, "-m", "asft_kernels.compile_report"]
+    result = subprocess.run(command, env={"TRITON_INTERPRET": "1", "PATH": ""}, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "TRITON_INTERPRET is set" in result.stderr
