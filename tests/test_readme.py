@@ -5,8 +5,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from benchmarks.report import written
 from torch import nn
+
+from benchmarks.report import written
 
 README = Path(__file__).parents[1] / "README.md"
 

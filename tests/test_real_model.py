@@ -1,13 +1,13 @@
-"""Real hidden states: SmolLM2-135M-Instruct over answers of the package's own pairs (long-tailed, calibrated softmaxes)."""
+"""SmolLM2-135M-Instruct over answers of the package's own pairs: real, long-tailed, calibrated softmaxes."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from bounds import fp32_bound, relative_error, rounded_once
 
 import asft_kernels
 from asft_kernels import fused_asft_loss, fused_linear_logps, reference
+from bounds import fp32_bound, relative_error, rounded_once
 
 pytest.importorskip("transformers", reason="needs the train extra: transformers")
 
