@@ -1,4 +1,4 @@
-"""Preference pairs: every way to write a row, every way to get it wrong, masks, limits, the report."""
+"""Preference pairs: every way to write a row and to get it wrong, masks, limits, the report."""
 
 import gzip
 import json
@@ -25,7 +25,7 @@ USER = {"role": "user", "content": "Name a colour."}
 PLAIN = {"prompt": "Name a colour.", "chosen": "Red", "rejected": "Seven"}
 HH = {
     "chosen": "\n\nHuman: Hello\n\nAssistant: Hi. Which colour?\n\nHuman: Any\n\nAssistant: Red",
-    "rejected": "\n\nHuman: Hello\n\nAssistant: Hi. Which colour?\n\nHuman: Any\n\nAssistant: Seven",
+    "rejected": "\n\nHuman: Hello\n\nAssistant: Hi. Which colour?\n\nHuman: Any\n\nAssistant: 7",
 }
 
 
@@ -79,7 +79,7 @@ def test_chat_template_ends_at_the_end_of_turn(row):
 def test_dialogue_with_several_turns():
     plain = texts(HH, chat=False)
     assert plain[0] == HH["chosen"].removesuffix(" Red")
-    assert plain[1:] == [" Red<eos>", " Seven<eos>"]
+    assert plain[1:] == [" Red<eos>", " 7<eos>"]
     assert texts(HH, chat=True)[0] == (
         "<turn>user\nHello<eos>\n<turn>assistant\nHi. Which colour?<eos>\n"
         "<turn>user\nAny<eos>\n<turn>assistant\n"

@@ -1,4 +1,4 @@
-"""`asft-train` from argument list to files: metrics, curves, checkpoints, resume, Ctrl-C, errors."""
+"""`asft-train` from arguments to files: metrics, curves, checkpoints, resume, Ctrl-C, errors."""
 
 import json
 import os
@@ -25,6 +25,7 @@ from asft_kernels.train.metrics import Evaluation, MetricsFile, change
 from asft_kernels.train.trainer import PreferenceTrainer
 from tiny_lm import pairs, saved_tiny_model, tiny_model, tiny_tokenizer, write_lines
 
+ROOT = Path(__file__).parents[1]
 TIMES = {"tokens_per_second", "runtime", "samples_per_second", "steps_per_second",
          "model_preparation_time"}  # fmt: skip
 
@@ -197,7 +198,7 @@ def test_importing_the_command_imports_no_trainer():
         "print([m for m in ('transformers', 'datasets', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )  # fmt: skip
     assert done.stdout.strip() == "[]"
 
@@ -237,9 +238,9 @@ def trained(tmp_path, micro, accumulation, dataset):
 
 @pytest.mark.parametrize(("micro", "accumulation", "count"), [(1, 4, 4), (1, 8, 8), (3, 2, 4)])
 def test_accumulation_gives_the_same_gradients(tmp_path, micro, accumulation, count):
-    """The last case has micro-batches of 3 pairs and 1: a mean of means would weigh the one threefold.
+    """In the last case micro-batches have 3 pairs and 1: a mean of means would be another loss.
 
-    Relative bound: fp32 sums in another order and shapes, 1e-5 is 80 roundings of the largest entry.
+    Bound: fp32 sums in another order; 1e-5 is 80 roundings of the largest entry.
     """
     dataset, _ = load_pairs(write_lines(tmp_path / "p.jsonl", pairs(count)), tiny_tokenizer())
     one, row = trained(tmp_path, count, 1, dataset)
@@ -264,7 +265,7 @@ def test_several_gpus_in_one_process_are_refused(tmp_path):
 
 
 def test_change_is_paired():
-    """Margins 1, 2, 3 -> 2, 4, 3: change 1, standard error of the differences 1, 2, 0 = 1 / sqrt(3)."""
+    """Margins 1, 2, 3 -> 2, 4, 3: differences 1, 2, 0: mean 1, standard error 1 / sqrt(3)."""
     import numpy as np
 
     def table(margins):
@@ -285,7 +286,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_two_ranks_train_as_one_process(job, tmp_path):
-    """The same pairs a step (2 ranks of 1, one process of 2), dropout off: the same first losses."""
+    """The same pairs a step (2 ranks of 1, one process of 2), no dropout: the same run."""
     from transformers import AutoModelForCausalLM
 
     model = saved_tiny_model(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""A tiny language model with its tokenizer, and preference pairs, made on the spot: no hub, no download."""
+"""A tiny language model with its tokenizer, and pairs, made on the spot: no download."""
 
 import json
 from pathlib import Path

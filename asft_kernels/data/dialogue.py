@@ -36,7 +36,7 @@ class Pair:
 
 
 def parse_pair(row: dict[str, Any]) -> Pair:
-    """The pair that `row` holds in one of the four ways above. Raises BadRow where it holds none."""
+    """The pair that `row` holds in one of the four ways above. BadRow where it holds none."""
     for key in ("chosen", "rejected"):
         if key not in row:
             raise BadRow(f"missing key '{key}'")
@@ -52,7 +52,7 @@ def parse_pair(row: dict[str, Any]) -> Pair:
         and (len(chosen) > 1 or len(rejected) > 1)
     ):
         pair = _whole_chats(prompt, chosen, rejected)
-    elif "prompt" not in row:
+    elif prompt is None:
         pair = _dialogues(chosen, rejected)
     else:
         chosen, rejected = (_one_message(answer) for answer in (chosen, rejected))

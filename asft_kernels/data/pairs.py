@@ -79,9 +79,10 @@ def load_pairs(
     """
     from datasets import Dataset
 
-    if not max_length >= 2 or not max_prompt_length >= 1:
+    if max_length < 2 or max_prompt_length < 1:
         raise DataError(
-            f"max_length, max_prompt_length: got {max_length}, {max_prompt_length}; need at least 2 and 1 tokens"
+            f"max_length, max_prompt_length: got {max_length}, {max_prompt_length}; "
+            "need at least 2 and 1 tokens"
         )
     report = DataReport(str(path), max_length=max_length)
     columns: dict[str, list[Any]] = {"line": [], "prompt": [], "chosen": [], "rejected": []}
@@ -107,7 +108,8 @@ def load_pairs(
         raise DataError(f"data: no usable pair{first}\n{report}")
     if strict and report.left_out:
         raise DataError(
-            f"data: {report.left_out} rows cannot be used, and --strict is on; first: {report.first_bad}; "
+            f"data: {report.left_out} rows cannot be used, and --strict is on; "
+            f"first: {report.first_bad}; "
             f"mend them, or go without --strict to leave them out\n{report}"
         )
     return Dataset.from_dict(columns), report
@@ -126,8 +128,8 @@ def split_every_nth(pairs: "Dataset", nth: int) -> "tuple[Dataset, Dataset]":
     evaluation = [index for index, out in enumerate(held_out) if out]
     if not train or not evaluation:
         raise DataError(
-            f"eval_every_nth: {nth} leaves {len(train)} pairs for training and {len(evaluation)} for "
-            "evaluation, need at least one of each; give more data or a smaller number"
+            f"eval_every_nth: {nth} leaves {len(train)} pairs for training and {len(evaluation)} "
+            "for evaluation, need at least one of each; give more data or a smaller number"
         )
     return pairs.select(train), pairs.select(evaluation)
 

@@ -17,7 +17,7 @@ class DataError(ValueError):
 
 
 class BadRow(ValueError):
-    """One unusable row. `kind` is what the summary counts; `detail` what only this row's message says."""
+    """One unusable row. `kind` is what the summary counts; `detail` is for this row's message."""
 
     def __init__(self, kind: str, detail: str = ""):
         super().__init__(f"{kind}: {detail}" if detail else kind)
@@ -52,7 +52,8 @@ class DataReport:
         if self.truncated:
             lines = _lines(self.truncated)
             text.append(
-                f"  kept, answer cut at max_length {self.max_length}: {len(self.truncated)} ({lines})"
+                f"  kept, answer cut at max_length {self.max_length}: "
+                f"{len(self.truncated)} ({lines})"
             )
         return "\n".join(text)
 

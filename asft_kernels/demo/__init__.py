@@ -1,8 +1,8 @@
 """`python -m asft_kernels.demo`: the main job on a real model, in a few minutes on two CPU cores.
 
 Fetches SmolLM2-135M-Instruct once, trains it with ASFT on the package's own pairs (asft_kernels/
-demo_data/), then puts one held-out batch through the plain log-softmax path and the fused path, side
-by side, and prints accuracy and margin before and after.
+demo_data/), then puts one held-out batch through the plain log-softmax path and the fused path,
+side by side, and prints accuracy and margin before and after.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from asft_kernels.train import NEEDED, missing_extra
 
 DATA = Path(__file__).parent.parent / "demo_data"
-STEPS, PAIRS_PER_STEP, LEARNING_RATE = 24, 4, 5e-5
+STEPS, PAIRS_PER_STEP, LEARNING_RATE = 24, 3, 5e-5
 MAX_LENGTH = 160  # tokens; the longest demo pair has fewer
 
 

@@ -2,7 +2,7 @@
 
 Three ways to the same loss and the same gradients (to hidden states and head), lam = beta = 1:
 
-    plain, all positions   logits of every position, as a model's forward returns them, and log_softmax
+    plain, all positions   logits of every position, as a forward returns them, and log_softmax
     plain, answers only    asft_kernels.reference: logits of the positions that carry loss
     fused                  fused_asft_loss
 
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ MIB = 2**20
 
 
 def plain_all_positions(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """ASFT at lam = beta = 1 is -2 avg_w - log(1 - exp(avg_l)); avg from logits of all positions."""
+    """-2 avg_w - log(1 - exp(avg_l)), which is ASFT at lam = beta = 1; logits of all positions."""
     targets, valid = labels[:, 1:].clamp(min=0), labels[:, 1:] >= 0
     logps = F.linear(hidden, weight)[:, :-1].log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     average = (logps * valid).sum(1) / valid.sum(1)
@@ -39,7 +40,7 @@ def plain_all_positions(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tenso
     return (-2 * chosen - torch.log(-torch.expm1(rejected))).mean()
 
 
-WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+WAYS: dict[str, Callable[..., Any]] = {
     "plain, all positions": plain_all_positions,
     "plain, answers only": reference.fused_asft_loss,
     "fused": fused_asft_loss,
@@ -81,17 +82,21 @@ def compare(model: Path, data: Path, *, pairs: int, max_length: int) -> str:
     ]
     for name, values in results.items():
         errors = "".join(f"{e:>10.1e}" for e in _errors(values, exact))
-        peak = "unknown" if memory[name] is None else f"{memory[name] / MIB:.0f} MiB"
+        peak = memory[name]
+        peak_text = "unknown" if peak is None else f"{peak / MIB:.0f} MiB"
         seconds_text = f"{median(seconds[name]):.2f}"
-        lines.append(f"{name:<22}{values[0].item():>11.6f} {errors}{seconds_text:>13}{peak:>14}")
+        lines.append(
+            f"{name:<22}{values[0].item():>11.6f} {errors}{seconds_text:>13}{peak_text:>14}"
+        )
     plain, fused = results["plain, all positions"], results["fused"]
     apart = _errors(fused, plain)
     gradients = (plain[1].nbytes + plain[2].nbytes) / MIB
     lines += [
         "",
-        f"fused and plain differ by {apart[0]:.1e} in the loss, {apart[1]:.1e} in dH, {apart[2]:.1e} in dW",
+        f"fused and plain differ by {apart[0]:.1e} in the loss, {apart[1]:.1e} in dH, "
+        f"{apart[2]:.1e} in dW",
         "dH, dW: gradients to hidden states and head, relative (Frobenius norm); loss: absolute",
-        f"extra memory: peak of forward and backward, {gradients:.0f} MiB of it the gradients themselves",
+        f"extra memory: peak of forward and backward, {gradients:.0f} MiB of it the gradients",
     ]
     return "\n".join(lines)
 

@@ -27,16 +27,16 @@ CHECKED_ROWS, CHECKED_TOKENS = 2, 64  # the check holds (2, 64, V) logits, not t
 
 
 class UnsupportedHead(ValueError):
-    """The model's output head computes something that hidden states, weight and bias do not give."""
+    """The output head computes something that hidden states, weight and bias do not give."""
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
+def causal_lm(model: Any) -> Any:
     """The causal LM under a PEFT wrapper (its adapters stay injected), or `model` itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def logit_options(config: Any) -> tuple[float, float | None]:
-    """(logit_scale, softcap) as a Hugging Face config names them; (1.0, None) where it has neither."""
+    """(logit_scale, softcap) as a Hugging Face config names them; (1.0, None) if it has neither."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = 1.0
     for name in FACTORS + DIVISORS:
@@ -79,14 +79,14 @@ class PreferenceModel(nn.Module):
                 f"{name}: get_output_embeddings() is None, need a model with an LM head"
             )
         from_config = logit_options(inner.config)
-        self.model = model
+        self.model: Any = model
         self.config = inner.config
         self.logit_scale = from_config[0] if logit_scale is None else logit_scale
         self.softcap = from_config[1] if softcap is None else softcap
         self.loss_options = loss_options
 
     @property
-    def lm_head(self) -> nn.Module:
+    def lm_head(self) -> Any:
         return causal_lm(self.model).get_output_embeddings()
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -103,13 +103,13 @@ class PreferenceModel(nn.Module):
         labels: Tensor,  # (2B, T), -100 at prompts and padding
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """{"loss": ..., "pair_losses" (B,), and every field of the loss's outputs, the last two detached}.
+        """{"loss", "pair_losses" (B,), every field of the loss's outputs}, all detached but loss.
 
         num_items_in_batch: None: the loss is the mean over the pairs of this batch that count. A
         number: their sum divided by it, so that micro-batches and ranks whose number is the total
         of all add up to the mean over all, whatever their sizes.
         """
-        losses, out = fused_asft_loss(
+        result: Any = fused_asft_loss(
             self.hidden_states(input_ids, attention_mask),
             self.lm_head,
             labels,
@@ -119,6 +119,7 @@ class PreferenceModel(nn.Module):
             return_outputs=True,
             **self.loss_options,
         )
+        losses, out = result
         total = out.num_pairs if num_items_in_batch is None else num_items_in_batch
         loss = losses.sum() / torch.as_tensor(total, device=losses.device).clamp(min=1)
         figures = {field.name: getattr(out, field.name) for field in dataclasses.fields(out)}
@@ -134,13 +135,13 @@ class PreferenceModel(nn.Module):
 
 @torch.no_grad()
 def verify_head(model: PreferenceModel, batch: Mapping[str, Tensor]) -> float:
-    """Compare fused log-probabilities with log_softmax of the model's own logits; the largest difference.
+    """Largest difference of fused log-probabilities from log_softmax of the model's own logits.
 
     Looks at the first 64 positions of the first chosen and the first rejected row of `batch`, every
-    token of them a label: the check costs little, however large the batch. Dropout is off meanwhile.
+    token of them a label: it costs little, however large the batch. Dropout is off meanwhile.
 
-    Raises UnsupportedHead, naming the class, the difference and the way out, where the two differ by
-    more than rounding explains; where the head is no plain linear layer, the loss's own reason follows.
+    Raises UnsupportedHead, naming the class, the difference and the way out, where the two differ
+    by more than rounding explains, or the head is no plain linear layer (with the loss's reason).
     """
     inner = causal_lm(model.model)
     name = type(inner).__name__
@@ -167,12 +168,13 @@ def verify_head(model: PreferenceModel, batch: Mapping[str, Tensor]) -> float:
     allowed = _rounding(logits, hidden, fused, model)
     worst = difference.max().item() if len(difference) else 0.0
     if not worst <= allowed:  # written so that NaN fails too
+        does = f"scale (by {model.logit_scale:g}) and cap (at {model.softcap})"
         raise UnsupportedHead(
-            f"{name}: log-probabilities from hidden states and head differ from those of the model's own "
-            f"logits by up to {worst:.3g}, rounding explains {allowed:.2g}. Its head does more than "
-            f"scale (by {model.logit_scale:g}) and cap (at {model.softcap}) one linear layer's output, or "
-            "its config names these otherwise: give logit_scale and softcap, or use another model; "
-            "training on would optimise something that this model does not compute"
+            f"{name}: log-probabilities from hidden states and head differ from those of the "
+            f"model's own logits by up to {worst:.3g}, rounding explains {allowed:.2g}. Its head "
+            f"does more than {does} the output of one linear layer, or its config names these "
+            "otherwise: give logit_scale and softcap, or use another model; training on would "
+            "optimise what this model does not compute"
         )
     return worst
 
@@ -180,11 +182,11 @@ def verify_head(model: PreferenceModel, batch: Mapping[str, Tensor]) -> float:
 def _rounding(logits: Tensor, hidden: Tensor, logps: Tensor, model: PreferenceModel) -> float:
     """How far two correct computations of the same log-probability may lie apart.
 
-    logp = z_y - logsumexp(z) moves by at most 2 max|dz|. The model rounds z into its dtype once, and
-    twice or three times more where it scales and caps: u max|z| each, u = eps / 2. The product's own
-    rounding is that of sqrt(D) accumulated fp32 terms (TF32 inputs where the user allows it), of size
-    |h| |w|, in either path; the scale magnifies it. The fused path sums V exponentials in fp32, a
-    relative error of up to sqrt(V) roundings, and rounds its fp32 result.
+    logp = z_y - logsumexp(z) moves by at most 2 max|dz|. The model rounds z into its dtype once,
+    and up to three times more where it scales and caps: u max|z| each, u = eps / 2. The product's
+    own rounding is that of sqrt(D) accumulated fp32 terms (TF32 inputs where the user allows it),
+    of size |h| |w|, in either path; the scale magnifies it. The fused path sums V exponentials in
+    fp32, a relative error of up to sqrt(V) roundings, and rounds its fp32 result.
     """
     weight = model.lm_head.weight
     steps = 1 if model.logit_scale == 1.0 and model.softcap is None else 4
@@ -195,6 +197,8 @@ def _rounding(logits: Tensor, hidden: Tensor, logps: Tensor, model: PreferenceMo
         torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).max() for x in (hidden, weight)
     ]
     width = hidden.shape[-1] ** 0.5 * abs(model.logit_scale) * norms[0] * norms[1]
-    logit = torch.finfo(logits.dtype).eps / 2 * steps * logits.abs().max() + 2 * product_unit * width
+    logit = (
+        torch.finfo(logits.dtype).eps / 2 * steps * logits.abs().max() + 2 * product_unit * width
+    )
     summed = fp32_unit * (len(weight) ** 0.5 + 2 * logps.abs().max())
     return (2 * logit + summed).item()

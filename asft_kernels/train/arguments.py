@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 
 class ArgumentProblem(ValueError):
-    """An argument of the command that cannot be; the text names it, what it was, and what it must be."""
+    """An impossible argument; the text names it, what it was, and what it must be."""
 
 
 @dataclass
@@ -74,8 +74,8 @@ class JobArguments:
             )
         if self.max_length < 2 or not self.max_prompt_length >= 1:
             raise ArgumentProblem(
-                f"--max-length, --max-prompt-length: got {self.max_length}, {self.max_prompt_length}; "
-                "need at least 2 and 1"
+                f"--max-length, --max-prompt-length: got {self.max_length}, "
+                f"{self.max_prompt_length}; need at least 2 and 1"
             )
         if self.eval_every_nth is not None and self.eval_every_nth < 2:
             raise ArgumentProblem(f"--eval-every-nth: got {self.eval_every_nth}, need at least 2")

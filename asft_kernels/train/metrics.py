@@ -1,4 +1,4 @@
-"""Figures of a run: sums over a window of steps, metrics.jsonl, and the change between evaluations."""
+"""Figures of a run: sums over some steps, metrics.jsonl, and the change between evaluations."""
 
 import json
 import os
@@ -49,7 +49,7 @@ class Window:
         self.sums = new if self.sums is None else self.sums + new
 
     def take(self, seconds: float, reduce: Any) -> dict[str, float]:
-        """Means per pair since the last call, over all processes (`reduce` sums a tensor over them)."""
+        """Means per pair since the last call; `reduce` sums a tensor over all processes."""
         if self.sums is None:
             return {}
         sums = dict(zip(self.NAMES + self.TOKENS, reduce(self.sums).tolist(), strict=True))
@@ -119,7 +119,7 @@ class Evaluation:
         return self.table[counts, COLUMNS.index(name)]
 
     def figures(self, lam: float, sft_weight: float) -> dict[str, float]:
-        """Means over pairs. margin: of log-odds, as `out.margins`; avg_logp_margin: of mean log-probabilities."""
+        """Means over pairs; margin is of log-odds, as `out.margins`, avg_logp_margin of logps."""
         chosen, rejected = self.column("chosen_avg_logp"), self.column("rejected_avg_logp")
         if not len(chosen):
             return {"pairs": 0}
@@ -184,6 +184,6 @@ def change_table(changes: dict[str, dict[str, float]], pairs: int) -> str:
         f"{f'{pairs} evaluation pairs':<34}{'before':>9}{'after':>9}{'change':>9}  paired s.e."
     ]
     for name, row in changes.items():
-        figures = f"{row['before']:>9.3f}{row['after']:>9.3f}{row['change']:>+9.3f}  {row['standard_error']:.3f}"
-        lines.append(f"{labels[name]:<34}{figures}")
+        figures = f"{row['before']:>9.3f}{row['after']:>9.3f}{row['change']:>+9.3f}"
+        lines.append(f"{labels[name]:<34}{figures}  {row['standard_error']:.3f}")
     return "\n".join(lines)

@@ -14,7 +14,7 @@ def plot_curves(
     title: str = "",
     errors: dict[str, float] | None = None,
 ) -> Path:
-    """Loss, log-probabilities, margin and accuracy over steps: training as lines, evaluation as points.
+    """Loss, log-probabilities, margin and accuracy over steps; evaluations as points.
 
     errors: figure -> paired standard error of its change, drawn on the last evaluation's point.
     """
@@ -78,8 +78,11 @@ def _curve(
     if points:
         x, y = zip(*points, strict=True)
         error = [0.0] * (len(x) - 1) + [(errors or {}).get(name, 0.0)]
-        axes.errorbar(x, y, yerr=error if any(error) else None, color=color, marker="o", markersize=6,
-                      markeredgecolor="white", linestyle=":", linewidth=1.2, capsize=4, zorder=3)  # fmt: skip
+        bars = error if any(error) else None
+        points_style: dict[str, Any] = dict(
+            marker="o", markersize=6, markeredgecolor="white", linestyle=":", linewidth=1.2
+        )
+        axes.errorbar(x, y, yerr=bars, color=color, capsize=4, zorder=3, **points_style)
         axes.plot([], [], color="0.3", marker="o", linestyle=":", label=EVAL_LABEL)
 
 

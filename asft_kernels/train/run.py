@@ -1,4 +1,4 @@
-"""One run from arguments to summary: data, model, head check, evaluation, training, evaluation, curves."""
+"""One run: data, model, head check, evaluation, training, evaluation, curves, summary."""
 
 import json
 import platform
@@ -42,7 +42,7 @@ class Result:
 
 
 def run(job: JobArguments, args: RunArguments, say: Any = print) -> Result:
-    """Train as the arguments say. Raises ArgumentProblem, DataError or UnsupportedHead on bad input."""
+    """Train as the arguments say. ArgumentProblem, DataError or UnsupportedHead on bad input."""
     first = args.process_index == 0
     say = say if first else (lambda *_: None)
     folder = Path(str(args.output_dir))
@@ -90,7 +90,7 @@ def run(job: JobArguments, args: RunArguments, say: Any = print) -> Result:
     worst = verify_head(model, {name: tensor.to(args.device) for name, tensor in batch.items()})
     say(f"output head checked: fused and own log-probabilities differ by at most {worst:.1e}")
 
-    # Not evaluate() before train(): accelerate then takes the model for prepared, and leaves out DDP.
+    # Not evaluate() before train(): accelerate would then take the model for prepared: no DDP.
     args.eval_on_start = evaluation is not None and checkpoint is None
     with stop.listening(say):
         if checkpoint and complete:  # ended after its last checkpoint: only the end is left to do
@@ -143,7 +143,8 @@ def _checkpoint(job: JobArguments, args: RunArguments, folder: Path) -> Path | N
     if wanted is None:
         if (folder / "metrics.jsonl").exists():
             raise ArgumentProblem(
-                f"--output-dir: {folder} holds a run already; add --resume to go on with it, or name another folder"
+                f"--output-dir: {folder} holds a run already; add --resume to go on with it, "
+                "or name another folder"
             )
         return None
     if wanted != "last":
@@ -159,7 +160,8 @@ def _checkpoint(job: JobArguments, args: RunArguments, folder: Path) -> Path | N
     complete = [path for path in found if _complete(path)]
     if not complete:
         raise ArgumentProblem(
-            f"--resume: no complete checkpoint in {folder}; leave --resume out and name a fresh --output-dir"
+            f"--resume: no complete checkpoint in {folder}; leave --resume out and name a fresh "
+            "--output-dir"
         )
     return complete[-1]
 
@@ -184,8 +186,8 @@ def _same_settings(path: Path, settings: dict[str, Any]) -> None:
     for name in SAME_ON_RESUME:
         if name in old and old[name] != settings[name]:
             raise ArgumentProblem(
-                f"--resume: --{name.replace('_', '-')} was {old[name]!r} and is {settings[name]!r} now, need the same; "
-                "start another run in another --output-dir to change it"
+                f"--resume: --{name.replace('_', '-')} was {old[name]!r} and is {settings[name]!r} "
+                "now, need the same; start another run in another --output-dir to change it"
             )
 
 
@@ -197,8 +199,8 @@ def _load(job: JobArguments) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArgumentProblem(
-            f"--model: {job.model!r} cannot be loaded as a causal language model with its tokenizer ({reason}); "
-            "need a folder that from_pretrained reads, or a hub name"
+            f"--model: {job.model!r} cannot be loaded as a causal language model with its "
+            f"tokenizer ({reason}); need a folder that from_pretrained reads, or a hub name"
         ) from error
 
 
@@ -220,9 +222,9 @@ def _data(job: JobArguments, tokenizer: Any, model: Any) -> tuple[Any, Any, str]
         evaluation, eval_report = load_pairs(job.eval_data, tokenizer, **limits)
         text += f"\n{eval_report}"
     if evaluation:  # longest first: little padding, and too large a batch shows at once
-        longest = np.argsort([-len(p) - max(len(c), len(r)) for p, c, r in zip(
-            evaluation["prompt"], evaluation["chosen"], evaluation["rejected"], strict=True)], kind="stable")  # fmt: skip
-        evaluation = evaluation.select(longest)
+        columns = (evaluation[name] for name in ("prompt", "chosen", "rejected"))
+        lengths = [len(p) + max(len(c), len(r)) for p, c, r in zip(*columns, strict=True)]
+        evaluation = evaluation.select(np.argsort(np.negative(lengths), kind="stable"))
     return train, evaluation, text
 
 

@@ -1,10 +1,10 @@
-"""transformers.Trainer for pairs: what is counted, logged, saved and evaluated; the loop is the Trainer's."""
+"""transformers.Trainer for pairs: what is counted, logged, saved; the loop is the Trainer's."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -39,13 +39,15 @@ class PreferenceTrainer(Trainer):
     ):
         if args.n_gpu > 1:
             raise ArgumentProblem(
-                f"{args.n_gpu} GPUs in one process: nn.DataParallel would put chosen and rejected rows on "
-                f"different devices; start one process a GPU: torchrun --nproc-per-node {args.n_gpu} -m asft_kernels.train ..."
+                f"{args.n_gpu} GPUs in one process: nn.DataParallel would put chosen and rejected "
+                "rows on different devices; start one process a GPU: "
+                f"torchrun --nproc-per-node {args.n_gpu} -m asft_kernels.train ..."
             )
         self.tokenizer_to_save = tokenizer
         self.metrics_file = metrics
         self.window = Window()
-        self.window_start, self.paused = None, 0.0
+        self.window_start: float | None = None
+        self.paused = 0.0
         self.before: Evaluation | None = None  # of the model as it came
         self.evaluation: Evaluation | None = None  # the last one
         pad = next(
@@ -65,31 +67,33 @@ class PreferenceTrainer(Trainer):
     # What is counted
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
-        """Pairs that count in all micro-batches of this step (the Trainer counts tokens), on all ranks."""
+        """Pairs that count in this step, all micro-batches and ranks; the Trainer counts tokens."""
         if not batch_samples:
             return None
-        pairs = sum(counting_pairs(batch["labels"]).sum() for batch in batch_samples).to(device)
+        counts = [counting_pairs(batch["labels"]).sum() for batch in batch_samples]
+        pairs = torch.stack(counts).sum().to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            pairs = self.accelerator.gather(pairs).sum()
-        return pairs
+            pairs = self.accelerator.reduce(pairs, "sum")
+        return cast(Tensor, pairs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         wrapped = self.is_fsdp_enabled or self.is_deepspeed_enabled or model is not self.model
         if self.args.world_size > 1 and not wrapped:
             raise RuntimeError(
-                "bug: several ranks, and the model is not wrapped for them: each would train on its "
-                "own gradients (so it goes when Trainer.evaluate() runs before Trainer.train())"
+                "bug: several ranks, and the model is not wrapped for them: each would train on "
+                "its own gradients (so it goes when Trainer.evaluate() runs before Trainer.train())"
             )
         if self.window_start is None:
             self.window_start, self.paused = time.perf_counter(), 0.0
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        result: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = result
         self.window.add(outputs, inputs["attention_mask"])
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         trains = "loss" in logs and self.window_start is not None
         if trains:
-            seconds = time.perf_counter() - self.window_start - self.paused
+            seconds = time.perf_counter() - cast(float, self.window_start) - self.paused
             logs.update(
                 self.window.take(seconds, lambda sums: self.accelerator.reduce(sums, "sum"))
             )
@@ -120,7 +124,7 @@ class PreferenceTrainer(Trainer):
         if self.state.global_step == 0:
             self.before = self.evaluation
             if self.args.should_save:
-                self.before.save(Path(self.args.output_dir) / BEFORE)
+                self.before.save(Path(str(self.args.output_dir)) / BEFORE)
         options = self.accelerator.unwrap_model(self.model).loss_options
         return self.evaluation.figures(options["lam"], options["sft_weight"])
 
@@ -135,34 +139,35 @@ class PreferenceTrainer(Trainer):
 
     # Checkpoints hold the language model itself, as from_pretrained reads it
 
+    def _language_model(self) -> Any:
+        return cast(PreferenceModel, self.accelerator.unwrap_model(self.model)).model
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         if state_dict is not None:
             state_dict = {name.removeprefix("model."): value for name, value in state_dict.items()}
-        self.accelerator.unwrap_model(self.model).model.save_pretrained(
-            folder, state_dict=state_dict
-        )
+        self._language_model().save_pretrained(folder, state_dict=state_dict)
         self.tokenizer_to_save.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(
-            resume_from_checkpoint, self.model.model if model is None else model
+            resume_from_checkpoint, self._language_model() if model is None else model
         )
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Tied weights are stored once; anything else missing or left over is another model's checkpoint."""
-        inner = causal_lm(self.model.model)
+        """Tied weights are stored once; anything else that does not match is another model's."""
+        inner = causal_lm(self._language_model())
         inner.tie_weights()
         tied = set(getattr(inner, "all_tied_weights_keys", None) or {})
         missing = set(load_result.missing_keys) - tied
         if missing or load_result.unexpected_keys:
             names = sorted(missing | set(load_result.unexpected_keys))[:3]
             raise ArgumentProblem(
-                f"--resume: the checkpoint is not one of --model: {', '.join(names)} ... do not match"
+                f"--resume: the checkpoint is not of --model: {', '.join(names)} ... do not match"
             )
 
 
