@@ -165,6 +165,11 @@ def test_resume_refuses_what_would_be_another_experiment(job, whole_run, tmp_pat
         (["--max-length", "999"], "--max-length: got 999, need at most 256, the model's positions"),
         (["--eval-every-nth", "1"], "--eval-every-nth: got 1, need at least 2"),
         (["--eval-data", "x.jsonl"], "--eval-data, --eval-every-nth: got both, need one"),
+        (
+            ["--label-smoothing-factor", "0.1"],
+            "--label-smoothing-factor: got 0.1, need 0: the loss",
+        ),
+        (["--bf16", "true"], "bf16"),
         (["--backend", "cuda"], "--backend: got 'cuda', need 'torch' or 'triton'"),
         (["--data", "no.jsonl"], "data: got 'no.jsonl', no such file; need a file of JSON lines"),
         (

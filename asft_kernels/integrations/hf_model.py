@@ -125,6 +125,9 @@ class PreferenceModel(nn.Module):
         figures = {field.name: getattr(out, field.name) for field in dataclasses.fields(out)}
         return {"loss": loss, "pair_losses": losses.detach(), **figures}
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         enable = getattr(self.model, "activation_checkpointing_enable", None)
         (enable or self.model.gradient_checkpointing_enable)(*args, **kwargs)

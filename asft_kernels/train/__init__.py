@@ -38,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = HfArgumentParser(kinds, prog="asft-train", description=__doc__)
     try:
         job, args = parser.parse_args_into_dataclasses(argv)
+    except ValueError as error:  # ours, and those of TrainingArguments about devices and dtypes
+        print(f"asft-train: {error}", file=sys.stderr)
+        return 2
+    try:
         return 130 if run(job, args).stopped else 0
     except (ArgumentProblem, DataError, UnsupportedHead) as error:
         print(f"asft-train: {error}", file=sys.stderr)

@@ -111,5 +111,10 @@ class RunArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.label_smoothing_factor:
+            raise ArgumentProblem(
+                f"--label-smoothing-factor: got {self.label_smoothing_factor}, need 0: "
+                "the loss is computed inside the model, from hard labels"
+            )
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it

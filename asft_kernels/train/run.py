@@ -108,7 +108,7 @@ def run(job: JobArguments, args: RunArguments, say: Any = print) -> Result:
         else:
             if args.save_strategy != "no":
                 trainer.save_model()
-            if evaluation is not None:
+            if evaluation is not None and trainer.evaluated_step != trainer.state.global_step:
                 trainer.evaluate()
             if before is not None and trainer.evaluation is not None:
                 changes = change(before, trainer.evaluation)

@@ -49,7 +49,8 @@ class PreferenceTrainer(Trainer):
         self.window_start: float | None = None
         self.paused = 0.0
         self.before: Evaluation | None = None  # of the model as it came
-        self.evaluation: Evaluation | None = None  # the last one
+        self.evaluation: Evaluation | None = None  # the last one, after evaluated_step steps
+        self.evaluated_step = -1
         pad = next(
             (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
         )
@@ -121,7 +122,8 @@ class PreferenceTrainer(Trainer):
 
     def _evaluation_figures(self, prediction: EvalPrediction) -> dict[str, float]:
         self.evaluation = Evaluation(np.asarray(prediction.predictions))
-        if self.state.global_step == 0:
+        self.evaluated_step = self.state.global_step
+        if self.evaluated_step == 0:
             self.before = self.evaluation
             if self.args.should_save:
                 self.before.save(Path(str(self.args.output_dir)) / BEFORE)
