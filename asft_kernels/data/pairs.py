@@ -49,12 +49,7 @@ def tokenize_pair(
 
 def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
     ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    if (
-        special
-        and ids
-        and ids[-1] == tokenizer.eos_token_id
-        and not text.endswith(tokenizer.eos_token)
-    ):
+    if special and ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
         ids = ids[:-1]  # some tokenizers close every text; a prompt goes on
     return ids
 
@@ -81,8 +76,7 @@ def load_pairs(
 
     if max_length < 2 or max_prompt_length < 1:
         raise DataError(
-            f"max_length, max_prompt_length: got {max_length}, {max_prompt_length}; "
-            "need at least 2 and 1 tokens"
+            f"max_length, max_prompt_length: got {max_length}, {max_prompt_length}; need at least 2 and 1 tokens"
         )
     report = DataReport(str(path), max_length=max_length)
     columns: dict[str, list[Any]] = {"line": [], "prompt": [], "chosen": [], "rejected": []}
@@ -144,9 +138,7 @@ class PairCollator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
-        rows = [
-            (list(p["prompt"]), list(p[side])) for side in ("chosen", "rejected") for p in pairs
-        ]
+        rows = [(list(p["prompt"]), list(p[side])) for side in ("chosen", "rejected") for p in pairs]
         longest = max(len(prompt) + len(answer) for prompt, answer in rows)
         shape = (len(rows), -(-longest // PADDED_TO) * PADDED_TO)
         input_ids = torch.full(shape, self.pad_token_id)

@@ -51,10 +51,7 @@ class DataReport:
             text.append(f"  left out, {kind}: {len(lines)} ({_lines(lines)})")
         if self.truncated:
             lines = _lines(self.truncated)
-            text.append(
-                f"  kept, answer cut at max_length {self.max_length}: "
-                f"{len(self.truncated)} ({lines})"
-            )
+            text.append(f"  kept, answer cut at max_length {self.max_length}: {len(self.truncated)} ({lines})")
         return "\n".join(text)
 
 
@@ -73,9 +70,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "no such file"
-        raise DataError(
-            f"data: got {str(path)!r}, {what}; need a file of JSON lines, plain or gzipped"
-        )
+        raise DataError(f"data: got {str(path)!r}, {what}; need a file of JSON lines, plain or gzipped")
     with path.open("rb") as file:
         zipped = file.read(2) == GZIP_MAGIC
     number = 0
@@ -84,9 +79,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]
             for number, line in enumerate(file, start=1):
                 yield number, _row(line)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"data: {path} cannot be read beyond line {number} ({error}); is the copy complete?"
-        ) from error
+        raise DataError(f"data: {path} cannot be read beyond line {number} ({error}); is the copy complete?") from error
 
 
 def _row(line: bytes) -> dict[str, Any] | BadRow:

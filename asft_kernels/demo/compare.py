@@ -47,9 +47,7 @@ WAYS: dict[str, Callable[..., Any]] = {
 }
 
 
-def loss_and_gradients(
-    name: str, hidden: Tensor, weight: Tensor, labels: Tensor
-) -> tuple[Tensor, ...]:
+def loss_and_gradients(name: str, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     """(loss, dH, dW), detached."""
     hidden, weight = (x.detach().requires_grad_() for x in (hidden, weight))
     loss = WAYS[name](hidden, weight, labels)
@@ -85,16 +83,13 @@ def compare(model: Path, data: Path, *, pairs: int, max_length: int) -> str:
         peak = memory[name]
         peak_text = "unknown" if peak is None else f"{peak / MIB:.0f} MiB"
         seconds_text = f"{median(seconds[name]):.2f}"
-        lines.append(
-            f"{name:<22}{values[0].item():>11.6f} {errors}{seconds_text:>13}{peak_text:>14}"
-        )
+        lines.append(f"{name:<22}{values[0].item():>11.6f} {errors}{seconds_text:>13}{peak_text:>14}")
     plain, fused = results["plain, all positions"], results["fused"]
     apart = _errors(fused, plain)
     gradients = (plain[1].nbytes + plain[2].nbytes) / MIB
     lines += [
         "",
-        f"fused and plain differ by {apart[0]:.1e} in the loss, {apart[1]:.1e} in dH, "
-        f"{apart[2]:.1e} in dW",
+        f"fused and plain differ by {apart[0]:.1e} in the loss, {apart[1]:.1e} in dH, {apart[2]:.1e} in dW",
         "dH, dW: gradients to hidden states and head, relative (Frobenius norm); loss: absolute",
         f"extra memory: peak of forward and backward, {gradients:.0f} MiB of it the gradients",
     ]
@@ -121,9 +116,7 @@ def _batch(model: Path, data: Path, pairs: int, max_length: int) -> tuple[Tensor
     tokenizer = AutoTokenizer.from_pretrained(model)
     dataset, _ = load_pairs(data, tokenizer, max_length=max_length)
     batch = PairCollator(tokenizer.pad_token_id)([dataset[index] for index in range(pairs)])
-    wrapped = PreferenceModel(
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    ).eval()
+    wrapped = PreferenceModel(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)).eval()
     with torch.no_grad():
         hidden = wrapped.hidden_states(batch["input_ids"], batch["attention_mask"])
     return hidden, wrapped.lm_head.weight.detach(), batch["labels"]

@@ -75,9 +75,7 @@ class PreferenceModel(nn.Module):
         if getattr(inner.config, "is_encoder_decoder", False):
             raise UnsupportedHead(f"{name}: is an encoder-decoder, need a decoder-only causal LM")
         if inner.get_output_embeddings() is None:
-            raise UnsupportedHead(
-                f"{name}: get_output_embeddings() is None, need a model with an LM head"
-            )
+            raise UnsupportedHead(f"{name}: get_output_embeddings() is None, need a model with an LM head")
         from_config = logit_options(inner.config)
         self.model: Any = model
         self.config = inner.config
@@ -92,9 +90,7 @@ class PreferenceModel(nn.Module):
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(R, T, D): what the model feeds to its head."""
         decoder = causal_lm(self.model).get_decoder()
-        return decoder(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
+        return decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
     def forward(
         self,
@@ -196,12 +192,8 @@ def _rounding(logits: Tensor, hidden: Tensor, logps: Tensor, model: PreferenceMo
     fp32_unit = torch.finfo(torch.float32).eps / 2
     tf32 = logits.is_cuda and torch.backends.cuda.matmul.allow_tf32
     product_unit = 2.0**-11 if tf32 else fp32_unit
-    norms = [
-        torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).max() for x in (hidden, weight)
-    ]
+    norms = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).max() for x in (hidden, weight)]
     width = hidden.shape[-1] ** 0.5 * abs(model.logit_scale) * norms[0] * norms[1]
-    logit = (
-        torch.finfo(logits.dtype).eps / 2 * steps * logits.abs().max() + 2 * product_unit * width
-    )
+    logit = torch.finfo(logits.dtype).eps / 2 * steps * logits.abs().max() + 2 * product_unit * width
     summed = fp32_unit * (len(weight) ** 0.5 + 2 * logps.abs().max())
     return (2 * logit + summed).item()

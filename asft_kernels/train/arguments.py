@@ -16,24 +16,16 @@ class JobArguments:
 
     model: str = field(metadata={"help": "folder or hub name of a causal language model"})
     data: str = field(metadata={"help": "preference pairs: JSON lines, plain or gzipped"})
-    eval_data: str | None = field(
-        default=None, metadata={"help": "pairs to evaluate on, same formats"}
-    )
+    eval_data: str | None = field(default=None, metadata={"help": "pairs to evaluate on, same formats"})
     eval_every_nth: int | None = field(
         default=None,
-        metadata={
-            "help": "N: hold out every Nth line of --data (counted from 0: number mod N is N - 1)"
-        },
+        metadata={"help": "N: hold out every Nth line of --data (counted from 0: number mod N is N - 1)"},
     )
     lam: float = field(default=1.0, metadata={"help": "weight of the alignment term"})
     beta: float = field(default=1.0, metadata={"help": "temperature on the log-odds"})
     sft_weight: float = field(default=1.0, metadata={"help": "weight of the chosen answers' NLL"})
-    max_length: int = field(
-        default=1024, metadata={"help": "tokens of prompt and answer; longer answers are cut"}
-    )
-    max_prompt_length: int = field(
-        default=512, metadata={"help": "tokens; pairs with a longer prompt are left out"}
-    )
+    max_length: int = field(default=1024, metadata={"help": "tokens of prompt and answer; longer answers are cut"})
+    max_prompt_length: int = field(default=512, metadata={"help": "tokens; pairs with a longer prompt are left out"})
     strict: bool = field(default=False, metadata={"help": "unusable rows are an error"})
     resume: str | None = field(
         default=None,
@@ -52,9 +44,7 @@ class JobArguments:
     )
     logit_scale: float | None = field(default=None, metadata={"help": "default: from the config"})
     softcap: float | None = field(default=None, metadata={"help": "default: from the config"})
-    backend: str | None = field(
-        default=None, metadata={"help": "torch or triton; default: by device"}
-    )
+    backend: str | None = field(default=None, metadata={"help": "torch or triton; default: by device"})
     cache_bytes: int | None = field(
         default=None, metadata={"help": "memory for exponentials kept for the backward pass"}
     )
@@ -63,15 +53,11 @@ class JobArguments:
         for name, need in (("lam", 0.0), ("sft_weight", 0.0)):
             value = getattr(self, name)
             if not (need <= value < math.inf):
-                raise ArgumentProblem(
-                    f"--{name.replace('_', '-')}: got {value}, need a number >= 0"
-                )
+                raise ArgumentProblem(f"--{name.replace('_', '-')}: got {value}, need a number >= 0")
         if not 0 < self.beta < math.inf:
             raise ArgumentProblem(f"--beta: got {self.beta}, need a number > 0")
         if self.lam == 0 and self.sft_weight == 0:
-            raise ArgumentProblem(
-                "--lam, --sft-weight: both are 0, need one above 0: there is no loss"
-            )
+            raise ArgumentProblem("--lam, --sft-weight: both are 0, need one above 0: there is no loss")
         if self.max_length < 2 or not self.max_prompt_length >= 1:
             raise ArgumentProblem(
                 f"--max-length, --max-prompt-length: got {self.max_length}, "
@@ -89,23 +75,15 @@ class JobArguments:
 class RunArguments(TrainingArguments):
     """transformers.TrainingArguments; what differs in its defaults stands here."""
 
-    output_dir: str | None = field(
-        default="asft-run", metadata={"help": "checkpoints, final model, metrics, curves"}
-    )
+    output_dir: str | None = field(default="asft-run", metadata={"help": "checkpoints, final model, metrics, curves"})
     learning_rate: float = field(default=2e-5, metadata={"help": "peak learning rate"})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "pairs, not rows"})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "pairs, not rows"})
-    num_train_epochs: float = field(
-        default=1.0, metadata={"help": "passes over the training pairs"}
-    )
-    logging_steps: float = field(
-        default=1, metadata={"help": "steps between rows of metrics.jsonl"}
-    )
+    num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the training pairs"})
+    logging_steps: float = field(default=1, metadata={"help": "steps between rows of metrics.jsonl"})
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints that are kept"})
     # A NaN loss must be seen, not averaged away.
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "hide NaN losses in logs"}
-    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hide NaN losses in logs"})
     # The collator reads columns that no forward takes.
     remove_unused_columns: bool = field(default=False, metadata={"help": "leave this off"})
 

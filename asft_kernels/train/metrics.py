@@ -180,9 +180,7 @@ def change_table(changes: dict[str, dict[str, float]], pairs: int) -> str:
         "chosen_avg_logp": "chosen mean log-probability",
         "rejected_avg_logp": "rejected mean log-probability",
     }
-    lines = [
-        f"{f'{pairs} evaluation pairs':<34}{'before':>9}{'after':>9}{'change':>9}  paired s.e."
-    ]
+    lines = [f"{f'{pairs} evaluation pairs':<34}{'before':>9}{'after':>9}{'change':>9}  paired s.e."]
     for name, row in changes.items():
         figures = f"{row['before']:>9.3f}{row['after']:>9.3f}{row['change']:>+9.3f}"
         lines.append(f"{labels[name]:<34}{figures}  {row['standard_error']:.3f}")

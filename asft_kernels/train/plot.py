@@ -87,10 +87,7 @@ def _curve(
 
 
 def _running_mean(values: list[float]) -> list[float]:
-    return [
-        sum(values[max(i - SMOOTHED + 1, 0) : i + 1]) / min(i + 1, SMOOTHED)
-        for i in range(len(values))
-    ]
+    return [sum(values[max(i - SMOOTHED + 1, 0) : i + 1]) / min(i + 1, SMOOTHED) for i in range(len(values))]
 
 
 def _finish(axes: Any, title: str, unit: str) -> None:

@@ -102,9 +102,7 @@ def run(job: JobArguments, args: RunArguments, say: Any = print) -> Result:
         before = Evaluation.load(stored) if checkpoint and stored.is_file() else trainer.before
         changes: dict[str, dict[str, float]] = {}
         if stop.stopped:
-            say(
-                f"stopped after step {trainer.state.global_step}; go on with: {_command()} --resume"
-            )
+            say(f"stopped after step {trainer.state.global_step}; go on with: {_command()} --resume")
         else:
             if args.save_strategy != "no":
                 trainer.save_model()
@@ -115,9 +113,7 @@ def run(job: JobArguments, args: RunArguments, say: Any = print) -> Result:
     plot = folder / "curves.png"
     if first:
         errors = {name: row["standard_error"] for name, row in changes.items()}
-        plot_curves(
-            metrics.rows(), plot, f"ASFT, {_short(job.model)} on {Path(job.data).name}", errors
-        )
+        plot_curves(metrics.rows(), plot, f"ASFT, {_short(job.model)} on {Path(job.data).name}", errors)
         pairs = len(before.column("margin")) if before else 0
         if changes:
             _write(
@@ -141,17 +137,14 @@ def _checkpoint(job: JobArguments, args: RunArguments, folder: Path) -> Path | N
     """The checkpoint to go on from; the newest complete one for --resume without a path."""
     wanted = job.resume or args.resume_from_checkpoint
     if wanted is None:
-        if (folder / "metrics.jsonl").exists():
+        if any(row["kind"] == "train" for row in MetricsFile(folder / "metrics.jsonl").rows()):
             raise ArgumentProblem(
-                f"--output-dir: {folder} holds a run already; add --resume to go on with it, "
-                "or name another folder"
+                f"--output-dir: {folder} holds a run already; add --resume to go on with it, or name another folder"
             )
         return None
     if wanted != "last":
         if not _complete(Path(wanted)):
-            raise ArgumentProblem(
-                f"--resume: {wanted} is no complete checkpoint (trainer_state.json is missing)"
-            )
+            raise ArgumentProblem(f"--resume: {wanted} is no complete checkpoint (trainer_state.json is missing)")
         return Path(wanted)
     found = sorted(
         (path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()),
@@ -160,8 +153,7 @@ def _checkpoint(job: JobArguments, args: RunArguments, folder: Path) -> Path | N
     complete = [path for path in found if _complete(path)]
     if not complete:
         raise ArgumentProblem(
-            f"--resume: no complete checkpoint in {folder}; leave --resume out and name a fresh "
-            "--output-dir"
+            f"--resume: no complete checkpoint in {folder}; leave --resume out and name a fresh --output-dir"
         )
     return complete[-1]
 
@@ -208,12 +200,8 @@ def _data(job: JobArguments, tokenizer: Any, model: Any) -> tuple[Any, Any, str]
     """(training pairs, evaluation pairs or None, what was read and left out)."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions and job.max_length > positions:
-        raise ArgumentProblem(
-            f"--max-length: got {job.max_length}, need at most {positions}, the model's positions"
-        )
-    limits: dict[str, Any] = dict(
-        max_length=job.max_length, max_prompt_length=job.max_prompt_length, strict=job.strict
-    )
+        raise ArgumentProblem(f"--max-length: got {job.max_length}, need at most {positions}, the model's positions")
+    limits: dict[str, Any] = dict(max_length=job.max_length, max_prompt_length=job.max_prompt_length, strict=job.strict)
     train, report = load_pairs(job.data, tokenizer, **limits)
     text, evaluation = str(report), None
     if job.eval_every_nth:

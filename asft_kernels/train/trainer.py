@@ -51,9 +51,7 @@ class PreferenceTrainer(Trainer):
         self.before: Evaluation | None = None  # of the model as it came
         self.evaluation: Evaluation | None = None  # the last one, after evaluated_step steps
         self.evaluated_step = -1
-        pad = next(
-            (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
-        )
+        pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
         super().__init__(
             model=model,
             args=args,
@@ -95,9 +93,7 @@ class PreferenceTrainer(Trainer):
         trains = "loss" in logs and self.window_start is not None
         if trains:
             seconds = time.perf_counter() - cast(float, self.window_start) - self.paused
-            logs.update(
-                self.window.take(seconds, lambda sums: self.accelerator.reduce(sums, "sum"))
-            )
+            logs.update(self.window.take(seconds, lambda sums: self.accelerator.reduce(sums, "sum")))
             self.window_start = None
         super().log(logs, start_time)
         if trains:
@@ -156,9 +152,7 @@ class PreferenceTrainer(Trainer):
         torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(
-            resume_from_checkpoint, self._language_model() if model is None else model
-        )
+        super()._load_from_checkpoint(resume_from_checkpoint, self._language_model() if model is None else model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Tied weights are stored once; anything else that does not match is another model's."""
@@ -168,9 +162,7 @@ class PreferenceTrainer(Trainer):
         missing = set(load_result.missing_keys) - tied
         if missing or load_result.unexpected_keys:
             names = sorted(missing | set(load_result.unexpected_keys))[:3]
-            raise ArgumentProblem(
-                f"--resume: the checkpoint is not of --model: {', '.join(names)} ... do not match"
-            )
+            raise ArgumentProblem(f"--resume: the checkpoint is not of --model: {', '.join(names)} ... do not match")
 
 
 class Bar(ProgressCallback):
@@ -198,9 +190,7 @@ class StopWhenAsked(TrainerCallback):
         self.training = False
 
     def on_prediction_step(self, args, state, control, **kwargs):
-        if (
-            self.asked and not self.training
-        ):  # nothing to save before the first step or after the last
+        if self.asked and not (self.training and state.global_step):  # no step to end, nothing to save
             raise KeyboardInterrupt
 
     def on_step_end(self, args, state, control, **kwargs):
