@@ -78,15 +78,13 @@ def pack(
     valid = flat != ignore_index
     running = torch.nn.functional.pad(valid.cumsum(0), (1, 0))
 
-    size, padded = positions, True
+    padded = True
     facts = _facts(flat, valid, running, borders, agree)
-    if num_valid is not None:
-        size = min(num_valid, positions)
-        _assert_on_device(facts, vocab, size)
-    elif torch.compiler.is_compiling():
-        _assert_on_device(facts, vocab, size)
-    else:
+    if num_valid is None and not torch.compiler.is_compiling():
         size, padded = _check_on_host(facts, vocab, positions), False
+    else:
+        size = positions if num_valid is None else min(num_valid, positions)
+        _assert_on_device(facts, vocab, positions, size)
     # A stable sort puts the valid rows first, in order; what a bound leaves over are masked rows, all distinct.
     rows = torch.sort((~valid).to(torch.uint8), stable=True).indices[:size]
     tokens = flat.index_select(0, rows)
@@ -104,26 +102,18 @@ def _shift(flat: Tensor, borders: Tensor, ignore_index: int) -> Tensor:
     return torch.where(ends, ignore_index, following)
 
 
-def _facts(flat, valid, running, borders, agree) -> Tensor:
-    """(6,) int64: count, smallest and largest valid label, cu_seqlens well-formed, its end, labels agree."""
-    real = torch.where(valid, flat, 0)
-    edge = real.new_zeros(1)
-    sorted_from_zero = (borders[0] == 0) & (borders.diff() >= 0).all()
-    return torch.stack(
-        [
-            running[-1],
-            torch.cat([real, edge]).min(),
-            torch.cat([real, edge]).max(),
-            sorted_from_zero.long(),
-            borders[-1],
-            agree.long(),
-        ]
-    )
+def _facts(flat: Tensor, valid: Tensor, running: Tensor, borders: Tensor, agree: Tensor) -> Tensor:
+    """(6,) int64: count, smallest and largest valid label, borders ordered from 0, their end, labels agree."""
+    least, most = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+    low = torch.cat([torch.where(valid, flat, most), flat.new_full((1,), most)]).min()
+    high = torch.cat([torch.where(valid, flat, least), flat.new_full((1,), least)]).max()
+    ordered = (borders[0] == 0) & (borders.diff() >= 0).all()
+    return torch.stack([running[-1], low, high, ordered.long(), borders[-1], agree.long()])
 
 
 def _check_on_host(facts: Tensor, vocab: int, positions: int) -> int:
     count, low, high, ordered, end, agree = facts.tolist()
-    if low < 0 or high >= vocab:
+    if count and not 0 <= low <= high < vocab:
         raise ValueError(
             f"labels: got values from {low} to {high}, need 0 to {vocab - 1} (the rows of lm_head) or ignore_index; "
             "mask everything else with ignore_index"
@@ -140,8 +130,15 @@ def _check_on_host(facts: Tensor, vocab: int, positions: int) -> int:
     return count
 
 
-def _assert_on_device(facts: Tensor, vocab: int, bound: int) -> None:
-    count, low, high, ordered, _, agree = facts.unbind()
-    torch._assert_async(count <= bound, "num_valid: below the number of valid labels")
-    torch._assert_async((low >= 0) & (high < vocab), "labels: a value outside 0 .. V-1 that is not ignore_index")
-    torch._assert_async((ordered == 1) & (agree == 1), "cu_seqlens out of order, or nll_labels against labels")
+def _assert_on_device(facts: Tensor, vocab: int, positions: int, bound: int) -> None:
+    """The same checks without a read; a GPU reports them when it gets there. No traced size stands in a text."""
+    count, low, high, ordered, end, agree = facts.unbind()
+    in_range = (count == 0) | ((low >= 0) & (high < vocab))
+    borders = (ordered == 1) & (end == positions)
+    for ok, message in (
+        (count <= bound, "num_valid: got a bound below the number of valid labels (of both label sets together)"),
+        (in_range, f"labels: got a value outside 0 to {vocab - 1} that is not ignore_index"),
+        (borders, "cu_seqlens: got borders that do not go in order from 0 to the number of packed tokens"),
+        (agree == 1, "nll_labels: got another label than labels at the same position"),
+    ):
+        torch._assert_async(ok, message)

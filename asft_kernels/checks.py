@@ -28,6 +28,7 @@ def head_tensors(lm_head: nn.Linear | Tensor | tuple[Tensor, Tensor | None]) -> 
     elif isinstance(lm_head, (tuple, list)) and len(lm_head) == 2:
         weight, bias = lm_head
     elif isinstance(lm_head, nn.Linear) and type(lm_head).forward is nn.Linear.forward:
+        _unpatched(lm_head)
         weight, bias = lm_head.weight, lm_head.bias
     elif hasattr(lm_head, "weight"):
         _refuse(
@@ -50,6 +51,15 @@ def head_tensors(lm_head: nn.Linear | Tensor | tuple[Tensor, Tensor | None]) -> 
     return weight, bias
 
 
+def _unpatched(linear: nn.Linear) -> None:
+    replaced = "forward" in vars(linear) and not hasattr(linear, "_hf_hook")  # accelerate's only moves tensors
+    if replaced or linear._forward_hooks or linear._forward_pre_hooks:
+        got = "an nn.Linear with " + ("a forward of its own" if replaced else "forward hooks")
+        _refuse(
+            "lm_head", got, "a plain one, as they would not run; remove them, or pass lm_head.weight if it is whole"
+        )
+
+
 def _plain_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         _refuse(name, type(tensor).__name__, "a tensor")
@@ -65,14 +75,19 @@ def _plain_tensor(name: str, tensor: Tensor) -> None:
         _refuse(name, f"dtype {tensor.dtype}", f"one of {', '.join(map(str, FLOATING))}")
 
 
-def hidden_states(hidden: Tensor, weight: Tensor) -> None:
+def hidden_layout(hidden: Tensor) -> None:
     layout = "(2B, T, D), or packed (M, D) with cu_seqlens"
     if not isinstance(hidden, Tensor):
         _refuse("hidden", type(hidden).__name__, f"a tensor {layout}")
     if hidden.dtype not in FLOATING:
         _refuse("hidden", f"dtype {hidden.dtype}", f"one of {', '.join(map(str, FLOATING))}")
+    if hidden.device.type == "meta":
+        _refuse("hidden", "a tensor on the meta device", "one with data")
     if hidden.dim() not in (2, 3):
         _refuse("hidden", f"shape {tuple(hidden.shape)}", layout)
+
+
+def hidden_size(hidden: Tensor, weight: Tensor) -> None:
     if hidden.shape[-1] != weight.shape[1]:
         need = f"{weight.shape[1]}, that of lm_head's weight"
         _refuse("hidden", f"size {hidden.shape[-1]} in its last dimension", need)
@@ -115,10 +130,21 @@ def label_layout(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> N
         _refuse("cu_seqlens", _what(cu_seqlens), "a tensor (2B+1,) of int32 or int64")
 
 
-def even_rows(rows: int) -> None:
-    if rows % 2:
-        need = "an even number: B chosen rows, then their B rejected rows"
-        _refuse("hidden", f"{rows} rows (sequences)", need)
+def even_rows(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
+    need = "an even number: B chosen ones, then their B rejected ones"
+    if cu_seqlens is None and hidden.shape[0] % 2:
+        _refuse("hidden", f"{hidden.shape[0]} rows", need)
+    if cu_seqlens is not None and cu_seqlens.numel() % 2 == 0:
+        _refuse("cu_seqlens", f"{cu_seqlens.numel() - 1} sequences", need)
+
+
+def objective_object(objective: object) -> None:
+    if isinstance(objective, type):
+        _refuse("objective", f"the class {objective.__name__}", f"an object: {objective.__name__}(...)")
+    lacks = [x for x in ("paired", "needs_reference", "uses_nll_labels") if not hasattr(objective, x)]
+    if lacks or not callable(objective):
+        need = "a name or an object such as asft_kernels.objectives.ASFT()"
+        _refuse("objective", type(objective).__name__ + (f" without {', '.join(lacks)}" if lacks else ""), need)
 
 
 def weights_like_labels(token_weights: Tensor, labels: Tensor) -> None:
@@ -128,12 +154,14 @@ def weights_like_labels(token_weights: Tensor, labels: Tensor) -> None:
         _refuse("token_weights", _what(token_weights), need)
 
 
-def nll_layout(nll_labels: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> None:
+def nll_layout(nll_labels: Tensor, labels: Tensor, cu_seqlens: Tensor | None, objective: str, used: bool) -> None:
+    if not used:
+        _refuse("nll_labels", "labels", f"None: {objective} has no separate likelihood term; drop them")
     if cu_seqlens is not None:
         _refuse("nll_labels", "a second label set with packed hidden", "padded hidden (2B, T, D)")
     shape = (labels.shape[0] // 2, labels.shape[1])
     integer = isinstance(nll_labels, Tensor) and not nll_labels.is_floating_point()
-    if not integer or tuple(nll_labels.shape) != shape:
+    if not integer or nll_labels.dtype == torch.bool or tuple(nll_labels.shape) != shape:
         _refuse("nll_labels", _what(nll_labels), f"integers of shape {shape}, one row a chosen row")
 
 
@@ -145,13 +173,17 @@ def reference_logps(ref_logps: Tensor | None, rows: int, objective: str, needed:
     if not needed and ref_logps is not None:
         need = f"None: {objective} has no reference; drop it, or choose another objective"
         _refuse("ref_logps", "a tensor", need)
-    if ref_logps is not None and (ref_logps.dim() not in (1, 2) or ref_logps.shape[-1] != rows):
-        _refuse("ref_logps", f"shape {tuple(ref_logps.shape)}", f"{layout}, one sum a row of hidden")
+    if ref_logps is None:
+        return
+    floating = isinstance(ref_logps, Tensor) and ref_logps.is_floating_point()
+    if not floating or ref_logps.dim() not in (1, 2) or ref_logps.shape[-1] != rows:
+        _refuse("ref_logps", _what(ref_logps), f"a floating tensor {layout}, one sum a row of hidden")
 
 
 def options(
     *,
     reduction: str,
+    shift: bool,
     logit_scale: float,
     softcap: float | None,
     ignore_index: int,
@@ -161,9 +193,11 @@ def options(
 ) -> None:
     if reduction not in REDUCTIONS:
         _refuse("reduction", repr(reduction), f"one of {', '.join(map(repr, REDUCTIONS))}")
-    if not (isinstance(logit_scale, Real) and 0 < abs(logit_scale) < inf):
+    if not isinstance(shift, bool):
+        _refuse("shift", repr(shift), "True (labels aligned with input_ids) or False (already shifted)")
+    if not (_real(logit_scale) and 0 < abs(logit_scale) < inf):
         _refuse("logit_scale", repr(logit_scale), "a finite number other than 0")
-    if softcap is not None and not (isinstance(softcap, Real) and 0 < softcap < inf):
+    if softcap is not None and not (_real(softcap) and 0 < softcap < inf):
         _refuse("softcap", repr(softcap), "a finite number > 0, or None for no cap")
     for name, value, least in (
         ("cache_bytes", cache_bytes, 0),
@@ -174,6 +208,10 @@ def options(
             _refuse(name, repr(value), f"an integer >= {least}, or None for the default")
     if not _integer(ignore_index):
         _refuse("ignore_index", repr(ignore_index), "an integer")
+
+
+def _real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _integer(value: object) -> bool:

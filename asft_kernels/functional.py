@@ -31,8 +31,9 @@ class Options:
     cache_bytes: exponentials kept for the head's gradient, in bytes; None (default) is 1 GiB, 0 keeps none
         and pays one more matrix product.
     chunk_size: rows of the vocabulary held at a time, None (default) chooses.
-    num_valid: a bound on the number of valid labels, if you know one: spares the call's one read of the
-        device. Under torch.compile without it every position is computed, masked ones included.
+    num_valid: a bound on the number of valid labels (those of nll_labels included), if you know one: spares
+        the call's one read of the device. Under torch.compile without it every position is computed, masked
+        ones included. What the read would check is then asserted on the device, as a RuntimeError.
     """
 
     cu_seqlens: Tensor | None = None
@@ -65,7 +66,7 @@ def fused_linear_logps(
 
     hidden: (R, T, D), or packed (M, D) with cu_seqlens; fp32, bf16, fp16 or fp64.
     lm_head: nn.Linear, weight (V, D) or (weight, bias), in hidden's dtype (under autocast: cast to it).
-    labels: (R, T) or (M,) integers. Keywords as in `Options`.
+    labels: (R, T) or (M,) integers. Keywords: `asft_kernels.functional.Options`.
     Returns logps in the shape of labels, fp32 (fp64 for fp64 input), 0 at masked places, differentiable in
     hidden, weight and bias. With shift=True label t+1's logp stands at index t; each last index is 0.
     Raises ValueError that names the argument, what it was and what it must be.
@@ -75,15 +76,15 @@ def fused_linear_logps(
     torch.Size([2, 5])
     """
     options = Options(
-        cu_seqlens,
-        shift,
-        ignore_index,
-        logit_scale,
-        softcap,
-        backend,
-        cache_bytes,
-        chunk_size,
-        num_valid,
+        cu_seqlens=cu_seqlens,
+        shift=shift,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        backend=backend,
+        cache_bytes=cache_bytes,
+        chunk_size=chunk_size,
+        num_valid=num_valid,
     )
     logps, batch, _ = _token_logps(hidden, lm_head, labels, options)
     return batch.spread(logps)
@@ -119,7 +120,7 @@ def fused_asft_loss(
 
     hidden: (2B, T, D), chosen rows first, row B+i rejected for row i; or packed (M, D) with cu_seqlens (2B+1,).
     lm_head: nn.Linear, weight (V, D) or (weight, bias). labels: (2B, T) or (M,), aligned with input_ids.
-    lam >= 0, beta > 0, sft_weight >= 0: see `objectives.ASFT`. Other keywords: see `Options`.
+    lam >= 0, beta > 0, sft_weight >= 0: `asft_kernels.objectives.ASFT`. The others: `asft_kernels.functional.Options`.
     reduction: over the pairs that count: "mean" (default), "sum", or "none" for (B,).
     Returns the loss, fp32 (fp64 for fp64 input); with return_outputs=True also `PreferenceOutputs`.
     Raises ValueError for what the caller got wrong; RuntimeError on double backward.
@@ -128,15 +129,15 @@ def fused_asft_loss(
     >>> fused_asft_loss(hidden, head, torch.randint(50, (4, 7))).backward()
     """
     options = Options(
-        cu_seqlens,
-        shift,
-        ignore_index,
-        logit_scale,
-        softcap,
-        backend,
-        cache_bytes,
-        chunk_size,
-        num_valid,
+        cu_seqlens=cu_seqlens,
+        shift=shift,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        backend=backend,
+        cache_bytes=cache_bytes,
+        chunk_size=chunk_size,
+        num_valid=num_valid,
     )
     return _preference_loss(hidden, lm_head, labels, ASFT(lam, beta, sft_weight), options, reduction, return_outputs)
 
@@ -164,7 +165,7 @@ def fused_preference_loss(
 ) -> Tensor | tuple[Tensor, PreferenceOutputs | SequenceOutputs]:
     """Any objective from hidden states, at the matrix products of ASFT.
 
-    objective: a name ("asft", "sft": the paper's defaults) or an object (see `objectives.Objective`).
+    objective: a name ("asft", "sft": the paper's defaults) or an object (see `asft_kernels.objectives.Objective`).
         Paired ones take rows as fused_asft_loss does, unpaired ones (sft) any number of rows.
     ref_logps: (R,) sums under a frozen reference, or (K, R) for K of them, for objectives that need them.
     token_weights: like labels, floating: weight of each label's logp in its sequence's sum; detached.
@@ -174,20 +175,17 @@ def fused_preference_loss(
     """
     if isinstance(objective, str):
         objective = get_objective(objective)
-    elif not (callable(objective) and hasattr(objective, "paired")):
-        raise ValueError(
-            f"objective: got {type(objective).__name__}, need a name or an object such as objectives.ASFT()"
-        )
+    checks.objective_object(objective)
     options = Options(
-        cu_seqlens,
-        shift,
-        ignore_index,
-        logit_scale,
-        softcap,
-        backend,
-        cache_bytes,
-        chunk_size,
-        num_valid,
+        cu_seqlens=cu_seqlens,
+        shift=shift,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        backend=backend,
+        cache_bytes=cache_bytes,
+        chunk_size=chunk_size,
+        num_valid=num_valid,
     )
     return _preference_loss(
         hidden,
@@ -216,28 +214,25 @@ def _preference_loss(
     nll_labels: Tensor | None = None,
 ) -> Any:
     name = type(objective).__name__
-    if nll_labels is not None and not objective.uses_nll_labels:
-        raise ValueError(f"nll_labels: got labels, need None: {name} has no separate likelihood term; drop them")
-    logps, batch, backend = _token_logps(
-        hidden,
-        lm_head,
-        labels,
-        options,
-        reduction=reduction,
-        paired=objective.paired,
-        nll_labels=nll_labels,
-    )
-    rows = batch.offsets.numel() - 1
+    checks.hidden_layout(hidden)
+    checks.label_layout(hidden, labels, options.cu_seqlens)
+    rows = hidden.shape[0] if options.cu_seqlens is None else options.cu_seqlens.numel() - 1
     checks.reference_logps(ref_logps, rows, name, objective.needs_reference)
     if token_weights is not None:
         checks.weights_like_labels(token_weights, labels)
-        checks.same_place(hidden=hidden, token_weights=token_weights)
+    if nll_labels is not None:
+        checks.nll_layout(nll_labels, labels, options.cu_seqlens, name, objective.uses_nll_labels)
+        nll_labels = torch.cat([nll_labels, torch.full_like(nll_labels, options.ignore_index)])
+    checks.same_place(hidden=hidden, ref_logps=ref_logps, token_weights=token_weights, nll_labels=nll_labels)
+    logps, batch, backend = _token_logps(
+        hidden, lm_head, labels, options, reduction=reduction, paired=objective.paired, nll_labels=nll_labels
+    )
 
-    if backend == "triton" and isinstance(objective, ASFT) and token_weights is None and nll_labels is None:
+    if backend == "triton" and type(objective) is ASFT and token_weights is None and nll_labels is None:
         policy, terms = objective.from_tokens(logps, batch.offsets)
     else:
         policy = _sequence_logps(logps, batch, labels, options.ignore_index, token_weights, nll_labels)
-        terms = objective(policy, ref_logps)
+        terms = objective(policy, None if ref_logps is None else ref_logps.detach())
     loss = reduce_loss(terms.loss, counting(policy, objective.paired), reduction).to(logps.dtype)
     if not return_outputs:
         return loss
@@ -257,20 +252,17 @@ def _token_logps(
     """All checks, then the primitive: logps (N,) of the compacted tokens, where they stand, the backend."""
     o = options
     checks.options(
-        reduction=reduction, logit_scale=o.logit_scale, softcap=o.softcap, cache_bytes=o.cache_bytes,
+        reduction=reduction, shift=o.shift, logit_scale=o.logit_scale, softcap=o.softcap, cache_bytes=o.cache_bytes,
         chunk_size=o.chunk_size, num_valid=o.num_valid, ignore_index=o.ignore_index,
     )  # fmt: skip
     weight, bias = checks.head_tensors(lm_head)
-    checks.hidden_states(hidden, weight)
+    checks.hidden_layout(hidden)
+    checks.hidden_size(hidden, weight)
     checks.label_layout(hidden, labels, o.cu_seqlens)
     if paired:
-        checks.even_rows(hidden.shape[0] if o.cu_seqlens is None else o.cu_seqlens.numel() - 1)
-    if nll_labels is not None:
-        checks.nll_layout(nll_labels, labels, o.cu_seqlens)
-        nll_labels = torch.cat([nll_labels, torch.full_like(nll_labels, o.ignore_index)])
+        checks.even_rows(hidden, o.cu_seqlens)
     checks.same_place(
-        hidden=hidden, **{"lm_head weight": weight, "lm_head bias": bias}, labels=labels, cu_seqlens=o.cu_seqlens,
-        nll_labels=nll_labels,
+        hidden=hidden, **{"lm_head weight": weight, "lm_head bias": bias}, labels=labels, cu_seqlens=o.cu_seqlens
     )  # fmt: skip
     hidden, weight, bias = (_as_autocast(x, hidden.device.type) for x in (hidden, weight, bias))
     checks.same_dtype(hidden, weight, bias)
@@ -308,8 +300,7 @@ def _sequence_logps(
     if nll_labels is None:
         return Logps(reduce(logps, batch, weights), batch.lengths)
     # The batch holds the union of both label sets: each sum takes its own tokens.
-    full = torch.cat([nll_labels, torch.full_like(nll_labels, ignore_index)])
-    own, nll = (batch.take_at_labels(x).ne(ignore_index).double() for x in (labels, full))
+    own, nll = (batch.take_at_labels(x).ne(ignore_index).double() for x in (labels, nll_labels))
     ones = torch.ones_like(own)
     return Logps(
         reduce(logps, batch, own if weights is None else own * weights),

@@ -7,12 +7,14 @@ double backward return a wrong partial result in silence; this one refuses.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from asft_kernels.backends import Logits, Saved, exp_dtype, load_backend
-from asft_kernels.backends.plan import Plan, make_plan
+from asft_kernels.backends.plan import Plan, make_plan, traced_chunk
 
 
 def linear_logps(
@@ -35,6 +37,15 @@ def linear_logps(
     token: its logp is 0, and nothing that stands in its row is looked at.
     fp32 result, fp64 for fp64 input. GEMMs: 1 without gradients, 2 for hidden alone, 3 or 4 with weight.
     """
+    if torch.compiler.is_compiling():
+        if chunk_size is None:
+            exp_bytes = exp_dtype(backend, hidden.dtype).itemsize
+            chunk_size = traced_chunk(hidden.shape[1], exp_bytes=exp_bytes, device_type=hidden.device.type)
+    elif any(x is not None and unpack_dual(x).tangent is not None for x in (hidden, weight, bias)):
+        raise RuntimeError(
+            "asft_kernels: forward-mode derivatives (torch.func.jvp, dual tensors) are not supported; "
+            "use asft_kernels.reference, or reverse mode"
+        )
     grad = torch.is_grad_enabled()
     needs_acc = grad and hidden.requires_grad
     needs_exps = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
@@ -161,14 +172,31 @@ def _without_padding(hidden: Tensor, rows: Tensor, labels: Tensor) -> tuple[Tens
     return compact, torch.arange(len(rows), device=rows.device), labels.clamp(min=0)
 
 
+_precision_lock = Lock()
+_precision_users: dict[str, int] = {"cpu": 0, "cuda": 0}
+_precision_before: dict[str, str] = {}
+
+
 @contextmanager
 def _exact_products(device_type: str) -> Iterator[None]:
-    """Autocast off, and fp32 products in fp32, whatever switch for TF32 or bf16 the user has set."""
-    matmul = torch.backends.mkldnn.matmul if device_type == "cpu" else torch.backends.cuda.matmul
-    precision = matmul.fp32_precision
-    with torch.autocast(device_type, enabled=False):
-        matmul.fp32_precision = "ieee"
-        try:
+    """Autocast off, and fp32 products in fp32, whatever switch for TF32 or bf16 the user has set.
+
+    The switch belongs to the process: the first thread in sets it and the last one out restores it.
+    """
+    kind, backend = ("cpu", torch.backends.mkldnn) if device_type == "cpu" else ("cuda", torch.backends.cuda)
+    matmul = backend.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    with _precision_lock:
+        if not _precision_users[kind] and matmul.fp32_precision not in ("ieee", "none"):
+            _precision_before[kind] = matmul.fp32_precision
+            matmul.fp32_precision = "ieee"
+        _precision_users[kind] += 1
+    try:
+        with torch.autocast(device_type, enabled=False):
             yield
-        finally:
-            matmul.fp32_precision = precision
+    finally:
+        with _precision_lock:
+            _precision_users[kind] -= 1
+            if not _precision_users[kind] and kind in _precision_before:
+                before = _precision_before.pop(kind)
+                inherited = getattr(backend, "fp32_precision", torch.backends.fp32_precision)
+                matmul.fp32_precision = "none" if before == inherited else before

@@ -2,7 +2,9 @@
 
 from torch import Tensor, nn
 
+from asft_kernels import checks
 from asft_kernels.functional import Head, fused_asft_loss
+from asft_kernels.objectives import ASFT
 from asft_kernels.outputs import PreferenceOutputs
 
 
@@ -32,6 +34,11 @@ class FusedASFTLoss(nn.Module):
         chunk_size: int | None = None,
     ) -> None:
         super().__init__()
+        ASFT(lam, beta, sft_weight)  # a wrong keyword is an error here, not at the first batch
+        checks.options(
+            reduction=reduction, shift=shift, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
+            cache_bytes=cache_bytes, chunk_size=chunk_size, num_valid=None,
+        )  # fmt: skip
         self.keywords = {
             "lam": lam, "beta": beta, "sft_weight": sft_weight, "shift": shift, "ignore_index": ignore_index,
             "logit_scale": logit_scale, "softcap": softcap, "reduction": reduction, "return_outputs": return_outputs,

@@ -23,7 +23,10 @@ def fused_linear_logps(
     ignore_index=-100,
     logit_scale=1.0,
     softcap=None,
-    **_steering,
+    backend=None,
+    cache_bytes=None,
+    chunk_size=None,
+    num_valid=None,
 ) -> Tensor:
     """log p of every label, in the shape of labels; 0 at masked places, and label t+1's at index t if shifted."""
     rows = []
@@ -43,67 +46,73 @@ def fused_linear_logps(
     return (torch.cat(rows) if rows else hidden.new_zeros(0)).view(labels.shape)
 
 
-def fused_asft_loss(
-    hidden, lm_head, labels, *, lam=1.0, beta=1.0, sft_weight=1.0, cu_seqlens=None, reduction="mean",
-    return_outputs=False, **options,
-):  # fmt: skip
+def fused_asft_loss(hidden, lm_head, labels, *, lam=1.0, beta=1.0, sft_weight=1.0, **options):
     """ASFT, arXiv 2409.10571: cross-entropy of the chosen answer, and two binary cross-entropies of the log-odds."""
-    sums, lengths = _sums(hidden, lm_head, labels, cu_seqlens, **options)
+    return _asft(hidden, lm_head, labels, lam, beta, sft_weight, **options)
+
+
+def fused_preference_loss(hidden, lm_head, labels, objective, **options):
+    """The same by name, with the paper's defaults, or by an object that carries the parameters.
+
+    "asft" as above; "sft": the mean negative log-likelihood of each row.
+    """
+    name = objective if isinstance(objective, str) else type(objective).__name__.lower()
+    if name == "asft":
+        parameters = {"lam": 1.0, "beta": 1.0, "sft_weight": 1.0}
+        if objective != name:
+            parameters = {key: getattr(objective, key) for key in parameters}
+        return _asft(hidden, lm_head, labels, **parameters, **options)
+    if name == "sft":
+        return _sft(hidden, lm_head, labels, **options)
+    raise ValueError(f"objective: got {objective!r}, need 'asft' or 'sft'")
+
+
+def _asft(
+    hidden, lm_head, labels, lam, beta, sft_weight, *, reduction="mean", return_outputs=False, token_weights=None,
+    nll_labels=None, **options,
+):  # fmt: skip
+    sums, lengths = _sums(hidden, lm_head, labels, token_weights=token_weights, **options)
     pairs = len(sums) // 2
-    losses, sfts, aligns, margins, better = [], [], [], [], []
     avgs = [s / m if m else s for s, m in zip(sums, lengths, strict=True)]
+    nll_avgs = avgs
+    if nll_labels is not None:
+        nll_sums, nll_lengths = _sums(hidden[:pairs], lm_head, nll_labels, **options)
+        nll_avgs = [s / m if m else s for s, m in zip(nll_sums, nll_lengths, strict=True)]
+    losses, sfts, aligns, margins, better = [], [], [], [], []
     for i in range(pairs):
         if not (lengths[i] and lengths[pairs + i]):
             losses.append(sums[i] * 0)
             margins.append(sums[i] * 0)
             continue
         chosen, rejected = avgs[i], avgs[pairs + i]
-        sfts.append(-chosen)
+        sfts.append(-nll_avgs[i])
         aligns.append(_nll_of_odds(chosen, beta) + _nll_of_odds(rejected, -beta))
         losses.append(sft_weight * sfts[-1] + lam * aligns[-1])
         margins.append(_log_odds(chosen) - _log_odds(rejected))
         better.append((chosen > rejected).to(chosen.dtype))
-    return _finish(
-        losses,
-        len(sfts),
-        reduction,
-        return_outputs,
-        hidden,
-        sums,
-        avgs,
-        lengths,
-        margins,
-        sfts,
-        aligns,
-        better,
+    loss = _reduce(losses, len(sfts), reduction, hidden)
+    if not return_outputs:
+        return loss
+    odds = [_log_odds(a) if m else a for a, m in zip(avgs, lengths, strict=True)]
+    figures = {
+        f"{side}_{name}": _stack(values[part], hidden).detach()
+        for name, values in (("logps", sums), ("avg_logps", avgs), ("log_odds", odds))
+        for side, part in (("chosen", slice(pairs)), ("rejected", slice(pairs, None)))
+    }
+    means = {"accuracy": better, "sft_loss": sfts, "align_loss": aligns}
+    count = torch.tensor(lengths, device=hidden.device)
+    return loss, SimpleNamespace(
+        **figures,
+        **{name: _reduce(values, len(sfts), "mean", hidden).detach() for name, values in means.items()},
+        margins=_stack(margins, hidden).detach(),
+        chosen_lengths=count[:pairs],
+        rejected_lengths=count[pairs:],
+        num_pairs=torch.tensor(len(sfts)),
     )
 
 
-def fused_preference_loss(
-    hidden,
-    lm_head,
-    labels,
-    objective,
-    *,
-    cu_seqlens=None,
-    reduction="mean",
-    return_outputs=False,
-    **options,
-):
-    """The same by name: "asft" with its defaults, or "sft", the mean negative log-likelihood of each row."""
-    if objective == "asft":
-        return fused_asft_loss(
-            hidden,
-            lm_head,
-            labels,
-            cu_seqlens=cu_seqlens,
-            reduction=reduction,
-            return_outputs=return_outputs,
-            **options,
-        )
-    if objective != "sft":
-        raise ValueError(f"objective: got {objective!r}, need 'asft' or 'sft'")
-    sums, lengths = _sums(hidden, lm_head, labels, cu_seqlens, **options)
+def _sft(hidden, lm_head, labels, *, reduction="mean", return_outputs=False, token_weights=None, **options):
+    sums, lengths = _sums(hidden, lm_head, labels, token_weights=token_weights, **options)
     avgs = [s / m if m else s for s, m in zip(sums, lengths, strict=True)]
     counted = sum(m > 0 for m in lengths)
     loss = _reduce([-a for a in avgs], counted, reduction, hidden)
@@ -134,20 +143,22 @@ def _logits(states: Tensor, lm_head, logit_scale: float, softcap: float | None) 
 
 
 def _sums(
-    hidden, lm_head, labels, cu_seqlens, shift=True, ignore_index=-100, **options
+    hidden, lm_head, labels, *, cu_seqlens=None, shift=True, ignore_index=-100, token_weights=None, **options
 ) -> tuple[list[Tensor], list[int]]:
+    """Of each sequence: the (weighted) sum of its log-probabilities, and how many they are."""
     logps = fused_linear_logps(
-        hidden,
-        lm_head,
-        labels,
-        cu_seqlens=cu_seqlens,
-        shift=shift,
-        ignore_index=ignore_index,
-        **options,
+        hidden, lm_head, labels, cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index, **options
     )
-    states, targets = _sequences(logps, labels, cu_seqlens)
-    counts = [int(((t[1:] if shift else t) != ignore_index).sum()) for t in targets]
-    return [s.sum() for s in states], counts
+    if token_weights is None:
+        token_weights = torch.ones_like(logps)
+    sums, counts = [], []
+    for row, targets, weights in zip(
+        *(_sequences(x, labels, cu_seqlens)[0] for x in (logps, labels, token_weights.detach())), strict=True
+    ):
+        first = 1 if shift else 0  # a sequence's first label has no position before it
+        sums.append((row[: len(row) - first] * weights[first:]).sum())
+        counts.append(int((targets[first:] != ignore_index).sum()))
+    return sums, counts
 
 
 FLOOR = 1e-6  # nearer to 0 than this, the loss goes on as the straight line from here
@@ -176,38 +187,3 @@ def _reduce(losses: list[Tensor], counted: int, reduction: str, like: Tensor) ->
     if reduction == "none":
         return stacked
     return stacked.sum() if reduction == "sum" else stacked.sum() / max(counted, 1)
-
-
-def _finish(
-    losses,
-    counted,
-    reduction,
-    return_outputs,
-    hidden,
-    sums,
-    avgs,
-    lengths,
-    margins,
-    sfts,
-    aligns,
-    better,
-):
-    loss = _reduce(losses, counted, reduction, hidden)
-    if not return_outputs:
-        return loss
-    half = len(sums) // 2
-    odds = [_log_odds(a) if m else a for a, m in zip(avgs, lengths, strict=True)]
-    figures = {
-        f"{side}_{name}": _stack(values[part], hidden).detach()
-        for name, values in (("logps", sums), ("avg_logps", avgs), ("log_odds", odds))
-        for side, part in (("chosen", slice(half)), ("rejected", slice(half, None)))
-    }
-    count = torch.tensor(lengths, device=hidden.device)
-    means = {
-        name: _reduce(v, counted, "mean", hidden).detach()
-        for name, v in (("accuracy", better), ("sft_loss", sfts), ("align_loss", aligns))
-    }
-    return loss, SimpleNamespace(
-        **figures, **means, margins=_stack(margins, hidden).detach(), chosen_lengths=count[:half],
-        rejected_lengths=count[half:], num_pairs=torch.tensor(counted),
-    )  # fmt: skip

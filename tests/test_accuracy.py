@@ -140,6 +140,67 @@ def test_reference_moves_between_chunks(jump, cache_bytes):
         assert relative_error(got, right) <= bound
 
 
+@pytest.mark.parametrize("over", [0.5, 3.0, 6.0, 8.0])
+def test_saturated_softcap(over):
+    """Where tanh is 1 to the last bit its slope is exp(-2 over) * 4 and must keep its digits."""
+    case = make_case(rows=4, T=9, D=12, V=60, bias=True)
+    with torch.no_grad():
+        case.bias.copy_(30.0 * over * case.bias.sign())
+    exact = case.to(torch.float64)
+    mine = fused_linear_logps(case.hidden, case.head, case.labels, softcap=30.0, chunk_size=17, cache_bytes=3000)
+    truth = plain_logps(exact, softcap=30.0)
+    # u, before the cap, is wrong by 30 * over * 2**-24; the slope's exponential makes 2 * over * 2**-24 of it.
+    bound = fp32_bound(30 * max(over, 2))
+    assert relative_error(mine, truth) <= bound
+    grads = torch.autograd.grad(mine.sum(), case.leaves)
+    for got, right in zip(grads, torch.autograd.grad(truth.sum(), exact.leaves), strict=True):
+        assert relative_error(got, right) <= bound
+
+
+@pytest.mark.parametrize("cache_bytes", [0, None])
+def test_vocabulary_entries_switched_off(cache_bytes):
+    """Bias -inf for padded entries: a chunk of nothing else, and a label among them (logp -inf, as plain torch)."""
+    case = make_case(rows=4, T=9, D=12, V=60, bias=True)
+    with torch.no_grad():
+        case.bias[:20] = -torch.inf
+        case.labels[case.labels >= 0] = case.labels[case.labels >= 0].clamp(min=20)
+    exact = case.to(torch.float64)
+    mine = fused_linear_logps(case.hidden, case.head, case.labels, chunk_size=10, cache_bytes=cache_bytes)
+    truth = plain_logps(exact)
+    assert relative_error(mine, truth) <= fp32_bound(32)
+    for got, right in zip(
+        torch.autograd.grad(mine.sum(), case.leaves[:2]),
+        torch.autograd.grad(truth.sum(), exact.leaves[:2]),
+        strict=True,
+    ):
+        assert relative_error(got, right) <= fp32_bound(32)
+    case.labels[0, 3] = 3
+    logps = fused_linear_logps(case.hidden, case.head, case.labels, chunk_size=10)
+    assert logps[0, 2] == -torch.inf
+    assert not logps.isnan().any()
+
+
+def test_far_references_overflow_nothing():
+    """5,000 logits 75 nats above the label: exp(75) is finite in fp32, 5,000 of them times a large head are not."""
+    hidden = torch.ones(2, 3, 2, requires_grad=True)
+    weight = torch.full((5000, 2), 40.0)
+    weight[:, 1] = 35.0
+    weight[0] = 0.0
+    weight.mul_(1.0).requires_grad_()
+    labels = torch.zeros(2, 3, dtype=torch.int64)
+    exact = Case(hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_(), None, labels)
+    mine = fused_linear_logps(hidden, weight, labels, chunk_size=1000)
+    truth = plain_logps(exact)
+    bound = fp32_bound(75)
+    assert relative_error(mine, truth) <= bound
+    scale = torch.full_like(mine, 1e30)
+    for got, right in zip(
+        torch.autograd.grad(mine, (hidden, weight), scale),
+        torch.autograd.grad(truth, exact.leaves, scale.double()), strict=True,
+    ):  # fmt: skip
+        assert relative_error(got, right) <= bound
+
+
 def test_reference_agrees_with_the_closed_form():
     """The oracle itself, against the loss written another way."""
     case = make_case(dtype=torch.float64)

@@ -110,3 +110,30 @@ def test_logps_stand_at_the_predicting_position():
     for t in range(7):
         expected = 0.0 if t in (2, 6) else every[t, labels[t + 1]].item()
         assert got[t].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": [1, 77, 3, 4]}, "labels: got a value outside 0 to 9"),
+        ({"labels": [1, -5, 3, 4]}, "labels: got a value outside 0 to 9"),
+        ({"cu_seqlens": [0, 3, 2, 4]}, "cu_seqlens: got borders that do not go in order"),
+        ({"cu_seqlens": [0, 2, 3]}, "cu_seqlens: got borders that do not go in order"),
+        ({"cu_seqlens": [0, 2, 9]}, "cu_seqlens: got borders that do not go in order"),
+        ({"cu_seqlens": [1, 2, 4]}, "cu_seqlens: got borders that do not go in order"),
+        ({"extra_labels": [1, 2, 4, 4]}, "nll_labels: got another label than labels"),
+        ({"num_valid": 2}, "num_valid: got a bound below the number of valid labels"),
+    ],
+)
+def test_the_same_checks_without_a_read(change, message):
+    """With num_valid given they are assertions on the device."""
+    inputs = {"labels": [1, 2, 3, 4], "cu_seqlens": [0, 2, 4]}
+    inputs = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in (inputs | change).items()}
+    with pytest.raises(RuntimeError, match=message):
+        pack(**({"num_valid": 4, "vocab": 10, "shift": False, "ignore_index": IGNORE} | inputs))
+
+
+def test_everything_masked_with_a_bound():
+    labels = torch.full((2, 3), IGNORE)
+    batch = pack(labels, vocab=10, cu_seqlens=None, shift=True, ignore_index=IGNORE, num_valid=2)
+    assert batch.offsets.tolist() == [0, 0, 0]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from asft_kernels import fused_asft_loss, fused_linear_logps, fused_preference_loss
+from asft_kernels import FusedASFTLoss, fused_asft_loss, fused_linear_logps, fused_preference_loss
+from asft_kernels.backends import choose_backend
 from asft_kernels.objectives import ASFT
 from cases import make_case
 
@@ -22,12 +23,12 @@ def call(message, *, hidden=None, head=None, labels=None, fn=fused_asft_loss, **
 
 def test_odd_number_of_rows():
     call(
-        "hidden: got 3 rows (sequences), need an even number: B chosen rows",
+        "hidden: got 3 rows, need an even number: B chosen ones",
         hidden=torch.randn(3, 5, 24),
         labels=torch.ones(3, 5).long(),
     )
     call(
-        "got 3 rows",
+        "cu_seqlens: got 3 sequences, need an even number",
         hidden=torch.randn(6, 24),
         labels=torch.ones(6).long(),
         cu_seqlens=torch.tensor([0, 2, 4, 6]),
@@ -44,7 +45,7 @@ def test_label_out_of_range(bad):
 def test_label_range_is_named():
     labels = make_case().labels.clone()
     labels[1, 3] = 500
-    call("labels: got values from 0 to 500", labels=labels)
+    call("labels: got values from 3 to 500", labels=labels)
 
 
 def test_other_ignore_index_makes_minus_100_an_error():
@@ -63,6 +64,9 @@ def test_other_ignore_index_makes_minus_100_an_error():
         ({"cache_bytes": 1e9}, "cache_bytes: got 1000000000.0, need an integer >= 0"),
         ({"chunk_size": 0}, "chunk_size: got 0, need an integer >= 1"),
         ({"num_valid": True}, "num_valid: got True, need an integer >= 0"),
+        ({"shift": "no"}, "shift: got 'no', need True"),
+        ({"softcap": True}, "softcap: got True, need a finite number > 0"),
+        ({"lam": "1"}, "asft: lam: got '1', need a finite number >= 0"),
         ({"ignore_index": None}, "ignore_index: got None, need an integer"),
         ({"lam": -0.5}, "asft: lam: got -0.5, need a finite number >= 0"),
         ({"beta": 0.0}, "asft: beta: got 0.0, need a finite number > 0"),
@@ -89,7 +93,7 @@ def test_options(keywords, message):
         ),
         (
             torch.randn(4, 13, 24, device="meta"),
-            "lm_head weight: got a tensor on cpu, need meta, where hidden is",
+            "hidden: got a tensor on the meta device, need one with data",
         ),
     ],
 )
@@ -131,6 +135,16 @@ def test_labels(labels, message):
 )
 def test_borders(borders, message):
     call(message, hidden=torch.randn(6, 24), labels=torch.ones(6).long(), cu_seqlens=borders)
+
+
+def test_borders_elsewhere():
+    borders = torch.tensor([0, 3, 6], device="meta")
+    call(
+        "cu_seqlens: got a tensor on meta, need cpu",
+        hidden=torch.randn(6, 24),
+        labels=torch.ones(6).long(),
+        cu_seqlens=borders,
+    )
 
 
 def test_borders_with_padded_hidden():
@@ -182,6 +196,41 @@ def partitioned():
 )
 def test_heads(head, message):
     call(message, head=head)
+
+
+def patched(**changes):
+    linear = nn.Linear(24, 97)
+    if "forward" in changes:
+        linear.forward = changes["forward"]
+    if "hook" in changes:
+        linear.register_forward_hook(changes["hook"])
+    return linear
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (patched(forward=lambda x: x), "lm_head: got an nn.Linear with a forward of its own, need a plain one"),
+        (patched(hook=lambda *_: None), "lm_head: got an nn.Linear with forward hooks, need a plain one"),
+    ],
+)
+def test_patched_heads(head, message):
+    call(message, head=head)
+
+
+def test_the_module_checks_at_once():
+    with pytest.raises(ValueError, match="asft: lam: got -1"):
+        FusedASFTLoss(lam=-1)
+    with pytest.raises(ValueError, match="reduction: got 'avg'"):
+        FusedASFTLoss(reduction="avg")
+
+
+def test_default_backend_by_device():
+    cuda = torch.device("cuda")
+    assert choose_backend(None, cuda, torch.bfloat16) == "triton"
+    assert choose_backend(None, cuda, torch.float64) == "torch"
+    assert choose_backend(None, torch.device("cpu"), torch.float32) == "torch"
+    assert choose_backend("torch", cuda, torch.float32) == "torch"
 
 
 def test_subclass_of_linear_that_computes_the_same_is_fine():
@@ -238,7 +287,19 @@ def test_triton_with_float64(monkeypatch):
     ("keywords", "message"),
     [
         ({"objective": "dpo2"}, "objective: got 'dpo2', need one of 'asft', 'sft'"),
-        ({"objective": 3}, "objective: got int, need a name or an object"),
+        ({"objective": ASFT}, "objective: got the class ASFT, need an object: ASFT(...)"),
+        (
+            {"objective": "asft", "token_weights": torch.ones(4, 13, device="meta")},
+            "token_weights: got a tensor on meta, need cpu",
+        ),
+        (
+            {"objective": "asft", "nll_labels": torch.ones(2, 13).bool()},
+            "nll_labels: got (2, 13) torch.bool, need integers",
+        ),
+        (
+            {"objective": 3},
+            "objective: got int without paired, needs_reference, uses_nll_labels, need a name or an object",
+        ),
         (
             {"objective": "asft", "ref_logps": torch.zeros(4)},
             "ref_logps: got a tensor, need None: ASFT has no reference",

@@ -1,8 +1,12 @@
 """What a call promises around autograd, dtypes and layouts (the public contract), line by line."""
 
+from threading import Thread
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from asft_kernels import FusedASFTLoss, fused_asft_loss, fused_linear_logps, reference
@@ -89,6 +93,41 @@ def test_checkpointing():
     assert all(torch.equal(a, b) for a, b in zip(plain, grads_of(loss, *case.leaves), strict=True))
 
 
+def test_forward_mode_is_refused():
+    """Its tangents would be zeros in silence."""
+    case = make_case()
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(RuntimeError, match=r"forward-mode derivatives .* are not supported"),
+    ):
+        dual = forward_ad.make_dual(case.hidden.detach(), torch.ones_like(case.hidden))
+        fused_asft_loss(dual, case.weight, case.labels)
+
+
+def test_nothing_but_the_logps_is_differentiable():
+    """What backward needs is an output of the operator; autograd must not carry gradients of E's size for it."""
+    case = make_case()
+    rows, labels = torch.arange(8), torch.arange(8)
+    *_, exps = outputs = torch.ops.asft_kernels.linear_logps(
+        case.hidden.view(-1, 24), case.weight, None, rows, labels, "torch", 1.0, None, None, 2**20, False, True, True
+    )
+    assert outputs[0].requires_grad
+    assert exps
+    assert not any(x.requires_grad for x in (*outputs[1:5], *exps))
+
+
+def test_dynamic_shapes_compile_once():
+    """The number of tokens stays open: neither the chunk nor the length of the cache may pin it."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    weight = torch.randn(3000, 16, requires_grad=True)
+    compiled = torch.compile(fused_asft_loss, fullgraph=True, dynamic=True, backend=counter)
+    for T in (20, 60, 100, 333, 900):
+        hidden, labels = torch.randn(2, T, 16, requires_grad=True), torch.randint(3000, (2, T))
+        torch.testing.assert_close(compiled(hidden, weight, labels), fused_asft_loss(hidden, weight, labels))
+    assert counter.frame_count <= 2
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_of_the_surrounding_model(dynamic):
     """fullgraph: nothing breaks the graph, and masked positions cost products but change nothing."""
@@ -149,15 +188,40 @@ def test_user_switches_for_fast_products_change_nothing():
     case = make_case(rows=8, T=64, D=256, V=512)
     exact = [fused_asft_loss(case.hidden, case.head, case.labels)]
     exact += grads_of(exact[0], *case.leaves)
+    matmul = torch.backends.mkldnn.matmul
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")  # bf16 products for fp32 on CPUs that have them, TF32 on GPUs
     try:
+        switched = matmul.fp32_precision
         got = [fused_asft_loss(case.hidden, case.head, case.labels)]
         got += grads_of(got[0], *case.leaves)
         assert torch.get_float32_matmul_precision() == "medium"  # ours to leave as it was
+        assert matmul.fp32_precision == switched != "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
     assert all(torch.equal(a, b) for a, b in zip(exact, got, strict=True))
+
+
+def test_the_switch_for_fast_products_survives_threads_and_stays_inherited():
+    case = make_case(rows=8, T=64, D=64, V=512)
+    backends, matmul = torch.backends, torch.backends.mkldnn.matmul
+    before = backends.fp32_precision
+    matmul.fp32_precision = "none"  # as in a fresh process: it inherits
+    try:
+        backends.fp32_precision = "tf32"
+        threads = [
+            Thread(target=lambda: [fused_asft_loss(case.hidden, case.head, case.labels) for _ in range(20)])
+            for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert matmul.fp32_precision == "tf32"
+        backends.fp32_precision = "ieee"
+        assert matmul.fp32_precision == "ieee"  # inherited: nothing of ours was left behind
+    finally:
+        backends.fp32_precision = before
 
 
 def test_non_contiguous_inputs():
@@ -202,7 +266,7 @@ def test_a_bound_on_the_count_changes_nothing(num_valid):
 
 def test_a_bound_too_low_is_an_error():
     case = make_case()
-    with pytest.raises(RuntimeError, match="num_valid: below the number of valid labels"):
+    with pytest.raises(RuntimeError, match="num_valid: got a bound below the number of valid labels"):
         fused_asft_loss(case.hidden, case.head, case.labels, num_valid=3)
 
 

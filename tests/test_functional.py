@@ -245,7 +245,9 @@ def test_an_objective_of_your_own_with_a_reference():
         assert relative_error(got, right) <= FP32
     with pytest.raises(ValueError, match="ref_logps: got None"):
         fused_preference_loss(case.hidden, case.head, case.labels, SumDPO())
-    with pytest.raises(ValueError, match=r"ref_logps: got shape \(3,\), need \(4,\) or \(K, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"ref_logps: got \(3,\) torch.float64, need a floating tensor \(4,\) or \(K, 4\)"
+    ):
         fused_preference_loss(case.hidden, case.head, case.labels, SumDPO(), ref_logps=ref[:3])
 
 
@@ -313,6 +315,96 @@ def test_nll_labels_take_the_likelihood_of_more_tokens():
         strict=True,
     ):
         assert relative_error(got, right) <= FP32
+
+
+EVERYTHING = {  # a value other than the default for every option that changes the result
+    "shift": False, "ignore_index": 0, "logit_scale": 0.7, "softcap": 4.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_every_option_reaches_every_call(backend):
+    """A dropped keyword changes the number: each public call with all of them against the reference."""
+    case = small(bias=True)
+    case.labels[case.labels == IGNORE] = 0
+    exact = case.to(torch.float64)
+    inputs, truth = (case.hidden, case.head, case.labels), (exact.hidden, exact.head, exact.labels)
+    steering = {"backend": backend, "cache_bytes": 1000, "chunk_size": 30, "num_valid": 40}
+    calls = [
+        (fused_linear_logps, reference.fused_linear_logps, {}),
+        (fused_asft_loss, reference.fused_asft_loss, {"lam": 0.3, "beta": 0.6, "sft_weight": 0.2, "reduction": "sum"}),
+    ]
+    for fused, plain, more in calls:
+        expected = plain(*truth, **EVERYTHING, **more)
+        assert relative_error(fused(*inputs, **EVERYTHING, **more, **steering), expected) <= FP32
+    objective = ASFT(0.3, 0.6, 0.2)
+    loss = fused_preference_loss(*inputs, objective, **EVERYTHING, reduction="sum", **steering)
+    assert relative_error(loss, expected) <= FP32
+    module = FusedASFTLoss(0.3, 0.6, 0.2, **EVERYTHING, reduction="sum", return_outputs=True, backend=backend)
+    loss, out = module(*inputs)
+    assert relative_error(loss, expected) <= FP32
+    assert out.num_pairs == 2
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_weights_and_nll_labels_together(backend):
+    """The likelihood term takes its own tokens unweighted, the odds theirs weighted; no kernel skips either."""
+    case = small(valid=1.0)
+    everything = case.labels[:2].clone()
+    case.labels[:, :5] = IGNORE
+    weights = torch.rand(4, 9)
+    exact = case.to(torch.float64)
+    for options in (
+        {"token_weights": weights},
+        {"nll_labels": everything},
+        {"token_weights": weights, "nll_labels": everything},
+    ):
+        loss = fused_preference_loss(case.hidden, case.head, case.labels, "asft", backend=backend, **options)
+        truth = reference.fused_preference_loss(exact.hidden, exact.head, exact.labels, "asft", **options)
+        assert relative_error(loss, truth) <= FP32
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_a_subclass_of_an_objective_is_its_own(backend):
+    class Louder(ASFT):
+        def __call__(self, policy, ref_logps=None):
+            terms = super().__call__(policy, ref_logps)
+            return LossTerms(100 * terms.loss, terms.sft, terms.align)
+
+    case = small()
+    quiet = fused_preference_loss(case.hidden, case.head, case.labels, ASFT(), backend=backend)
+    loud = fused_preference_loss(case.hidden, case.head, case.labels, Louder(), backend=backend)
+    assert relative_error(loud, 100 * quiet) <= FP32
+
+
+def test_reference_values_are_not_trained():
+    case = small()
+    ref = torch.randn(4, requires_grad=True)
+    fused_preference_loss(case.hidden, case.head, case.labels, SumDPO(), ref_logps=ref).backward()
+    assert ref.grad is None
+
+
+def test_equal_answers_are_no_win():
+    case = small(rows=2)
+    twins = torch.cat([case.hidden[:1], case.hidden[:1]]), case.labels[:1].repeat(2, 1)
+    _, out = fused_asft_loss(twins[0], case.head, twins[1], return_outputs=True)
+    assert out.accuracy == 0
+    assert out.margins == 0
+
+
+def test_long_sums_keep_their_digits():
+    """Sequence sums in double: 20,000 fp32 log-probabilities added as if exactly."""
+    hidden, weight = torch.randn(2, 20_001, 4), torch.randn(7, 4)
+    labels = torch.randint(7, (2, 20_001))
+    logps = fused_linear_logps(hidden, weight, labels).double().sum(1)
+    _, out = fused_preference_loss(hidden, weight, labels, "sft", return_outputs=True)
+    assert relative_error(out.logps, logps) <= 2**-24  # the one rounding to fp32
+
+
+def test_logps_without_a_host_read_are_the_same():
+    case = small()
+    exact = fused_linear_logps(case.hidden, case.head, case.labels)
+    assert torch.equal(fused_linear_logps(case.hidden, case.head, case.labels, num_valid=36), exact)
 
 
 def test_signatures_agree():

@@ -7,6 +7,8 @@ DEFAULT_CACHE_BYTES = GIB  # a constant, never "what happens to be free": result
 CHUNK_BYTES = {"cpu": 8 * 2**20}  # measured: larger fresh buffers cost page faults, smaller ones GEMM speed
 CHUNK_BYTES_GPU = 256 * 2**20
 MIN_CHUNK = 64
+TYPICAL_TOKENS = {"cpu": 1024}  # stands for N where a trace must not depend on it
+TYPICAL_TOKENS_GPU = 8192
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,26 @@ def make_plan(
 ) -> Plan:
     """The plan for one call: a function of these integers alone, so that results repeat.
 
-    exp_bytes: bytes of one stored exponential. chunk_size: the caller's, None chooses one for which
-    E of a chunk and the chunk's own (rows, D) scratch both stay within CHUNK_BYTES (the scratch
-    within four times that, as it is touched once per GEMM and not once per elementwise pass).
-    cache_bytes: at most this much E is kept, in whole chunks.
+    exp_bytes: bytes of one stored exponential. chunk_size: the caller's, None chooses one. cache_bytes:
+    at most this much E is kept, in whole chunks.
     """
     if chunk_size is None:
-        budget = CHUNK_BYTES.get(device_type, CHUNK_BYTES_GPU)
-        fit = min(budget // (exp_bytes * max(n_tokens, 1)), 4 * budget // (4 * hidden_size))
-        chunk_size = max(fit // MIN_CHUNK * MIN_CHUNK, MIN_CHUNK)
+        chunk_size = default_chunk(n_tokens, hidden_size, exp_bytes=exp_bytes, device_type=device_type)
     chunk = min(chunk_size, vocab)
     per_chunk = exp_bytes * max(n_tokens, 1) * chunk
-    return Plan(vocab, chunk, min(cache_bytes // per_chunk, -(-vocab // chunk)))
+    # By comparisons, not by a division: torch.compile then guards on an inequality and not on n_tokens itself.
+    cached = sum(kept * per_chunk <= cache_bytes for kept in range(1, -(-vocab // chunk) + 1))
+    return Plan(vocab, chunk, cached)
+
+
+def default_chunk(n_tokens: int, hidden_size: int, *, exp_bytes: int, device_type: str) -> int:
+    """Vocabulary rows for which a chunk's E stays within CHUNK_BYTES, and its (rows, D) scratch within twice that."""
+    budget = CHUNK_BYTES.get(device_type, CHUNK_BYTES_GPU)
+    fit = min(budget // (exp_bytes * max(n_tokens, 1)), 2 * budget // (exp_bytes * hidden_size))
+    return max(fit // MIN_CHUNK * MIN_CHUNK, MIN_CHUNK)
+
+
+def traced_chunk(hidden_size: int, *, exp_bytes: int, device_type: str) -> int:
+    """A chunk that does not depend on the number of tokens, which torch.compile may hold open."""
+    typical = TYPICAL_TOKENS.get(device_type, TYPICAL_TOKENS_GPU)
+    return default_chunk(typical, hidden_size, exp_bytes=exp_bytes, device_type=device_type)

@@ -37,26 +37,24 @@ def forward(
     needs_exps: bool,
 ) -> Saved:
     H = _rows(hidden, rows)
-    z_y = _label_logits(H, weight, bias, labels, logits)
+    z_y, label_slope = _label_logits(H, weight, bias, labels, logits)
     ref, others = z_y.clone(), torch.zeros_like(z_y)
     acc = H.new_empty(H.shape if needs_acc else 0)
     cached = plan.cached if needs_exps else 0
     exps: list[Tensor] = []
     refs: list[Tensor] = []
-    workspace = _workspace(H, plan, cached)
+    chunks = _Chunks(H, weight, bias, logits, plan, cached)
 
-    for k, (start, stop) in enumerate(plan.slices):
-        out = H.new_empty(len(H), stop - start) if k < cached else workspace[:, : stop - start]
-        weight_k = weight[start:stop].to(H.dtype)
-        z = _chunk_logits(H, weight_k, None if bias is None else bias[start:stop], logits, out)
-        slope = _softcap_slope(z, logits)
+    for k, (start, _) in enumerate(plan.slices):
+        weight_k, z, slope = chunks.logits(k)
         _set_label_entries(z, labels, start, -torch.inf)
 
         highest = z.amax(dim=1)
         moved = torch.where(highest > ref + MOVE, highest, ref)
-        shrink = torch.exp(ref - moved)
+        base = torch.where(moved == -torch.inf, 0, moved)  # no finite logit so far: exp(-inf - 0) is 0
+        shrink = torch.exp(ref - base)
         ref = moved
-        E = z.sub_(ref[:, None]).exp_()
+        E = z.sub_(base[:, None]).exp_()
         others.mul_(shrink).add_(E.sum(dim=1))
         if slope is not None:
             E.mul_(slope)
@@ -71,7 +69,7 @@ def forward(
     total = others + torch.exp(z_y - ref)
     x = ref + others.log() - z_y
     logps = -(x.clamp(min=0) + torch.exp(-x.abs()).log1p())  # -softplus(x), exact at both ends
-    label_entry = -others * _label_slope(z_y, logits)
+    label_entry = -others if label_slope is None else -others * label_slope
     for (start, _), E, written_at in zip(plan.slices, exps, refs, strict=False):
         # On a GPU the comparison would stop the stream: there the rescale always runs.
         if E.device.type != "cpu" or not torch.equal(written_at, ref):
@@ -96,12 +94,14 @@ def backward(
     needs_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     H = _rows(hidden, rows)
-    label_slope = _label_slope(_label_logits(H, weight, bias, labels, logits), logits)
+    not_p = saved.one_minus_p
+    if logits.softcap is not None:
+        not_p = not_p * _label_logits(H, weight, bias, labels, logits)[1]
     g = logits.scale * grad_logps.to(H.dtype)
     coef = g * saved.inv_total
     grad_hidden = None
     if needs_hidden:
-        pull = g * saved.one_minus_p * label_slope
+        pull = g * not_p
         grad_rows = weight.index_select(0, labels).to(H.dtype).mul_(pull[:, None])
         grad_rows.addcmul_(saved.acc, coef[:, None], value=-1)
         grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
@@ -114,22 +114,20 @@ def backward(
     grad_bias = torch.empty_like(bias) if needs_bias and bias is not None else None
     scaled = H * -coef[:, None] if needs_weight else H
     rounds = needs_weight and weight.dtype != H.dtype
-    scratch = H.new_empty(plan.chunk if rounds else 0, H.shape[1])
-    workspace = _workspace(H, plan, len(saved.exps))
-    label_entry = -label_slope * saved.one_minus_p / saved.inv_total
+    chunks = _Chunks(H, weight, bias, logits, plan, len(saved.exps))
+    label_entry = -not_p / saved.inv_total
     for k, (start, stop) in enumerate(plan.slices):
         if k < len(saved.exps):
             E = saved.exps[k]
         else:
-            weight_k, out = weight[start:stop].to(H.dtype), workspace[:, : stop - start]
-            z = _chunk_logits(H, weight_k, None if bias is None else bias[start:stop], logits, out)
-            slope = _softcap_slope(z, logits)
+            _, z, slope = chunks.logits(k)
             E = z.sub_(saved.ref[:, None]).exp_()
             if slope is not None:
                 E.mul_(slope)
             _set_label_entries(E, labels, start, label_entry)
         if grad_weight is not None:
-            grad_k = torch.mm(E.T, scaled, out=scratch[: stop - start] if rounds else grad_weight[start:stop])
+            # E is done with the chunk's upcast rows: their buffer takes the product.
+            grad_k = torch.mm(E.T, scaled, out=chunks.upcast[: stop - start] if rounds else grad_weight[start:stop])
             if rounds:
                 grad_weight[start:stop] = grad_k  # the one rounding
         if grad_bias is not None:
@@ -138,9 +136,29 @@ def backward(
     return grad_hidden, grad_weight, grad_bias
 
 
-def _workspace(H: Tensor, plan: Plan, cached: int) -> Tensor:
-    """One chunk of E, for the chunks that are not cached."""
-    return H.new_empty(len(H) if cached < len(plan.slices) else 0, plan.chunk)
+class _Chunks:
+    """Logits of one vocabulary chunk after another, in buffers that live for one phase."""
+
+    def __init__(self, H: Tensor, weight: Tensor, bias: Tensor | None, logits: Logits, plan: Plan, cached: int) -> None:
+        self.H, self.weight, self.bias, self.softcap, self.scale = H, weight, bias, logits.softcap, logits.scale
+        self.slices, self.cached = plan.slices, cached
+        self.workspace = H.new_empty(len(H) if cached < len(self.slices) else 0, plan.chunk)
+        self.slope = H.new_empty(len(H) if self.softcap is not None else 0, plan.chunk)
+        self.upcast = H.new_empty(plan.chunk if weight.dtype != H.dtype else 0, H.shape[1])
+
+    def logits(self, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(W_k (rows, D), z (N, rows), c (N, rows) or None): z is fresh memory for the chunks that are cached."""
+        start, stop = self.slices[k]
+        width = stop - start
+        weight_k = self.weight[start:stop]
+        if weight_k.dtype != self.H.dtype:
+            weight_k = self.upcast[:width].copy_(weight_k)
+        z = self.H.new_empty(len(self.H), width) if k < self.cached else self.workspace[:, :width]
+        torch.mm(self.H, weight_k.T, out=z)
+        if self.bias is not None:
+            z += self.bias[start:stop]
+        slope = _transform(z, self.scale, self.softcap, self.slope[:, :width])
+        return weight_k, z, slope
 
 
 def _rows(hidden: Tensor, rows: Tensor) -> Tensor:
@@ -149,37 +167,31 @@ def _rows(hidden: Tensor, rows: Tensor) -> Tensor:
     return H if H.dtype == torch.float64 else H.float()
 
 
-def _label_logits(H: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logits: Logits) -> Tensor:
+def _label_logits(
+    H: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logits: Logits
+) -> tuple[Tensor, Tensor | None]:
+    """(z_y, c_y or None without a softcap)."""
     z = torch.linalg.vecdot(H, weight.index_select(0, labels).to(H.dtype))
     if bias is not None:
         z += bias.index_select(0, labels)
-    return _transform(z, logits)
+    return z, _transform(z, logits.scale, logits.softcap, torch.empty_like(z))
 
 
-def _chunk_logits(H: Tensor, weight_k: Tensor, bias_k: Tensor | None, logits: Logits, out: Tensor) -> Tensor:
-    torch.mm(H, weight_k.T, out=out)
-    if bias_k is not None:
-        out += bias_k
-    return _transform(out, logits)
+def _transform(u: Tensor, scale: float, softcap: float | None, slope: Tensor) -> Tensor | None:
+    """u becomes z in place; with a softcap, slope becomes c = 4 q / (1 + q)^2, q = exp(-2 |scale u / softcap|).
 
-
-def _transform(u: Tensor, logits: Logits) -> Tensor:
-    """u -> z in place: scale, then softcap."""
-    if logits.scale != 1.0:
-        u.mul_(logits.scale)
-    if logits.softcap is not None:
-        u.div_(logits.softcap).tanh_().mul_(logits.softcap)
-    return u
-
-
-def _softcap_slope(z: Tensor, logits: Logits) -> Tensor | None:
-    """c = 1 - (z / softcap)^2, or None where it is 1 everywhere."""
-    return None if logits.softcap is None else 1 - (z / logits.softcap).square_()
-
-
-def _label_slope(z_y: Tensor, logits: Logits) -> Tensor:
-    slope = _softcap_slope(z_y, logits)
-    return torch.ones_like(z_y) if slope is None else slope
+    1 - (z / softcap)^2 is the same number, but where tanh saturates its digits are gone.
+    """
+    if scale != 1.0:
+        u.mul_(scale)
+    if softcap is None:
+        return None
+    u.div_(softcap)
+    torch.abs(u, out=slope)
+    slope.mul_(-2).exp_()
+    slope.div_((1 + slope).square_()).mul_(4)
+    u.tanh_().mul_(softcap)
+    return slope
 
 
 def _set_label_entries(E: Tensor, labels: Tensor, start: int, value: float | Tensor) -> None:

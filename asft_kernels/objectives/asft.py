@@ -1,7 +1,6 @@
 """ASFT, arXiv 2409.10571, with the temperature of arXiv 2502.01237."""
 
 from dataclasses import dataclass
-from math import inf
 from typing import ClassVar
 
 from torch import Tensor
@@ -34,15 +33,9 @@ class ASFT:
     uses_nll_labels: ClassVar[bool] = True
 
     def __post_init__(self):
-        require_number("asft", "lam", self.lam, "a finite number >= 0", 0 <= self.lam < inf)
-        require_number("asft", "beta", self.beta, "a finite number > 0", 0 < self.beta < inf)
-        require_number(
-            "asft",
-            "sft_weight",
-            self.sft_weight,
-            "a finite number >= 0",
-            0 <= self.sft_weight < inf,
-        )
+        require_number("asft", "lam", self.lam)
+        require_number("asft", "beta", self.beta, above_zero=True)
+        require_number("asft", "sft_weight", self.sft_weight)
 
     def __call__(self, policy: Logps, ref_logps: Tensor | None = None) -> LossTerms:
         sft = -policy.chosen.nll_avg

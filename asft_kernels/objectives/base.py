@@ -1,6 +1,8 @@
 """What every objective is, and the reduction over pairs that they share."""
 
 from dataclasses import dataclass
+from math import inf
+from numbers import Real
 from typing import ClassVar, Protocol
 
 import torch
@@ -60,7 +62,8 @@ def reduce_loss(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:
     return kept.sum() if reduction == "sum" else kept
 
 
-def require_number(objective: str, name: str, value: float, need: str, ok: bool) -> None:
-    """A ValueError that names the parameter unless ok (pass comparisons that NaN fails)."""
-    if not ok:
-        raise ValueError(f"{objective}: {name}: got {value!r}, need {need}")
+def require_number(objective: str, name: str, value: float, *, above_zero: bool = False) -> None:
+    """A ValueError that names the parameter unless it is finite and >= 0, or > 0."""
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if not (real and (value > 0 if above_zero else value >= 0) and value < inf):
+        raise ValueError(f"{objective}: {name}: got {value!r}, need a finite number {'>' if above_zero else '>='} 0")
