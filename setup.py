@@ -11,10 +11,7 @@ VERSION = re.search(r'^__version__\s*=\s*["\']([^"\']+)["\']', INIT, re.MULTILIN
 if VERSION is None:
     raise RuntimeError('setup.py: asft_kernels/__init__.py has no line __version__ = "..."')
 
-TRITON = (
-    "triton>=3.6; sys_platform == 'linux' "
-    "and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"
-)
+TRITON = "triton>=3.6; sys_platform == 'linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"
 TRAIN = [
     "accelerate>=1.1",
     "datasets>=3",

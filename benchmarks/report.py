@@ -1,7 +1,7 @@
 """The README's table of ratios, drawn from the rows under bench_results/.
 
-    python -m benchmarks.report            # prints it
-    python -m benchmarks.report --write    # puts it into README.md
+python -m benchmarks.report            # prints it
+python -m benchmarks.report --write    # puts it into README.md
 """
 
 import argparse

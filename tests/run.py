@@ -199,9 +199,7 @@ def print_summary(results: list[Result]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Runs the test suite: three parts, one summary.")
-    parser.add_argument(
-        "parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; default: all"
-    )
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; default: all")
     options = parser.parse_args()
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:

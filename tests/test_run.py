@@ -83,8 +83,7 @@ def test_an_import_error_fails(tree):
 def test_skipped_emulated_tests_fail_in_ci_if_the_emulator_is_there(tree, monkeypatch, ci):
     tree(
         test_a='@pytest.mark.emulated\ndef test_a(): pytest.skip("no clang")',
-        test_b='pytest.skip("no emulator", allow_module_level=True)\n@pytest.mark.emulated\n'
-        "def test_b(): pass",
+        test_b='pytest.skip("no emulator", allow_module_level=True)\n@pytest.mark.emulated\ndef test_b(): pass',
     )
     monkeypatch.setenv("CI", ci)
     assert run.run_part("emulated").failed == []  # no emulator's folder: skipping is right
