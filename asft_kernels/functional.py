@@ -264,7 +264,8 @@ def _token_logps(
     checks.same_place(
         hidden=hidden, **{"lm_head weight": weight, "lm_head bias": bias}, labels=labels, cu_seqlens=o.cu_seqlens
     )  # fmt: skip
-    hidden, weight, bias = (_as_autocast(x, hidden.device.type) for x in (hidden, weight, bias))
+    hidden, weight = _as_autocast(hidden), _as_autocast(weight)
+    bias = None if bias is None else _as_autocast(bias)
     checks.same_dtype(hidden, weight, bias)
     backend = choose_backend(o.backend, hidden.device, hidden.dtype)
 
@@ -281,9 +282,10 @@ def _token_logps(
     return logps, batch, backend
 
 
-def _as_autocast(tensor: Tensor | None, device_type: str) -> Tensor | None:
+def _as_autocast(tensor: Tensor) -> Tensor:
     """What autocast would hand to a matrix product: its dtype, but float64 as it is."""
-    if tensor is None or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+    device_type = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device_type))
 

@@ -70,7 +70,7 @@ def _phase1(
         )  # fmt: skip
         if padded:
             saved = saved._replace(logps=saved.logps.masked_fill(labels < 0, 0.0))
-    return tuple(saved)
+    return saved.logps, saved.one_minus_p, saved.inv_total, saved.ref, saved.acc, saved.exps
 
 
 @_phase1.register_fake
@@ -109,7 +109,8 @@ def _phase2(
             spread = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
             grad_hidden = spread.index_copy_(0, rows, grad_hidden)
     # An operator returns tensors alone: an empty one stands for "not asked for".
-    return tuple(hidden.new_empty(0) if g is None else g for g in (grad_hidden, grad_weight, grad_bias))
+    a, b, c = (hidden.new_empty(0) if g is None else g for g in (grad_hidden, grad_weight, grad_bias))
+    return a, b, c
 
 
 @_phase2.register_fake
@@ -198,5 +199,6 @@ def _exact_products(device_type: str) -> Iterator[None]:
             _precision_users[kind] -= 1
             if not _precision_users[kind] and kind in _precision_before:
                 before = _precision_before.pop(kind)
-                inherited = getattr(backend, "fp32_precision", torch.backends.fp32_precision)
+                everywhere = torch.backends.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
+                inherited = getattr(backend, "fp32_precision", everywhere)
                 matmul.fp32_precision = "none" if before == inherited else before

@@ -48,8 +48,8 @@ class Logps:
         return self._map(Tensor.detach)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Logps":
-        values = (self.sum, self.length, self.nll_sum, self.nll_length)
-        return Logps(*(None if x is None else change(x) for x in values))
+        nll_sum, nll_length = (None if x is None else change(x) for x in (self.nll_sum, self.nll_length))
+        return Logps(change(self.sum), change(self.length), nll_sum, nll_length)
 
 
 def reduce(logps: Tensor, batch: TokenBatch, weights: Tensor | None = None) -> Tensor:

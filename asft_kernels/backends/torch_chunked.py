@@ -96,7 +96,8 @@ def backward(
     H = _rows(hidden, rows)
     not_p = saved.one_minus_p
     if logits.softcap is not None:
-        not_p = not_p * _label_logits(H, weight, bias, labels, logits)[1]
+        _, label_slope = _label_logits(H, weight, bias, labels, logits)
+        not_p = not_p if label_slope is None else not_p * label_slope
     g = logits.scale * grad_logps.to(H.dtype)
     coef = g * saved.inv_total
     grad_hidden = None

@@ -1,10 +1,12 @@
 """The losses, by name: one paper, one file, one frozen dataclass."""
 
+from collections.abc import Callable
+
 from asft_kernels.objectives.asft import ASFT
 from asft_kernels.objectives.base import LossTerms, Objective
 from asft_kernels.objectives.sft import SFT
 
-OBJECTIVES: dict[str, type[Objective]] = {"asft": ASFT, "sft": SFT}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {"asft": ASFT, "sft": SFT}
 
 
 def get_objective(name: str, **parameters) -> Objective:

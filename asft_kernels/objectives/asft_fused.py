@@ -18,7 +18,8 @@ def asft_sequence_op(
     """
     from asft_kernels.kernels.asft_sequence import asft_sequence
 
-    return tuple(asft_sequence(logps, offsets, lam=lam, beta=beta, sft_weight=sft_weight))
+    sums, avgs, sft, align, loss, coef = asft_sequence(logps, offsets, lam=lam, beta=beta, sft_weight=sft_weight)
+    return sums, avgs, sft, align, loss, coef
 
 
 @asft_sequence_op.register_fake

@@ -36,8 +36,6 @@ class Objective(Protocol):
     needs_reference: ClassVar[bool]
     uses_nll_labels: ClassVar[bool]
 
-    def __init__(self, **parameters: float) -> None: ...
-
     def __call__(self, policy: Logps, ref_logps: Tensor | None = None) -> LossTerms: ...
 
 
