@@ -47,19 +47,11 @@ setup(
     install_requires=["torch>=2.11", TRITON],
     extras_require={
         "train": TRAIN,
-        "bench": [
-            "cut-cross-entropy>=25.1",
-            "liger-kernel>=0.8",
-            "matplotlib>=3.8",
-            "numpy",
-            "pandas",
-            "psutil",
-            "trl>=1.16",
-        ],
+        "bench": ["cut-cross-entropy>=25.1"],
         "test": [
             *TRAIN,  # the trainer's tests
             "hypothesis>=6.100",
-            "psutil",
+            "peft>=0.17",
             "pytest>=8.4",
             # Compiled kernels are executed with it; newer and older releases are untested.
             "tinygrad==0.14.0; python_version >= '3.11'",

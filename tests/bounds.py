@@ -1,14 +1,11 @@
 """Tolerances, each with its derivation. Error is relative in the Frobenius norm, against float64 on the same inputs."""
 
-import os
-
 import torch
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """Largest relative error of one rounding; Triton's interpreter truncates bf16 instead of rounding it."""
-    eps = torch.finfo(dtype).eps
-    return eps if dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1" else eps / 2
+    """Largest relative error of one rounding to nearest."""
+    return torch.finfo(dtype).eps / 2
 
 
 def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:

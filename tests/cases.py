@@ -34,6 +34,13 @@ class Case:
         )
         return Case(hidden, weight, bias, self.labels)
 
+    def on(self, device: str) -> "Case":
+        """A copy on another device, with leaves of its own."""
+        leaves = (
+            None if x is None else x.detach().to(device).requires_grad_() for x in (self.hidden, self.weight, self.bias)
+        )
+        return Case(*leaves, self.labels.to(device))
+
 
 def make_case(
     rows=4,

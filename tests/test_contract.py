@@ -146,7 +146,6 @@ def test_compile_of_the_surrounding_model(dynamic):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.slow
 def test_compile_with_inductor():
     torch._dynamo.reset()
     case = make_case()

@@ -146,7 +146,6 @@ def test_demo_pairs_fit_the_demo_model():
         assert not report.truncated
 
 
-@pytest.mark.slow
 def test_demo_from_start_to_end(tmp_path):
     converted_smollm2()
     pytest.importorskip("gguf", reason="gguf is not installed")

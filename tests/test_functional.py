@@ -17,7 +17,7 @@ from asft_kernels import (
 )
 from asft_kernels.objectives import ASFT
 from asft_kernels.objectives.base import LossTerms
-from bounds import fp32_bound, relative_error, unit_roundoff
+from bounds import fp32_bound, relative_error, rounded_once
 from cases import IGNORE, make_case, packed
 
 BACKENDS = [
@@ -25,24 +25,25 @@ BACKENDS = [
     pytest.param("triton", marks=pytest.mark.interpreter),
     pytest.param("triton", marks=pytest.mark.emulated, id="triton-emulated"),
 ]
-ALL = ["torch", *BACKENDS[1:]]
 # fp32 sums of a few dozen terms and some 40 logits of size 10: well inside the bound for |z| <= 32.
 FP32 = fp32_bound(32)
 
 
-def bound(dtype: torch.dtype, backend: str) -> float:
-    """In units of the gradient's own rounding: 1 (torch), 1.5 (Triton, whose E and scaled hidden are rounded too)."""
+def bound(exact: torch.Tensor, dtype: torch.dtype, backend: str) -> float:
+    """In units of one rounding of the exact gradient: 1.1 (torch), 1.9 (Triton with bf16: a row of dW that one token
+    dominates sees three roundings, of E, of the scaled hidden row and its own: sqrt(3), and a tenth for the draw)."""
     if dtype == torch.float32:
         return FP32
-    factor = 1.1 if backend == "torch" else 1.5
-    return factor * unit_roundoff(dtype)
+    factor = 1.9 if backend == "triton" and dtype == torch.bfloat16 else 1.1
+    return factor * rounded_once(exact, dtype)
 
 
 def small(dtype=torch.float32, **more):
-    return make_case(**({"rows": 4, "T": 9, "D": 20, "V": 75} | more), dtype=dtype)
+    case = make_case(**({"rows": 4, "T": 9, "D": 20, "V": 75} | more), dtype=dtype)
+    return case.on("cuda") if torch.cuda.is_available() else case
 
 
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_loss_outputs_and_gradients(backend, dtype):
     case = small(dtype, bias=True)
@@ -65,10 +66,10 @@ def test_loss_outputs_and_gradients(backend, dtype):
     grads = torch.autograd.grad(loss, case.leaves)
     for got, right in zip(grads, torch.autograd.grad(truth, exact.leaves), strict=True):
         assert got.dtype == dtype
-        assert relative_error(got, right) <= bound(dtype, backend)
+        assert relative_error(got, right) <= bound(right, dtype, backend)
 
 
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("beta", [0.001, 1.0])
 @pytest.mark.parametrize("sft_weight", [0.0, 1.0])
 def test_beta_and_second_stage(backend, beta, sft_weight):
@@ -85,7 +86,7 @@ def test_beta_and_second_stage(backend, beta, sft_weight):
         assert relative_error(got, right) <= FP32
 
 
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_saturated_answers(backend):
     """p = 1 to 1e-8 on both sides: past the floor value and gradient go on, finite and not 0."""
     hidden = torch.tensor([[[1.0], [0.0]], [[1.0], [0.0]]], requires_grad=True)
@@ -103,7 +104,7 @@ def test_saturated_answers(backend):
             assert relative_error(got, right) <= FP32
 
 
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_reductions_and_pairs_that_do_not_count(backend, reduction):
     case = small(rows=6)
@@ -128,7 +129,7 @@ def test_reductions_and_pairs_that_do_not_count(backend, reduction):
     assert (grad[[0, 3]] != 0).any()
 
 
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_packed(backend):
     case = small(dtype=torch.float32)
     hidden, labels, cu_seqlens = packed(case)
@@ -142,7 +143,7 @@ def test_packed(backend):
     )
 
 
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_logps(backend):
     case = small(rows=3)
     logps = fused_linear_logps(case.hidden, case.head, case.labels, backend=backend)
@@ -151,7 +152,7 @@ def test_logps(backend):
     assert torch.equal(logps == 0, exact == 0)
 
 
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_num_valid_and_upstream_gradient(backend):
     case = small()
     loss = fused_asft_loss(case.hidden, case.head, case.labels, backend=backend)
@@ -322,7 +323,7 @@ EVERYTHING = {  # a value other than the default for every option that changes t
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_option_reaches_every_call(backend):
     """A dropped keyword changes the number: each public call with all of them against the reference."""
     case = small(bias=True)
@@ -346,7 +347,7 @@ def test_every_option_reaches_every_call(backend):
     assert out.num_pairs == 2
 
 
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_weights_and_nll_labels_together(backend):
     """The likelihood term takes its own tokens unweighted, the odds theirs weighted; no kernel skips either."""
     case = small(valid=1.0)
@@ -364,7 +365,7 @@ def test_weights_and_nll_labels_together(backend):
         assert relative_error(loss, truth) <= FP32
 
 
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_subclass_of_an_objective_is_its_own(backend):
     class Louder(ASFT):
         def __call__(self, policy, ref_logps=None):
@@ -437,7 +438,7 @@ def test_invariances(rows, T, D, V, valid, chunk_size, cache_bytes, extra, seed)
     loss = fused_asft_loss(case.hidden, case.head, case.labels)
     expected = torch.autograd.grad(loss, case.leaves)
 
-    def same(other, unpermute=lambda g: g):
+    def same(other):
         torch.testing.assert_close(other, loss, rtol=1e-12, atol=1e-13)
         grads = torch.autograd.grad(other, case.leaves)
         for a, b in zip(grads, expected, strict=True):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from asft_kernels import fused_asft_loss, fused_linear_logps
-from bounds import relative_error
+from bounds import relative_error, rounded_once
 from cases import make_case
 
 pytestmark = [
@@ -28,12 +28,18 @@ def test_no_synchronisation(backend, dtype):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_more_than_2_31_logits():
-    """N * V past 32-bit offsets: the last row and the last vocabulary entries are right."""
+def test_more_than_2_31_exponentials():
+    """One chunk of N * V = 2.5e9 kept exponentials: 32-bit offsets would wrap. The last rows and entries are right."""
     N, D, V = 16_384, 64, 152_064
     hidden = torch.randn(1, N, D, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(V, D, device="cuda", dtype=torch.bfloat16) / 8
+    weight = (torch.randn(V, D, device="cuda", dtype=torch.bfloat16) / 8).requires_grad_()
     labels = torch.randint(V - 100, V, (1, N), device="cuda")
-    logps = fused_linear_logps(hidden, weight, labels, shift=False, chunk_size=V)
-    exact = (hidden[0, -64:].double() @ weight.double().T).log_softmax(-1).gather(1, labels[0, -64:, None])[:, 0]
+    logps = fused_linear_logps(hidden, weight, labels, shift=False, chunk_size=V, cache_bytes=2 * N * V)
+    z = hidden[0, -64:].double() @ weight.detach().double().T
+    exact = z.log_softmax(-1).gather(1, labels[0, -64:, None])[:, 0]
     assert relative_error(logps[0, -64:], exact) < 1e-5  # bf16 inputs, fp32 sums of V terms
+    (grad,) = torch.autograd.grad(logps[0, -64:].sum(), weight)
+    p = z.softmax(-1)
+    p[torch.arange(64), labels[0, -64:]] -= 1
+    truth = -(p[:, -1000:].T @ hidden[0, -64:].double())
+    assert relative_error(grad[-1000:], truth) <= 1.5 * rounded_once(truth, torch.bfloat16)

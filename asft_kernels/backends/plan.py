@@ -54,9 +54,12 @@ def make_plan(
 
 
 def default_chunk(n_tokens: int, hidden_size: int, *, exp_bytes: int, device_type: str) -> int:
-    """Vocabulary rows for which a chunk's E stays within CHUNK_BYTES, and its (rows, D) scratch within twice that."""
+    """Vocabulary rows for which a chunk's E stays within CHUNK_BYTES and its fp32 (rows, D) scratch within twice that.
+
+    Never below MIN_CHUNK: from N = CHUNK_BYTES / (4 * MIN_CHUNK) on (32,768 on a CPU) a chunk grows with N.
+    """
     budget = CHUNK_BYTES.get(device_type, CHUNK_BYTES_GPU)
-    fit = min(budget // (exp_bytes * max(n_tokens, 1)), 2 * budget // (exp_bytes * hidden_size))
+    fit = min(budget // (exp_bytes * max(n_tokens, 1)), 2 * budget // (4 * hidden_size))
     return max(fit // MIN_CHUNK * MIN_CHUNK, MIN_CHUNK)
 
 

@@ -1,4 +1,4 @@
-"""Both phases in ATen calls, in place, any device: the default on CPU, the path for float64.
+"""Both phases in ATen calls, in place, on CPU, CUDA or ROCm: the default on CPU, the path for float64.
 
     stage               formula (one vocabulary chunk of rows k)                  tensor
     label logit         z_y = logit(H[t] . W[y])                                  (N,)
