@@ -27,8 +27,11 @@ def table() -> str:
         f"Measured on a CPU ({about['cpu']}, {about['capability']}; torch {about['torch']}, cut-cross-entropy "
         f"{about['cut-cross-entropy']}; commit {about['commit']}; `{about['command']}`), medians of {about['rounds']} "
         f"alternating rounds; rows in [{path.name}](bench_results/{path.name}). The bare products are our schedule's "
-        "1, 2, 3 or 4 GEMMs alone, chunk by chunk into fresh memory; every other contestant computes the same ASFT "
-        "loss and its gradients.",
+        "1, 2, 3 or 4 GEMMs of the N tokens alone, chunk by chunk into fresh memory; every other contestant computes "
+        "the same ASFT loss and its gradients. Plain torch forms the logits of all M positions, as a model's forward "
+        "does; cut-cross-entropy and we compute the N that carry loss, and `torch_compile` is its implementation that "
+        "runs on a CPU. Extra memory is the peak over what was resident before the call, the gradients it returns "
+        "included.",
         "",
     ]
     for shape in dict.fromkeys((r["N"], r["M"], r["D"], r["V"]) for r in rows):
