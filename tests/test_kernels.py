@@ -98,8 +98,19 @@ class Inputs:
             dz = dz + 8 * u * z.abs()
         return z, dz
 
+    def exact_slopes(self, scale, softcap):
+        """(c, dc): an error du of u is a relative one of at most 2 du / softcap of c, next to slope_error."""
+        z, dz = self.exact_logits(scale)
+        c = 1 / torch.cosh(z / softcap).square()
+        return c, c * (2 * dz / softcap + slope_error(z, softcap))
+
 
 # --- device_math
+
+
+def slope_error(x, cap):
+    """Relative error of c: exp within 4 roundings, its argument's 2 magnified by 2 |x| / cap; 8 more."""
+    return u * (12 + 4 * x.abs().clamp(max=50 * cap) / cap)
 
 
 @triton.jit
@@ -152,9 +163,9 @@ def test_device_math(which, device):
         x = both_signs.float()
         exact, bound = 30 * torch.tanh(x.double() / 30), 20 * u
     else:
-        x = both_signs[both_signs.abs() <= 30].float()
-        exact = 1 - (x.double() / 30).square()
-        bound = 4 * u / exact.clamp(min=1e-9)  # absolute 4 u: 1 - t loses what t rounded
+        x = both_signs.float()
+        exact = 1 / torch.cosh(x.double() / 30).square()  # down to where fp32 has no such small numbers
+        bound = slope_error(x.double(), 30)
     out = torch.full_like(x, torch.nan).to(device)
     _apply_kernel[(triton.cdiv(len(x), 512),)](out, x.to(device), len(x), 30.0, WHICH=which, BLOCK=512)
     assert_within(out, exact, bound * exact.abs())
@@ -175,6 +186,10 @@ def test_label_logits(N, V, D, scale, softcap, bias, dtype, device):
     own = x.labels.cpu()[:, None]
     z, dz = (a.gather(1, own)[:, 0] for a in x.exact_logits(scale, softcap))
     assert_within(got, z, dz)
+    if softcap is not None:
+        got = label_logits(x.hidden, x.weight, x.bias, x.rows, x.labels, scale=scale, softcap=softcap, slope=True)
+        c, dc = (a.gather(1, own)[:, 0] for a in x.exact_slopes(scale, softcap))
+        assert_within(got, c, dc)
 
 
 @pytest.mark.interpreter
@@ -183,9 +198,8 @@ def test_label_logits_reads_a_transposed_head(device):
     columns = x.weight.t().contiguous().t()
     assert columns.stride(1) != 1
     arguments = (None, x.rows, x.labels)
-    expected = label_logits(x.hidden, x.weight, *arguments, scale=1.0, softcap=None)
-    got = label_logits(x.hidden, columns, *arguments, scale=1.0, softcap=None)
-    assert torch.equal(got, expected)
+    z, dz = (a.gather(1, x.labels.cpu()[:, None])[:, 0] for a in x.exact_logits())
+    assert_within(label_logits(x.hidden, columns, *arguments, scale=1.0, softcap=None), z, dz)
 
 
 @pytest.mark.parametrize("sums", [True, False], ids=["sums", "no sums"])
@@ -201,8 +215,7 @@ def test_label_logits_reads_a_transposed_head(device):
 )
 def test_logits_exp(N, V, D, first, stop, scale, softcap, bias, dtype, store, sums, device):
     """E' = exp(z - q) c: exp turns an absolute error of its argument into a relative one, dz of z
-    and u |z - q| of the difference, and is itself within 4 roundings; c = 1 - (z / cap)^2 is off by
-    at most 2 |z| dz / cap^2 + 4 u. A tile's sum adds at most BLOCK_V of its roundings, all positive."""
+    and u |z - q| of the difference, and is itself within 4 roundings; c is off by dc. A tile's sum adds at most BLOCK_V of its roundings, all positive."""
     if not store and not sums:
         return
     x = Inputs(N, V, D, dtype, device, bias=bias)
@@ -244,9 +257,8 @@ def test_logits_exp(N, V, D, first, stop, scale, softcap, bias, dtype, store, su
             assert_within(tile_sums[i], e[:, part].sum(1), bound)
     if store:
         if softcap is not None:
-            c = 1 - (z / softcap) ** 2
-            # The relative error of e' is that of e plus that of c, which may be tiny itself.
-            bound = e * (c * error + 2 * z.abs() * dz / softcap**2 + 4 * u)
+            c, dc = (a[:, first:stop] for a in x.exact_slopes(scale, softcap))
+            bound = e * (c * error + dc)
             e = e * c
         else:
             bound = e * error
@@ -279,6 +291,34 @@ def test_logits_exp_moves_the_reference_only_where_needed(device):
     assert (refs - z_y).max() > 200
 
 
+@pytest.mark.parametrize("softcap", both([None, 20.0], [None, 20.0]))
+def test_logits_exp_of_infinite_logits(softcap, device):
+    """Biases of -inf: in a tile of nothing else the reference of a token whose label is -inf stays -inf and
+    its sums are 0; where a finite logit is, that is the reference. A softcap makes -softcap of -inf."""
+    N, V = 9, 75
+    x = Inputs(N, V, 13, torch.float32, device, bias=True, rivals=False)
+    x.bias[:64] = -torch.inf
+    x.labels[:] = torch.tensor([1, 40, 70, 1, 70, 1, 74, 63, 64])
+    z = x.exact_logits(1.0, softcap)[0]
+    ref = z.gather(1, x.labels.cpu()[:, None])[:, 0].float()
+    exps = torch.full((N, V), torch.nan, device=device)
+    sums, refs, width = logits_exp(
+        exps, x.hidden, x.weight, x.bias, x.rows, x.labels, ref.to(device),
+        first=0, scale=1.0, softcap=softcap, sums=True,
+    )  # fmt: skip
+    counted = torch.arange(V)[None, :] != x.labels.cpu()[:, None]
+    for i, part in enumerate(z.split(width, 1)):
+        mask = counted.split(width, 1)[i]
+        q = refs[i].cpu().double()
+        top = part.masked_fill(~mask, -torch.inf).amax(1)
+        assert torch.equal(q == -torch.inf, torch.maximum(ref.double(), top) == -torch.inf)
+        base = q.masked_fill(q == -torch.inf, 0)
+        e = torch.exp(part - base[:, None]) * mask
+        assert_within(sums[i], e.sum(1), 1e-5 * e.sum(1))
+        c = torch.ones(()) if softcap is None else x.exact_slopes(1.0, softcap)[0].split(width, 1)[i]
+        assert_within(exps[:, i * width : i * width + part.shape[1]], e * c, 1e-5 * e * c)
+
+
 # --- row statistics
 
 
@@ -301,6 +341,18 @@ def test_merge_statistics(N, tiles, device):
     terms = torch.cat([others[None], sums]) * torch.exp(logs)
     bound = (terms * u * (44 + 5 * (tiles / 32 + 1) + 2 * logs.abs())).sum(0)
     assert_within(inputs[3], terms.sum(0), bound)
+
+
+@pytest.mark.parametrize("tiles", both([1, 40], [40]))
+def test_merge_statistics_of_infinite_references(tiles, device):
+    """All -inf: nothing counted yet, and no NaN. One finite tile: its sum is the sum."""
+    ref, others = torch.tensor([-torch.inf, -torch.inf, -3.0, 2.0]), torch.tensor([0.0, 0.0, 5.0, 0.0])
+    refs, sums = torch.full((tiles, 4), -torch.inf), torch.zeros(tiles, 4)
+    refs[-1, 1], sums[-1, 1] = 7.0, 2.5
+    changed = others.to(device)
+    got = merge_statistics(sums.to(device), refs.to(device), ref.to(device), changed)
+    assert got.tolist() == [-torch.inf, 7.0, -3.0, 2.0]
+    assert changed.tolist() == [0.0, 2.5, 5.0, 0.0]
 
 
 def closed(z_y, ref, others, device):
@@ -335,21 +387,32 @@ def test_close_statistics_of_a_vocabulary_of_one(label, device):
     assert (logps.item(), one_minus_p.item(), inv_total.item()) == (0.0, 0.0, 1.0)
 
 
-@pytest.mark.parametrize("softcap", both([None, 12.0], [12.0]))
-def test_row_factors(softcap, device):
-    """Two products, and with a softcap a third with c, itself off by at most 4 u."""
+@pytest.mark.parametrize("with_slopes", both([False, True], [True]))
+def test_row_factors(with_slopes, device):
+    """Two products, and with a softcap a third with c."""
     gen = torch.Generator().manual_seed(0)
     g, q, i = torch.rand(3, 300, generator=gen) - 0.5
-    z = 24 * torch.rand(300, generator=gen) - 12 if softcap else None
-    inputs = [None if x is None else x.to(device) for x in (g, q, i, z)]
-    pull, push = row_factors(*inputs, scale=0.3, softcap=softcap)
+    c = torch.rand(300, generator=gen) if with_slopes else None
+    inputs = [None if x is None else x.to(device) for x in (g, q, i, c)]
+    pull, push = row_factors(*inputs, scale=0.3)
     g, q, i = 0.3 * g.double(), q.double(), i.double()
-    c = 1 - (z.double() / softcap) ** 2 if softcap else torch.ones(300, dtype=torch.float64)
-    assert_within(pull, g * q * c, (g * q).abs() * u * (4 * c + 4 * bool(softcap)))
+    c = c.double() if with_slopes else torch.ones(300, dtype=torch.float64)
+    assert_within(pull, g * q * c, (g * q).abs() * c * 4 * u)
     assert_within(push, g * i, 3 * u * (g * i).abs())
 
 
 # --- fixup
+
+
+@pytest.mark.parametrize("dtype", both([torch.float32, torch.bfloat16], [torch.float32]), ids=str)
+def test_fixup_from_infinite_references(dtype, device):
+    """Entries written while all logits were -inf are 0 and stay 0, not NaN."""
+    old = torch.tensor([[-torch.inf, -torch.inf, 1.0]])
+    new = torch.tensor([-torch.inf, 200.0, 1.0])
+    x = torch.tensor([0.0, 0.0, 3.0])[:, None].repeat(1, 40).to(dtype).to(device)
+    before = x.clone()
+    fixup(x, old.to(device), new.to(device), tile_width=40)
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -537,6 +600,8 @@ def test_asft_sequence_over_lengths(lengths, device):
     g = asft_sequence_grad(grad_pair.to(device), got.coef, offsets.to(device), len(logps))
     expected = (grad_pair.repeat(2) * got.coef.cpu()).repeat_interleave(m.long())
     assert torch.equal(g.cpu(), expected)
+    longer = asft_sequence_grad(grad_pair.to(device), got.coef, offsets.to(device), len(logps) + 5)
+    assert torch.equal(longer.cpu(), torch.cat([expected, torch.zeros(5)]))
 
 
 @pytest.mark.interpreter

@@ -8,7 +8,7 @@
       moved rows     fixup                          E' tiles and O rows whose reference moved
       hidden         torch: O += E' W_k             O (N, D) fp32
     close            close_statistics               logp, 1 - p, 1/total (N,); fixup of cached chunks
-    row factors      row_factors                    pull, push (N,)
+    row factors      label_logits, row_factors      c_y with a softcap; pull, push (N,)
     dH               grad_hidden                    (M, D)
     per chunk:       torch: E'^T Hs, label_rows     dW_k, summed in fp32 and rounded once
                      grad_bias                      db_k
@@ -119,10 +119,11 @@ def backward(
     hidden, bias = _row_major(hidden), None if bias is None else bias.contiguous()
     transform = {"scale": logits.scale, "softcap": logits.softcap}
     with torch.cuda.device_of(hidden):
-        z_y = None
+        c_y = None
         if logits.softcap is not None:
-            z_y = label_logits(hidden, weight, bias, rows, labels, **transform)
-        pull, push = row_factors(grad_logps.float().contiguous(), saved.one_minus_p, saved.inv_total, z_y, **transform)
+            c_y = label_logits(hidden, weight, bias, rows, labels, slope=True, **transform)
+        g = grad_logps.float().contiguous()
+        pull, push = row_factors(g, saved.one_minus_p, saved.inv_total, c_y, scale=logits.scale)
         if needs_hidden:
             dH = grad_hidden(hidden, saved.acc, weight, rows, labels, pull, push)
         if not (needs_weight or needs_bias):

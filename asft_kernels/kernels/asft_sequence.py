@@ -121,7 +121,7 @@ def asft_sequence(logps: Tensor, offsets: Tensor, *, lam: float, beta: float, sf
 
 @triton.jit(do_not_specialize=["B"])
 def asft_sequence_grad_kernel(
-    grad_logps_ptr,  # (N,) fp32: g, every element is written
+    grad_logps_ptr,  # (N,) fp32: g, written up to offsets[2B]
     grad_pair_ptr,  # (B,) fp32
     coef_ptr,  # (2B,) fp32
     offsets_ptr,  # (2B+1,) int64
@@ -139,9 +139,12 @@ def asft_sequence_grad_kernel(
 
 
 def asft_sequence_grad(grad_pair: Tensor, coef: Tensor, offsets: Tensor, n_tokens: int) -> Tensor:
-    """g (N,) fp32 from the gradient of each pair's loss, (B,), and asft_sequence's coef (2B,)."""
+    """g (N,) fp32 from the gradient of each pair's loss, (B,), and asft_sequence's coef (2B,).
+
+    0 past the last sequence: n_tokens may be a bound that the batch stays below.
+    """
     B = grad_pair.shape[0]
-    grad_logps = torch.empty(n_tokens, dtype=torch.float32, device=coef.device)
+    grad_logps = torch.zeros(n_tokens, dtype=torch.float32, device=coef.device)
     if B > 0:
         with torch.cuda.device_of(coef):
             asft_sequence_grad_kernel[(2 * B,)](

@@ -39,14 +39,24 @@ TILES: dict[tuple[str, bool], Tile] = {
     ("other", True): Tile(32, 32, 32, 4, 2, "small: half the registers of any chip", GROUP=2),
     ("other", False): Tile(32, 32, 16, 4, 1, "small: half the registers of any chip", GROUP=2),
 }
+# With a softcap the epilogue takes a second array of registers: other rows where that one would spill, or
+# would leave a single program on an SM.
+SOFTCAP_TILES: dict[tuple[str, bool], Tile] = {
+    ("sm_80", True): Tile(128, 64, 64, 8, 3, "compiled only: 128 registers: 2 on an SM; 128 x 128 needs 250"),
+    ("sm_90", True): Tile(128, 64, 64, 8, 3, "compiled only: 128 registers: 2 on an SM; 128 x 128 needs 255"),
+    ("sm_100", True): Tile(128, 64, 64, 8, 3, "compiled only: 127 registers: 2 on an SM; 128 x 128 needs 255"),
+    ("gfx942", True): Tile(128, 64, 64, 8, 2, "compiled only: 86 registers: 2 on a CU; 128 x 128 needs 151"),
+    ("sm_80", False): Tile(64, 64, 32, 8, 3, "compiled only: 80 registers; as sm_90"),
+    ("sm_90", False): Tile(64, 64, 32, 8, 3, "compiled only: 80 registers; 4 warps spill"),
+}
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 _assumed: list[str] = []
 
 
-def best_tile(device: torch.device, dtype: torch.dtype) -> Tile:
-    """The table's row for this device and the operands' dtype."""
-    architecture = _assumed[-1] if _assumed else architecture_of(device)
-    return TILES[architecture, dtype != torch.float32]
+def best_tile(device: torch.device, dtype: torch.dtype, *, softcap: bool) -> Tile:
+    """The tables' row for this device, the operands' dtype, and logits with or without a softcap."""
+    key = (_assumed[-1] if _assumed else architecture_of(device), dtype != torch.float32)
+    return SOFTCAP_TILES.get(key, TILES[key]) if softcap else TILES[key]
 
 
 def architecture_of(device: torch.device) -> str:

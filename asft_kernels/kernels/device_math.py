@@ -3,10 +3,11 @@
     log1p(x)   = 2 atanh(x / (2 + x)),  a series below |x| = 1/2, log(1 + x) above
     expm1(x)   = its Taylor polynomial below |x| = 1/2, exp(x) - 1 above
     softplus(x) = max(x, 0) + log1p(exp(-|x|)),  sigmoid(x) = 1 / (1 + exp(-x))
-    softcap:     z = cap * tanh(u / cap),  slope c = dz/du = 1 - (z / cap)^2
+    softcap:     z = cap * tanh(u / cap),  slope c = dz/du = 4 q / (1 + q)^2,  q = exp(-2 |u| / cap)
 
 Written from exp and log because device libraries (libdevice) cannot be interpreted, and as
 polynomials near 0 because a GPU's approximate log has no relative accuracy next to 1.
+The slope is 1 - (z / cap)^2, too, but where tanh saturates that has no digits left.
 All in fp32.
 """
 
@@ -59,10 +60,10 @@ def softcap_logits(u, cap):
 
 
 @triton.jit
-def softcap_slope(z, cap):
-    """c = 1 - (z / cap)^2, and 0 for z = -inf."""
-    t = z * (1.0 / cap)
-    return tl.maximum((1.0 - t) * (1.0 + t), 0.0)
+def softcap_slope(u, cap):
+    """c of the logit u before its cap: 1 at 0, 0 for infinite u."""
+    q = tl.exp(tl.abs(u) * (-2.0 / cap))
+    return 4.0 * q / ((1.0 + q) * (1.0 + q))
 
 
 @triton.jit

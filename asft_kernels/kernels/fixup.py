@@ -40,7 +40,8 @@ def fixup_kernel(
     at = (m.to(tl.int64) * width)[:, None] + j[None, :]
     mask = moved[:, None] & (j < width)[None, :]  # rows past N load 0 twice: not moved
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    x *= tl.exp(old - new)[:, None]
+    base = tl.where(new == float("-inf"), 0.0, new)  # -inf, and so is old: a row that stays
+    x *= tl.exp(old - base)[:, None]
     tl.store(x_ptr + at, narrow(x, x_ptr.dtype.element_ty), mask=mask)
 
 

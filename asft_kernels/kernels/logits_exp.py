@@ -1,13 +1,14 @@
 """GEMM with an exponential epilogue, for one vocabulary chunk: E' and what sums need of it.
 
-    u = scale * (H[t] . W[v] + b[v]),  z = softcap * tanh(u / softcap),  c = 1 - (z / softcap)^2
+    u = scale * (H[t] . W[v] + b[v]),  z = softcap * tanh(u / softcap),  c = dz/du
     E'[t, v] = exp(z - q) * c,  0 for v = y_t          stored in exps' dtype, its only rounding
     tile sum = sum over v != y_t of exp(z - q)         fp32, without c
-    q = r[t], or the tile's largest z where that passes r[t] by more than MOVE = 30
+    q = r[t], or the tile's largest z where that passes r[t] by more than MOVE = 30 (-inf if both are)
 
 r is the label's logit for almost every token, so one pass suffices: no running maximum. A tile that
 had to move its q says so in tile_refs, and fixup.py brings it to the common reference afterwards.
-z stays in fp32 accumulators up to the exponential. Each tile of BLOCK_M tokens and BLOCK_V vocabulary
+u stays in fp32 accumulators, and z is made of it where the exponential is: the largest z is that of the
+largest u. Each tile of BLOCK_M tokens and BLOCK_V vocabulary
 rows is written by one program. Moves about N*D*(Vc/BLOCK_V) + Vc*D*(N/BLOCK_M) operand elements (L2
 serves most) and N*Vc stored ones; 2*N*Vc*D operations: bound by the matrix units.
 """
@@ -86,25 +87,32 @@ def logits_exp_kernel(
 
     if HAS_BIAS:
         acc += tl.load(bias_ptr + v64).to(tl.float32)[None, :]
-    z = acc * scale
-    if HAS_SOFTCAP:
-        z = softcap_logits(z, softcap)
+    u = acc * scale
     own = tl.load(labels_ptr + m, mask=is_token, other=-1) - first
     own = tl.where((own >= 0) & (own < width), own, -1).to(tl.int32)
-    z = tl.where(in_chunk[None, :] & (v[None, :] != own[:, None]), z, float("-inf"))
+    u = tl.where(in_chunk[None, :] & (v[None, :] != own[:, None]), u, float("-inf"))
 
     ref = tl.load(ref_ptr + m, mask=is_token, other=float("inf"))  # nothing passes inf: e = 0
     if STORE_SUMS:
-        top = tl.max(z, 1)
+        top = tl.max(u, 1)
+        if HAS_SOFTCAP:
+            top = tl.where(top == float("-inf"), top, softcap_logits(top, softcap))
         ref = tl.where(top > ref + MOVE, top, ref)
-    e = tl.exp(z - ref[:, None])
+    base = tl.where(ref == float("-inf"), 0.0, ref)  # no finite logit so far: exp(-inf - 0) is 0
+    if HAS_SOFTCAP:
+        # A logit of -inf is capped, too; the entries that do not count are not.
+        z = softcap_logits(u, softcap)
+        z = tl.where(in_chunk[None, :] & (v[None, :] != own[:, None]), z, float("-inf"))
+    else:
+        z = u
+    e = tl.exp(z - base[:, None])
     if STORE_SUMS:
         at = tile_v.to(tl.int64) * N + m
         tl.store(tile_sums_ptr + at, tl.sum(e, 1), mask=is_token)
         tl.store(tile_refs_ptr + at, ref, mask=is_token)
     if STORE_EXPS:
         if HAS_SOFTCAP:
-            e *= softcap_slope(z, softcap)  # from z, which is there: another array would spill
+            e *= softcap_slope(u, softcap)
         at = (m.to(tl.int64) * width)[:, None] + v[None, :]
         e = narrow(e, exps_ptr.dtype.element_ty)
         tl.store(exps_ptr + at, e, mask=is_token[:, None] & in_chunk[None, :])
@@ -139,7 +147,7 @@ def logits_exp(
     assert weight.stride(1) == 1 or D == 1, "backend bug: needs row-major W"
     assert hidden.stride(1) == 1 or D == 1, "backend bug: needs row-major H"
     assert exps is None or (exps.is_contiguous() and exps.shape == (N, width)), "backend bug: E"
-    tile = best_tile(hidden.device, hidden.dtype)
+    tile = best_tile(hidden.device, hidden.dtype, softcap=softcap is not None)
     tiles_v = triton.cdiv(width, tile.BLOCK_V)
     tile_sums = tile_refs = None
     if sums:

@@ -2,12 +2,12 @@
 
     merge:  r' = max(r, q of every tile);  s' = s * exp(r - r') + sum over tiles of sum * exp(q - r')
     close:  total = s + exp(z_y - r);  1 - p_y = s / total;  logp = -softplus(r + log s - z_y)
-    factors of a row, given g = dL/dlogp and c_y = 1 - (z_y / softcap)^2:
+    factors of a row, given g = dL/dlogp and c_y = dz_y/du_y, the softcap's slope (1 without one):
             pull = scale * g * (1 - p_y) * c_y        on W[y] in dH, on h in dW[y]
             push = scale * g / total                  on O in dH, on E'^T h in dW
 
 s leaves the label out, so logp and 1 - p keep their digits for confident tokens. s = 0 (a vocabulary
-of one) gives logp = 0 and 1 - p = 0. fp32 throughout. Moves 8*N bytes a tile, nothing to tune.
+of one) gives logp = 0 and 1 - p = 0. r and q are -inf while all logits are. fp32 throughout. Moves 8*N bytes a tile, nothing to tune.
 """
 
 import torch
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from asft_kernels.kernels.device_math import softcap_slope, softplus
+from asft_kernels.kernels.device_math import softplus
 
 
 @triton.jit(do_not_specialize=["N", "tiles"])
@@ -42,7 +42,8 @@ def merge_statistics_kernel(
         q = tl.load(tile_refs_ptr + at, mask=there, other=float("-inf"))
         sums = tl.load(tile_sums_ptr + at, mask=there, other=0.0)
         moved = tl.maximum(ref, tl.max(q, 0))
-        others = others * tl.exp(ref - moved) + tl.sum(sums * tl.exp(q - moved[None, :]), 0)
+        base = tl.where(moved == float("-inf"), 0.0, moved)  # no finite logit so far: exp(-inf - 0) is 0
+        others = others * tl.exp(ref - base) + tl.sum(sums * tl.exp(q - base[None, :]), 0)
         ref = moved
     tl.store(ref_out_ptr + m, ref, mask=is_token)
     tl.store(others_ptr + m, others, mask=is_token)
@@ -102,10 +103,9 @@ def row_factors_kernel(
     grad_logps_ptr,  # (N,) fp32: g
     one_minus_p_ptr,  # (N,) fp32
     inv_total_ptr,  # (N,) fp32
-    label_logits_ptr,  # (N,) fp32: z_y, or None without HAS_SOFTCAP
+    label_slopes_ptr,  # (N,) fp32: c_y, or None without HAS_SOFTCAP
     N,
     scale,
-    softcap,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -114,7 +114,7 @@ def row_factors_kernel(
     g = scale * tl.load(grad_logps_ptr + m, mask=is_token, other=0.0)
     pull = g * tl.load(one_minus_p_ptr + m, mask=is_token, other=0.0)
     if HAS_SOFTCAP:
-        pull *= softcap_slope(tl.load(label_logits_ptr + m, mask=is_token, other=0.0), softcap)
+        pull *= tl.load(label_slopes_ptr + m, mask=is_token, other=0.0)
     tl.store(pull_ptr + m, pull, mask=is_token)
     inv_total = tl.load(inv_total_ptr + m, mask=is_token, other=0.0)
     tl.store(push_ptr + m, g * inv_total, mask=is_token)
@@ -124,18 +124,15 @@ def row_factors(
     grad_logps: Tensor,
     one_minus_p: Tensor,
     inv_total: Tensor,
-    label_logits: Tensor | None,
+    label_slopes: Tensor | None,
     *,
     scale: float,
-    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """(pull, push), (N,) each; label_logits is needed with a softcap only."""
-    assert (label_logits is None) == (softcap is None), "backend bug: z_y goes with a softcap"
+    """(pull, push), (N,) each; label_slopes is None without a softcap."""
     N = grad_logps.shape[0]
     pull, push = torch.empty_like(one_minus_p), torch.empty_like(one_minus_p)
     row_factors_kernel[(triton.cdiv(N, 256),)](
-        pull, push, grad_logps, one_minus_p, inv_total, label_logits,
-        N, float(scale), float(softcap or 0.0),
-        HAS_SOFTCAP=softcap is not None, BLOCK_M=256, num_warps=4,
+        pull, push, grad_logps, one_minus_p, inv_total, label_slopes,
+        N, float(scale), HAS_SOFTCAP=label_slopes is not None, BLOCK_M=256, num_warps=4,
     )  # fmt: skip
     return pull, push
