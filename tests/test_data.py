@@ -68,8 +68,13 @@ def test_plain_strings_as_they_stand_with_eos():
             "chosen": " Red",
             "rejected": " Seven",
         },
+        {
+            "prompt": "\n\nHuman: Name a colour.\n\nAssistant: ",
+            "chosen": "\n\nHuman: Name a colour.\n\nAssistant: Red",
+            "rejected": "\n\nHuman: Name a colour.\n\nAssistant: Seven",
+        },
     ],
-    ids=["strings", "prompt messages", "messages", "chats", "prompt and chats", "HH", "HH prompt"],
+    ids=["strings", "prompt messages", "messages", "chats", "prompt and chats", "HH", "HH prompt", "HH prompt twice"],
 )
 def test_chat_template_ends_at_the_end_of_turn(row):
     prompt = "<turn>user\nName a colour.<eos>\n<turn>assistant\n"
@@ -94,7 +99,7 @@ BAD = {
     "wrong type  ": {"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"},
     "wrong type   ": {"prompt": [], "chosen": "b", "rejected": "c"},
     "empty answer": {"prompt": "a", "chosen": " \n", "rejected": "c"},
-    "empty answer ": {"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": HH["rejected"][:28]},
+    "empty answer ": {"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: c"},
     "dialogues differ before the last assistant turn": {
         "chosen": "\n\nHuman: a\n\nAssistant: b",
         "rejected": "\n\nHuman: A\n\nAssistant: c",
@@ -108,6 +113,12 @@ BAD = {
         "chosen": [USER, {"role": "assistant", "content": "b"}],
         "rejected": [USER, {"role": "assistant", "content": "c"}],
     },
+    "prompt is not how its answers begin ": {
+        "prompt": "\n\nHuman: a\n\nAssistant:",
+        "chosen": "\n\nHuman: b\n\nAssistant: c",
+        "rejected": "\n\nHuman: b\n\nAssistant: d",
+    },
+    "prompt is not how its answers begin  ": {"prompt": "a", "chosen": "b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
     "answer is not one assistant message": {"prompt": "a", "chosen": [USER], "rejected": "c"},
     "text with half a surrogate pair, which no tokenizer can encode": {
         "prompt": "a",
@@ -122,6 +133,7 @@ BAD = {
         "rejected": "c",
     },
     "unreadable JSON": "{'prompt': 1}",
+    "unreadable JSON ": '{"prompt": ' + "1" * 5000 + "}",
     "not a JSON object": "[1, 2]",
     "empty line": "  ",
 }
@@ -133,27 +145,23 @@ def kind_of(name):
 
 @pytest.mark.parametrize("name", [n for n in BAD if isinstance(BAD[n], dict)])
 def test_bad_row_kinds(name):
-    if name == "empty answer ":
-        row = {"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: c"}
-    else:
-        row = BAD[name]
+    row = BAD[name]
     with pytest.raises(BadRow) as caught:
         tokenize_pair(row, tiny_tokenizer(), max_length=60, max_prompt_length=40)
     assert caught.value.kind == kind_of(name)
 
 
 def test_one_summary_names_every_row_left_out(tmp_path):
-    bad = {name: row for name, row in BAD.items() if name != "empty answer "}
-    path = write_lines(tmp_path / "mixed.jsonl", [*pairs(3), *bad.values(), *pairs(2)])
+    path = write_lines(tmp_path / "mixed.jsonl", [*pairs(3), *BAD.values(), *pairs(2)])
     dataset, report = load_pairs(path, tiny_tokenizer(), max_length=60, max_prompt_length=40)
-    assert dataset["line"][:] == [1, 2, 3, len(bad) + 4, len(bad) + 5]
-    assert (report.rows, report.kept, report.left_out) == (len(bad) + 5, 5, len(bad))
+    assert dataset["line"][:] == [1, 2, 3, len(BAD) + 4, len(BAD) + 5]
+    assert (report.rows, report.kept, report.left_out) == (len(BAD) + 5, 5, len(BAD))
     text = str(report)
-    assert f"{len(bad) + 5} rows, 5 kept, {len(bad)} left out" in text
-    for number, name in enumerate(bad, start=4):
+    assert f"{len(BAD) + 5} rows, 5 kept, {len(BAD)} left out" in text
+    for number, name in enumerate(BAD, start=4):
         assert kind_of(name) in text
         assert number in report.bad[kind_of(name)]
-    with pytest.raises(DataError, match=rf"{len(bad)} rows cannot be used, and --strict is on.*line 4"):
+    with pytest.raises(DataError, match=rf"{len(BAD)} rows cannot be used, and --strict is on.*line 4"):
         load_pairs(path, tiny_tokenizer(), max_length=60, max_prompt_length=40, strict=True)
 
 
@@ -164,6 +172,17 @@ def test_not_utf8_is_a_bad_row_and_bom_is_not(tmp_path):
     dataset, report = load_pairs(path, tiny_tokenizer())
     assert dataset["line"][:] == [1, 3]
     assert report.bad == {"not UTF-8": [2]}
+
+
+def test_empty_lines_at_the_end_are_no_rows(tmp_path):
+    path = write_lines(tmp_path / "pairs.jsonl", [*pairs(2), "", " "])
+    _, report = load_pairs(path, tiny_tokenizer(), strict=True)
+    assert (report.rows, report.left_out) == (2, 0)
+
+
+def test_a_prompt_that_its_answers_repeat_stands_once():
+    prompt = HH["chosen"].removesuffix(" Red")
+    assert texts({"prompt": prompt, **HH}, chat=False) == texts(HH, chat=False)
 
 
 def test_long_lists_of_lines_are_shortened(tmp_path):

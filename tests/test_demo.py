@@ -1,6 +1,5 @@
 """The demo's parts: the model's cache, the table; the whole demo where SmolLM2 is here."""
 
-import json
 import re
 import subprocess
 import sys
@@ -112,16 +111,6 @@ def test_output_folder_gets_a_number(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run-2").mkdir()
     assert demo._unused(tmp_path / "run") == tmp_path / "run-3"
-
-
-def test_demo_pairs_are_sound():
-    lines = []
-    for name, least in (("train", 64), ("eval", 16)):
-        rows = [json.loads(line) for line in (demo.DATA / f"{name}.jsonl").read_text().splitlines()]
-        assert len(rows) >= least
-        assert all(row.keys() == {"prompt", "chosen", "rejected"} for row in rows)
-        lines += [row["prompt"] for row in rows]
-    assert len(set(lines)) == len(lines)  # no prompt is in both files
 
 
 def converted_smollm2() -> Path:

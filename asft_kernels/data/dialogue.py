@@ -6,6 +6,7 @@ Four ways to write a pair are understood:
     {"prompt": [message...], "chosen": [message], ...}  chat messages; answers may be strings
     {"chosen": [message...], "rejected": [message...]}  whole chats, the prompt implicit
     {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", ...}  HH-RLHF dialogues, the prompt implicit
+                                                        (or given too, as their beginning)
 
 A message is {"role": str, "content": str}. With a tokenizer that has a chat template all four go
 through it: a plain prompt becomes one user turn, a dialogue its turns. Without one, plain strings
@@ -50,10 +51,15 @@ def parse_pair(row: dict[str, Any]) -> Pair:
         pair = _dialogues(chosen, rejected)
     else:
         chosen, rejected = (_one_message(answer) for answer in (chosen, rejected))
-        if isinstance(prompt, list):
+        given = prompt.rstrip() if isinstance(prompt, str) else ""
+        if given.startswith(HUMAN) and chosen.startswith(given) and rejected.startswith(given):
+            pair = _dialogues(chosen, rejected)  # the prompt stands in both answers already
+        elif chosen.startswith(HUMAN) or rejected.startswith(HUMAN):
+            raise BadRow("prompt is not how its answers begin", "and an answer begins with a human turn")
+        elif isinstance(prompt, list):
             pair = Pair(None, _messages("prompt", prompt), chosen, rejected)
-        elif prompt.startswith(HUMAN) and prompt.rstrip().endswith(ASSISTANT):
-            pair = _dialogues(prompt.rstrip() + chosen, prompt.rstrip() + rejected)
+        elif given.startswith(HUMAN) and given.endswith(ASSISTANT):
+            pair = _dialogues(given + chosen, given + rejected)
         else:
             pair = Pair(prompt, [{"role": "user", "content": prompt}], chosen, rejected)
     for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):

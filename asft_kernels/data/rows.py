@@ -64,6 +64,8 @@ def _lines(numbers: list[int]) -> str:
 def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
     """(line number from 1, the row's JSON object or what is wrong with it), for every line.
 
+    Empty lines count as bad rows, except at the very end of the file.
+
     Whether the file is gzipped is read from its first bytes, not from its name. Raises DataError
     where the file itself cannot be read.
     """
@@ -73,23 +75,27 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]
         raise DataError(f"data: got {str(path)!r}, {what}; need a file of JSON lines, plain or gzipped")
     with path.open("rb") as file:
         zipped = file.read(2) == GZIP_MAGIC
-    number = 0
+    number, empty = 0, 0  # the line's, and how many empty ones came just before it
     try:
         with gzip.open(path, "rb") if zipped else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    empty += 1
+                    continue
+                for before in range(number - empty, number):
+                    yield before, BadRow("empty line")
+                empty = 0
                 yield number, _row(line)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"data: {path} cannot be read beyond line {number} ({error}); is the copy complete?") from error
 
 
 def _row(line: bytes) -> dict[str, Any] | BadRow:
-    if not line.strip():
-        return BadRow("empty line")
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return BadRow("not UTF-8", str(error))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
         return BadRow("unreadable JSON", str(error))
     if not isinstance(row, dict):
         return BadRow("not a JSON object", f"got {json_type(row)}")

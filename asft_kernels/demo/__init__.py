@@ -74,7 +74,7 @@ def _demo(options: argparse.Namespace) -> int:
         save_strategy="no",  # 540 MB a checkpoint that nobody asked for
     )
     said: list[str] = []
-    result = run(job, arguments, say=lambda text: said.append(str(text)))
+    result = run(job, arguments, say=lambda text: said.append(str(text)), say_at_once=print)
     if result.stopped:
         return 130
     print(

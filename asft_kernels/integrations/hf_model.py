@@ -190,10 +190,19 @@ def _rounding(logits: Tensor, hidden: Tensor, logps: Tensor, model: PreferenceMo
     weight = model.lm_head.weight
     steps = 1 if model.logit_scale == 1.0 and model.softcap is None else 4
     fp32_unit = torch.finfo(torch.float32).eps / 2
-    tf32 = logits.is_cuda and torch.backends.cuda.matmul.allow_tf32
-    product_unit = 2.0**-11 if tf32 else fp32_unit
+    product_unit = _product_unit(logits.is_cuda)
     norms = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).max() for x in (hidden, weight)]
     width = hidden.shape[-1] ** 0.5 * abs(model.logit_scale) * norms[0] * norms[1]
     logit = torch.finfo(logits.dtype).eps / 2 * steps * logits.abs().max() + 2 * product_unit * width
     summed = fp32_unit * (len(weight) ** 0.5 + 2 * logps.abs().max())
     return (2 * logit + summed).item()
+
+
+def _product_unit(on_gpu: bool) -> float:
+    """Rounding unit of a matrix product's fp32 inputs: TF32's where the user allows it.
+
+    Not `allow_tf32`: reading that raises once anyone (transformers' --tf32) has set fp32_precision.
+    """
+    if on_gpu and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return 2.0**-11
+    return torch.finfo(torch.float32).eps / 2

@@ -23,7 +23,7 @@ def counting_pairs(labels: Tensor) -> Tensor:
 class Window:
     """Sums since the last log, kept on the device: nothing is read until `take`."""
 
-    NAMES = ("pairs", "sft", "align", "chosen_avg_logp", "rejected_avg_logp", "margin", "accuracy")
+    NAMES = ("pairs", "loss", "sft", "align", "chosen_avg_logp", "rejected_avg_logp", "margin", "accuracy")
     TOKENS = ("tokens", "loss_tokens")
 
     def __init__(self) -> None:
@@ -36,6 +36,7 @@ class Window:
         pairs = outputs["num_pairs"]
         figures = [
             pairs,
+            outputs["pair_losses"].sum(),
             outputs["sft_loss"] * pairs,
             outputs["align_loss"] * pairs,
             chosen[counts].sum(),

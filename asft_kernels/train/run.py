@@ -3,6 +3,7 @@
 import json
 import platform
 import shlex
+import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,14 +19,18 @@ from asft_kernels.integrations.hf_model import PreferenceModel, verify_head
 from asft_kernels.train.arguments import ArgumentProblem, JobArguments, RunArguments
 from asft_kernels.train.metrics import Evaluation, MetricsFile, change, change_table
 from asft_kernels.train.plot import plot_curves
-from asft_kernels.train.trainer import BEFORE, PreferenceTrainer, StopWhenAsked
+from asft_kernels.train.trainer import BEFORE, PreferenceTrainer, StopWhenAsked, saves
 
 # A resumed run that changed one of these would go on as another experiment, without a word.
 SAME_ON_RESUME = (
     "model", "data", "eval_data", "eval_every_nth", "lam", "beta", "sft_weight", "max_length",
     "max_prompt_length", "dtype", "learning_rate", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "seed", "world_size",
-)  # fmt: skip
+    "gradient_accumulation_steps", "seed", "world_size", "logit_scale", "softcap", "num_train_epochs",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "optim", "optim_args",
+    "weight_decay", "max_grad_norm",
+)  # fmt: skip  # not max_steps: a run may go on for more steps, and says so
+
+RESUME = ("--resume", "--resume-from-checkpoint", "--resume_from_checkpoint")
 
 
 @dataclass(frozen=True)
@@ -34,22 +39,27 @@ class Result:
 
     folder: Path
     step: int
-    stopped: bool  # by Ctrl-C, with a checkpoint
+    stopped: bool  # by Ctrl-C, with a checkpoint unless --save-strategy is no
     plot: Path
     changes: dict[str, dict[str, float]]
     pairs: int  # evaluation pairs
     report: str
 
 
-def run(job: JobArguments, args: RunArguments, say: Any = print) -> Result:
-    """Train as the arguments say. ArgumentProblem, DataError or UnsupportedHead on bad input."""
+def run(job: JobArguments, args: RunArguments, say: Any = print, say_at_once: Any = None) -> Result:
+    """Train as the arguments say. ArgumentProblem, DataError or UnsupportedHead on bad input.
+
+    say: takes the report, text by text; say_at_once: what a user who stops the run waits for.
+    """
     first = args.process_index == 0
+    say_at_once = (say_at_once or say) if first else (lambda *_: None)
     say = say if first else (lambda *_: None)
     folder = Path(str(args.output_dir))
     settings = {**asdict(job), **args.to_dict(), "world_size": args.world_size}
     checkpoint = _checkpoint(job, args, folder)
+    source = checkpoint.parent if checkpoint else folder  # where that run's run.json and figures are
     if checkpoint:
-        _same_settings(folder / "run.json", settings)
+        _same_settings(source / "run.json", settings, say)
 
     tokenizer, language_model = _load(job)
     train, evaluation, report = _data(job, tokenizer, language_model)
@@ -68,15 +78,20 @@ def run(job: JobArguments, args: RunArguments, say: Any = print) -> Result:
 
     folder.mkdir(parents=True, exist_ok=True)
     metrics = MetricsFile(folder / "metrics.jsonl", writes=first)
+    if first and not _same_folder(source, folder):  # --resume PATH: the new folder starts with the old one's rows
+        for name in ("metrics.jsonl", BEFORE):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
     done = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else None
     complete = done is not None and done["global_step"] >= _last_step(args, done)
-    metrics.start(done["global_step"] if done else None, complete)
-    if first and not checkpoint:
+    # With the best model restored at the end, the last step's evaluation is not made again.
+    metrics.start(done["global_step"] if done else None, complete and not args.load_best_model_at_end)
+    if first and not (checkpoint and (folder / "run.json").is_file()):
         _write(
             folder / "run.json",
             {"command": _command(), "versions": _versions(), "settings": settings},
         )
-    stop = StopWhenAsked()
+    stop = StopWhenAsked(say_at_once)
     trainer = PreferenceTrainer(
         model,
         args,
@@ -92,19 +107,24 @@ def run(job: JobArguments, args: RunArguments, say: Any = print) -> Result:
 
     # Not evaluate() before train(): accelerate would then take the model for prepared: no DDP.
     args.eval_on_start = evaluation is not None and checkpoint is None
-    with stop.listening(say):
+    with stop.listening():
         if checkpoint and complete:  # ended after its last checkpoint: only the end is left to do
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            if args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+                trainer._load_best_model()
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        stored = folder / BEFORE
+        stored = source / BEFORE
         before = Evaluation.load(stored) if checkpoint and stored.is_file() else trainer.before
         changes: dict[str, dict[str, float]] = {}
         if stop.stopped:
-            say(f"stopped after step {trainer.state.global_step}; go on with: {_command()} --resume")
+            rest = f"go on with: {_command()} --resume" if saves(args) else "--save-strategy no: no checkpoint"
+            say_at_once(f"stopped after step {trainer.state.global_step}; {rest}")
         else:
-            if args.save_strategy != "no":
+            if trainer.restored_step is not None:
+                say(f"best after step {trainer.restored_step}: its weights are the final model's")
+            if saves(args):
                 trainer.save_model()
             if evaluation is not None and trainer.evaluated_step != trainer.state.global_step:
                 trainer.evaluate()
@@ -118,7 +138,7 @@ def run(job: JobArguments, args: RunArguments, say: Any = print) -> Result:
         if changes:
             _write(
                 folder / "summary.json",
-                {"step": trainer.state.global_step, "pairs": pairs, "changes": changes},
+                {"step": trainer.restored_step or trainer.state.global_step, "pairs": pairs, "changes": changes},
             )
             say(change_table(changes, pairs))
         say(f"metrics: {metrics.path}\ncurves:  {plot}")
@@ -137,7 +157,7 @@ def _checkpoint(job: JobArguments, args: RunArguments, folder: Path) -> Path | N
     """The checkpoint to go on from; the newest complete one for --resume without a path."""
     wanted = job.resume or args.resume_from_checkpoint
     if wanted is None:
-        if any(row["kind"] == "train" for row in MetricsFile(folder / "metrics.jsonl").rows()):
+        if _holds_run(folder):
             raise ArgumentProblem(
                 f"--output-dir: {folder} holds a run already; add --resume to go on with it, or name another folder"
             )
@@ -145,6 +165,11 @@ def _checkpoint(job: JobArguments, args: RunArguments, folder: Path) -> Path | N
     if wanted != "last":
         if not _complete(Path(wanted)):
             raise ArgumentProblem(f"--resume: {wanted} is no complete checkpoint (trainer_state.json is missing)")
+        if not _same_folder(Path(wanted).parent, folder) and _holds_run(folder):
+            raise ArgumentProblem(
+                f"--output-dir: {folder} holds a run already, and {wanted} is of another; "
+                "name the folder of that run, or a fresh one"
+            )
         return Path(wanted)
     found = sorted(
         (path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()),
@@ -156,6 +181,18 @@ def _checkpoint(job: JobArguments, args: RunArguments, folder: Path) -> Path | N
             f"--resume: no complete checkpoint in {folder}; leave --resume out and name a fresh --output-dir"
         )
     return complete[-1]
+
+
+def _holds_run(folder: Path) -> bool:
+    """Anything that a new run would overwrite; run.json alone is of one that had not begun."""
+    if MetricsFile(folder / "metrics.jsonl").rows():
+        return True
+    left = ("checkpoint-*", "*.safetensors", "pytorch_model*.bin")
+    return (folder / "run.json").is_file() and any(any(folder.glob(pattern)) for pattern in left)
+
+
+def _same_folder(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
 
 
 def _complete(checkpoint: Path) -> bool:
@@ -171,16 +208,19 @@ def _last_step(args: RunArguments, state: dict[str, Any]) -> int:
     return args.max_steps if args.max_steps > 0 else state["max_steps"]
 
 
-def _same_settings(path: Path, settings: dict[str, Any]) -> None:
+def _same_settings(path: Path, settings: dict[str, Any], say: Any) -> None:
     if not path.is_file():
         return
     old = json.loads(path.read_text())["settings"]
     for name in SAME_ON_RESUME:
-        if name in old and old[name] != settings[name]:
+        if name in old and name in settings and old[name] != settings[name]:
             raise ArgumentProblem(
                 f"--resume: --{name.replace('_', '-')} was {old[name]!r} and is {settings[name]!r} "
                 "now, need the same; start another run in another --output-dir to change it"
             )
+    steps = old.get("max_steps"), settings["max_steps"]
+    if None not in steps and steps[0] != steps[1]:
+        say(f"--max-steps was {steps[0]} and is {steps[1]} now: the learning rate goes on by the new schedule")
 
 
 def _load(job: JobArguments) -> tuple[Any, Any]:
@@ -231,8 +271,12 @@ def _versions() -> dict[str, str]:
 
 
 def _command() -> str:
-    """This command without --resume, as the user can type it."""
-    given = [word for word in sys.argv[1:] if word != "--resume"]
+    """This command without --resume and its value, as the user can type it."""
+    given, dropping = [], False
+    for word in sys.argv[1:]:
+        dropping = word in RESUME or (dropping and not word.startswith("-"))
+        if not dropping and not word.startswith(tuple(f"{name}=" for name in RESUME)):
+            given.append(word)
     return shlex.join(["asft-train", *given])
 
 

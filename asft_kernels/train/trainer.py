@@ -51,6 +51,7 @@ class PreferenceTrainer(Trainer):
         self.before: Evaluation | None = None  # of the model as it came
         self.evaluation: Evaluation | None = None  # the last one, after evaluated_step steps
         self.evaluated_step = -1
+        self.restored_step: int | None = None  # --load-best-model-at-end: its weights are the model's now
         pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
         super().__init__(
             model=model,
@@ -59,6 +60,7 @@ class PreferenceTrainer(Trainer):
             compute_metrics=self._evaluation_figures,
             **kwargs,
         )
+        self.add_callback(LogTheRest)
         if not args.disable_tqdm:
             self.pop_callback(ProgressCallback)
             self.add_callback(Bar())
@@ -91,7 +93,7 @@ class PreferenceTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         trains = "loss" in logs and self.window_start is not None
-        if trains:
+        if trains:  # `loss` too: the Trainer's is a mean of the steps' means, ours are all per pair
             seconds = time.perf_counter() - cast(float, self.window_start) - self.paused
             logs.update(self.window.take(seconds, lambda sums: self.accelerator.reduce(sums, "sum")))
             self.window_start = None
@@ -132,7 +134,8 @@ class PreferenceTrainer(Trainer):
         self.paused += time.perf_counter() - start
         prefix = kwargs.get("metric_key_prefix", "eval") + "_"
         row = {name.removeprefix(prefix): value for name, value in figures.items()}
-        self.metrics_file.write({"kind": "eval", "step": self.state.global_step, **row})
+        if self.restored_step is None:  # the row of the best step's own evaluation is there already
+            self.metrics_file.write({"kind": "eval", "step": self.state.global_step, **row})
         return figures
 
     # Checkpoints hold the language model itself, as from_pretrained reads it
@@ -154,6 +157,18 @@ class PreferenceTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, self._language_model() if model is None else model)
 
+    def _load_best_model(self) -> None:
+        whole = self.model
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # these save and load the whole
+            self.model = self._language_model()
+        try:
+            super()._load_best_model()
+        finally:
+            self.model = whole
+        self.restored_step = int(str(self.state.best_model_checkpoint).rpartition("-")[2])
+        same = self.evaluated_step == self.restored_step  # else the last evaluation was of other weights
+        self.evaluated_step = self.state.global_step if same else -1
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Tied weights are stored once; anything else that does not match is another model's."""
         inner = causal_lm(self._language_model())
@@ -163,6 +178,19 @@ class PreferenceTrainer(Trainer):
         if missing or load_result.unexpected_keys:
             names = sorted(missing | set(load_result.unexpected_keys))[:3]
             raise ArgumentProblem(f"--resume: the checkpoint is not of --model: {', '.join(names)} ... do not match")
+
+
+def saves(args: Any) -> bool:
+    return args.save_strategy != "no"
+
+
+class LogTheRest(TrainerCallback):
+    """Logs after the last step, though --logging-steps do not divide it: no pair goes unreported."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        last = control.should_training_stop or state.global_step >= state.max_steps
+        if last and args.logging_strategy != "no":
+            control.should_log = True
 
 
 class Bar(ProgressCallback):
@@ -176,10 +204,15 @@ class Bar(ProgressCallback):
 
 
 class StopWhenAsked(TrainerCallback):
-    """Ends training after the current step, with a checkpoint, once `asked` is set on any rank."""
+    """Ends training after the current step once `asked` is set on any rank.
 
-    def __init__(self) -> None:
+    With a checkpoint, unless --save-strategy is "no".
+    """
+
+    def __init__(self, say: Callable[[str], None] = print) -> None:
+        self.say = say
         self.asked = False
+        self.announced = False
         self.stopped = False
         self.training = False
 
@@ -192,18 +225,31 @@ class StopWhenAsked(TrainerCallback):
     def on_prediction_step(self, args, state, control, **kwargs):
         if self.asked and not (self.training and state.global_step):  # no step to end, nothing to save
             raise KeyboardInterrupt
+        self._announce(args)
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self._announce(args)
 
     def on_step_end(self, args, state, control, **kwargs):
+        self._announce(args)
         asked = self.asked
         if args.world_size > 1:  # every rank must stop at the same step
             flag = torch.tensor([float(asked)], device=args.device)
             torch.distributed.all_reduce(flag)
             asked = flag.item() > 0
         if asked and state.global_step < state.max_steps:
-            self.stopped = control.should_save = control.should_training_stop = True
+            self.stopped = control.should_training_stop = True
+            control.should_save = saves(args)
+
+    def _announce(self, args: Any) -> None:
+        """Not from the signal's handler: a print within a print raises."""
+        if self.asked and not self.announced:
+            self.announced = True
+            with_what = "with a checkpoint" if saves(args) else "without a checkpoint (--save-strategy no)"
+            self.say(f"\nstopping after this step, {with_what}; once more to stop at once")
 
     @contextmanager
-    def listening(self, say: Callable[[str], None]) -> Iterator[None]:
+    def listening(self) -> Iterator[None]:
         """Ctrl-C and SIGTERM set `asked`; a second one interrupts at once."""
         import signal
         import threading
@@ -212,7 +258,6 @@ class StopWhenAsked(TrainerCallback):
             if self.asked:
                 raise KeyboardInterrupt
             self.asked = True
-            say("\nstopping after this step, with a checkpoint; once more to stop at once")
 
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread can hear signals
