@@ -23,6 +23,7 @@ from asft_kernels import fused_asft_loss, fused_linear_logps
 from asft_kernels.integrations.hf_model import (
     PreferenceModel,
     UnsupportedHead,
+    _product_unit,
     logit_options,
     verify_head,
 )
@@ -213,6 +214,18 @@ def test_two_ranks_give_the_gradients_of_one_process(tmp_path):
     for rank in (0, 1):
         for mine, theirs in zip(model.parameters(), torch.load(tmp_path / f"grads{rank}"), strict=True):
             assert (mine.grad - theirs).abs().max() <= 1e-5 * mine.grad.abs().max()
+
+
+@pytest.mark.parametrize(("precision", "unit"), [("tf32", 2.0**-11), ("ieee", 2.0**-24)])
+def test_rounding_of_products_under_the_new_precision_setting(precision, unit):
+    """`allow_tf32` cannot be read once fp32_precision was set, as transformers' --tf32 does."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, precision
+    try:
+        assert _product_unit(on_gpu=True) == unit
+        assert _product_unit(on_gpu=False) == 2.0**-24
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_real_model_head_is_checked():

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from asft_kernels.integrations.hf_model import PreferenceModel
 from asft_kernels.train import main
 from asft_kernels.train.arguments import RunArguments
 from asft_kernels.train.metrics import Evaluation, MetricsFile, change
+from asft_kernels.train.run import _command
 from asft_kernels.train.trainer import PreferenceTrainer
 from tiny_lm import pairs, saved_tiny_model, tiny_model, tiny_tokenizer, write_lines
 
@@ -148,6 +150,95 @@ def test_resume_refuses_what_would_be_another_experiment(job, whole_run, tmp_pat
     assert "no complete checkpoint in" in capsys.readouterr().err
     assert main([*job, "--output-dir", str(folder), "--resume", str(tmp_path)]) == 2
     assert "is no complete checkpoint" in capsys.readouterr().err
+    for name, value, was in (
+        ("num-train-epochs", "2", "1.0"),
+        ("softcap", "3", "None"),
+        ("lr-scheduler-type", "cosine", "'linear'"),
+        ("warmup-steps", "2", "0"),
+        ("optim", "sgd", "'adamw"),
+    ):
+        assert main([*job, "--output-dir", str(folder), "--resume", f"--{name}", value]) == 2
+        assert f"--resume: --{name} was {was}" in capsys.readouterr().err
+    checkpoint = str(next(folder.glob("checkpoint-*")))
+    elsewhere = [*job, "--output-dir", str(tmp_path / "elsewhere"), "--resume", checkpoint]
+    assert main([*elsewhere, "--lam", "2"]) == 2
+    assert "--resume: --lam was 1.0" in capsys.readouterr().err
+    assert main([*elsewhere, "--max-steps", "9"]) == 0  # and compares with the evaluation of the old run
+    assert "--max-steps was 8 and is 9 now" in capsys.readouterr().out
+    assert [row["step"] for row in rows(tmp_path / "elsewhere") if row["kind"] == "train"] == list(range(1, 10))
+    ours, theirs = (json.loads((f / "summary.json").read_text()) for f in (tmp_path / "elsewhere", folder))
+    assert ours["changes"]["margin"]["before"] == theirs["changes"]["margin"]["before"]
+    assert main([*job, "--output-dir", str(tmp_path / "elsewhere"), "--resume", checkpoint]) == 2
+    assert "holds a run already, and" in capsys.readouterr().err
+
+
+def test_any_trace_of_a_run_is_not_overwritten(job, whole_run, tmp_path, capsys):
+    for name in ("metrics.jsonl", "model.safetensors"):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        shutil.copy(whole_run / "run.json", folder)
+        shutil.copy(whole_run / name, folder)
+        assert main([*job, "--output-dir", str(folder)]) == 2
+        assert "holds a run already" in capsys.readouterr().err
+
+
+def test_last_partial_window_is_logged_and_its_loss_is_per_pair(job, tmp_path):
+    """28 of 2 pairs a step but 1 in the last: a mean of the steps' means would be another loss."""
+    common = [*job, "--eval-every-nth", "10", "--max-steps", "-1", "--save-strategy", "no"]
+    assert main([*common, "--logging-steps", "9", "--output-dir", str(tmp_path / "a")]) == 0
+    train = [row for row in rows(tmp_path / "a") if row["kind"] == "train"]
+    assert [(row["step"], row["pairs"]) for row in train] == [(9, 18), (14, 9)]
+    for row in train:
+        assert row["loss"] == pytest.approx(row["sft"] + row["align"], rel=1e-5)
+        assert "grad_norm" in row
+
+
+def test_best_model_is_loaded_at_the_end(job, tmp_path, capsys):
+    """Best by a figure that falls at every step: the final model is the first checkpoint's, and so are its figures."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "out"
+    best = [*job, "--max-steps", "3", "--load-best-model-at-end", "true", "--eval-strategy", "steps",
+            "--eval-steps", "1", "--save-steps", "1", "--metric-for-best-model", "chosen_avg_logp",
+            "--greater-is-better", "false", "--output-dir", str(folder)]  # fmt: skip
+    assert main(best) == 0
+    evaluations = {row["step"]: row for row in rows(folder) if row["kind"] == "eval"}
+    assert list(evaluations) == [0, 1, 2, 3]
+    step = min((1, 2, 3), key=lambda step: evaluations[step]["chosen_avg_logp"])
+    assert step == 1
+    assert f"best after step {step}:" in capsys.readouterr().out
+    models = [AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (folder, folder / f"checkpoint-{step}")]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["step"] == step
+    assert summary["changes"]["margin"]["after"] == pytest.approx(evaluations[step]["margin"], rel=1e-5)
+    assert main([*best, "--resume"]) == 0
+    assert {row["step"]: row["loss"] for row in rows(folder) if row["kind"] == "eval"} == {
+        step: row["loss"] for step, row in evaluations.items()
+    }
+
+
+def test_ctrl_c_without_checkpoints_saves_none(job, tmp_path, monkeypatch, capsys):
+    write = MetricsFile.write
+
+    def write_and_interrupt(self, row):
+        write(self, row)
+        if row["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert "stopping" not in capsys.readouterr().out  # said by a callback, not within the handler
+
+    monkeypatch.setattr(MetricsFile, "write", write_and_interrupt)
+    assert main([*job, "--save-strategy", "no", "--output-dir", str(tmp_path / "out")]) == 130
+    said = capsys.readouterr().out
+    assert "stopping after this step, without a checkpoint" in said
+    assert "stopped after step 4; --save-strategy no: no checkpoint" in said
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("resume", [["--resume"], ["--resume", "out/checkpoint-4"], ["--resume=out/checkpoint-4"]])
+def test_printed_command_drops_resume_and_its_value(monkeypatch, resume):
+    monkeypatch.setattr(sys, "argv", ["asft-train", "--data", "a b", *resume, "--lam", "2"])
+    assert _command() == "asft-train --data 'a b' --lam 2"
 
 
 @pytest.mark.parametrize(
@@ -275,10 +366,59 @@ def test_change_is_paired():
 
 RANKS = """
 import sys
+import torch
 sys.path[:0] = [{tests!r}, {root!r}]
 from asft_kernels.train import main
-sys.exit(main(sys.argv[1:]))
+if len(sys.argv) > 3:
+    sys.exit(main(sys.argv[1:]))
+import test_train
+gradients, row = test_train.trained(test_train.Path(sys.argv[1]), 2, 1, test_train.uneven())
+torch.save((gradients, row), sys.argv[2] + test_train.os.environ["RANK"])
 """
+
+
+def run_ranks(folder, arguments):
+    """Two processes that find each other at a port that was free just now."""
+    tests = Path(__file__).parent
+    script = folder / "ranks.py"
+    script.write_text(RANKS.format(tests=str(tests), root=str(tests.parent)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+                 "ACCELERATE_USE_CPU": "true"},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    for worker in workers:
+        output = worker.communicate(timeout=180)[0]
+        assert worker.returncode == 0, output
+
+
+def uneven():
+    """Four pairs of which three count: two ranks of two have one and two of them."""
+    from datasets import Dataset
+
+    sides = {"prompt": [[5, 6], [7, 8], [9, 10], [11]], "chosen": [[20], [21, 22], [23], [24, 25, 26]]}
+    return Dataset.from_dict({**sides, "rejected": [[30, 31], [32], [], [33, 34]]})
+
+
+def test_ranks_with_unequal_numbers_of_counting_pairs_give_the_same_gradients(tmp_path):
+    """Bound: fp32 sums in another order; 1e-5 is 80 roundings of the largest entry."""
+    one, row = trained(tmp_path, 4, 1, uneven())
+    assert row["pairs"] == 3
+    run_ranks(tmp_path, [str(tmp_path), str(tmp_path / "gradients")])
+    for rank in (0, 1):
+        gradients, theirs = torch.load(tmp_path / f"gradients{rank}")
+        for first, second in zip(one, gradients, strict=True):
+            assert (first - second).abs().max() <= 1e-5 * first.abs().max()
+        for name in ("loss", "sft", "align", "margin", "accuracy", "pairs", "grad_norm"):
+            assert row[name] == pytest.approx(theirs[name], rel=1e-5), name
 
 
 def test_two_ranks_train_as_one_process(job, tmp_path):
@@ -289,24 +429,8 @@ def test_two_ranks_train_as_one_process(job, tmp_path):
     common = [*job, "--model", str(model), "--max-steps", "3"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert main([*common, "--output-dir", str(one)]) == 0
-    script = tmp_path / "ranks.py"
-    tests = Path(__file__).parent
-    script.write_text(RANKS.format(tests=str(tests), root=str(tests.parent)))
-    arguments = [*common, "--per-device-train-batch-size", "1", "--output-dir", str(two)]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(script), *arguments],
-            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29731", "OMP_NUM_THREADS": "1",
-                 "ACCELERATE_USE_CPU": "true"},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    for worker in workers:
-        output = worker.communicate(timeout=180)[0]
-        assert worker.returncode == 0, output
-    for name in ("loss", "sft", "margin", "accuracy", "pairs", "loss_token_share"):
+    run_ranks(tmp_path, [*common, "--per-device-train-batch-size", "1", "--output-dir", str(two)])
+    for name in ("loss", "sft", "margin", "accuracy", "pairs", "loss_token_share", "grad_norm"):
         first, second = ([row[name] for row in rows(f) if name in row] for f in (one, two))
         assert first == pytest.approx(second, rel=1e-4, abs=1e-6), name
     trained = [AutoModelForCausalLM.from_pretrained(f).lm_head.weight for f in (one, two)]

@@ -141,7 +141,8 @@ class PreferenceTrainer(Trainer):
     # Checkpoints hold the language model itself, as from_pretrained reads it
 
     def _language_model(self) -> Any:
-        return cast(PreferenceModel, self.accelerator.unwrap_model(self.model)).model
+        model: Any = self.accelerator.unwrap_model(self.model)
+        return model.model if isinstance(model, PreferenceModel) else model
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
