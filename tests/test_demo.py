@@ -4,18 +4,21 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="needs the train extra: transformers")
 pytest.importorskip("datasets", reason="needs the train extra: datasets")
+pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
 
 from asft_kernels import demo
 from asft_kernels.data import load_pairs
 from asft_kernels.demo import compare
 from asft_kernels.integrations import smollm2
 from asft_kernels.integrations.smollm2 import ModelUnavailable, smollm2_path
+from asft_kernels.train import run
 from tiny_lm import pairs, saved_tiny_model, write_lines
 
 
@@ -111,6 +114,23 @@ def test_output_folder_gets_a_number(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run-2").mkdir()
     assert demo._unused(tmp_path / "run") == tmp_path / "run-3"
+
+
+def test_ctrl_c_is_said_at_once(tmp_path, monkeypatch, capsys):
+    def stopped(job, args, say, say_at_once):
+        assert args.save_strategy == "no"
+        say("the report")
+        say_at_once("stopping after this step")
+        return SimpleNamespace(stopped=True)
+
+    monkeypatch.setattr(run, "run", stopped)
+    monkeypatch.setattr(demo, "missing_extra", lambda needed: None)
+    monkeypatch.setattr(smollm2, "smollm2_path", lambda wheel: tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert demo.main(["--output-dir", str(tmp_path / "out")]) == 130
+    said = capsys.readouterr().out
+    assert "stopping after this step" in said
+    assert "the report" not in said
 
 
 def converted_smollm2() -> Path:
