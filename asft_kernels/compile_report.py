@@ -6,7 +6,8 @@ One row per kernel, architecture, operand dtype and variant: registers, spills, 
 the chip's limit, and the matrix instructions found in the machine code. The launches are not listed
 here: the backend and asft_sequence run on meta tensors (shapes without data) with the tile table
 answering for the architecture in question, and whatever they launch is recorded and compiled.
-Shapes are those of a language model, so pointers and strides count as divisible by 16.
+Bias and softcap come alone, together and not at all; shapes are those of a language model, whose
+pointers and strides count as divisible by 16, and once ("odd") such that nothing is.
 """
 
 import argparse
@@ -138,32 +139,44 @@ def record_launches() -> Iterator[list[Launch]]:
         JITFunction.run = original
 
 
-def launches_for(architecture: str, dtype: torch.dtype) -> list[Launch]:
-    """Everything that the package launches on that architecture for inputs of that dtype."""
-    N, M, D, V = 2048, 4096, 2048, 32768
-    plan = Plan(V, chunk=V // 2, cached=1)
+def launches_for(architecture: str, dtype: torch.dtype, *, every: bool = True) -> list[Launch]:
+    """What the package launches on that architecture for inputs of that dtype.
+
+    Without `every`, what a quick test leaves out: bias or softcap alone but for bf16, and odd shapes but
+    for bf16 with both.
+    """
+    low = dtype == torch.bfloat16
     with assume_architecture(architecture), record_launches() as launches, torch.device("meta"):
-        hidden, weight, bias = (torch.empty(s, dtype=dtype) for s in ((M, D), (V, D), (V,)))
-        rows, labels, g = (*torch.empty(2, N, dtype=torch.int64).unbind(), torch.empty(N))
-        by_column = torch.empty((D, V), dtype=dtype).t()  # a head that was stored transposed
-        plain, softcapped = Logits(), Logits(0.5, 30.0)
-        for w, b, logits in (
-            (weight, None, plain),
-            (weight, bias, softcapped),
-            (by_column, None, plain),
-        ):
-            inputs = (hidden, w, b, rows, labels)
-            triton_fused.forward(*inputs, logits, plan, needs_acc=False, needs_exps=False)
-            saved = triton_fused.forward(*inputs, logits, plan, needs_acc=True, needs_exps=True)
-            triton_fused.backward(
-                g, *inputs, saved, logits, plan,
-                needs_hidden=True, needs_weight=True, needs_bias=b is not None,
-            )  # fmt: skip
+        _both_phases(2048, 4096, 2048, 32768, 16384, dtype, with_alone=every or low)
+        if every or low:
+            # No multiple of anything; blocks of 256 where D is 251, and a last chunk of 37 rows.
+            _both_phases(2047, 4095, 251, 30040, 10001, dtype, with_alone=every, with_plain=every)
         if dtype == torch.float32:  # its inputs are fp32 log-probabilities whatever the model's dtype
-            offsets = torch.empty(17, dtype=torch.int64)
-            terms = asft_sequence(g, offsets, lam=1.0, beta=1.0, sft_weight=1.0)
+            offsets, N = torch.empty(17, dtype=torch.int64), 2048
+            terms = asft_sequence(torch.empty(N), offsets, lam=1.0, beta=1.0, sft_weight=1.0)
             asft_sequence_grad(terms.loss, terms.coef, offsets, N)
     return launches
+
+
+def _both_phases(
+    N: int, M: int, D: int, V: int, chunk: int, dtype: torch.dtype, *, with_alone: bool, with_plain: bool = True
+) -> None:
+    plan = Plan(V, chunk=chunk, cached=1)
+    hidden, weight, bias = (torch.empty(s, dtype=dtype) for s in ((M, D), (V, D), (V,)))
+    rows, labels, g = (*torch.empty(2, N, dtype=torch.int64).unbind(), torch.empty(N))
+    by_column = torch.empty((D, V), dtype=dtype).t()  # a head that was stored transposed
+    plain, softcapped = Logits(), Logits(0.5, 30.0)
+    cases = [(weight, bias, softcapped)]
+    cases += [(weight, None, plain), (by_column, None, plain)] if with_plain else []
+    cases += [(weight, bias, plain), (weight, None, softcapped)] if with_alone else []
+    for w, b, logits in cases:
+        inputs = (hidden, w, b, rows, labels)
+        triton_fused.forward(*inputs, logits, plan, needs_acc=False, needs_exps=False)
+        saved = triton_fused.forward(*inputs, logits, plan, needs_acc=True, needs_exps=True)
+        triton_fused.backward(
+            g, *inputs, saved, logits, plan,
+            needs_hidden=True, needs_weight=True, needs_bias=b is not None,
+        )  # fmt: skip
 
 
 def describe(launch: Launch, architecture: str, dtype: torch.dtype) -> Row:
@@ -177,6 +190,10 @@ def describe(launch: Launch, architecture: str, dtype: torch.dtype) -> Row:
         # The private segment holds spilled vector registers; a scalar one goes to a vector register.
         spills = _metadata(code, "vgpr_spill_count") + _metadata(code, "private_segment_fixed_size")
     variant = [k if v is True else f"{k}={v}" for k, v in launch.constexprs if v and k.isupper()]
+    types = [kind for _, kind in launch.signature]
+    known = [p.do_not_specialize or i in launch.divisible for i, p in enumerate(launch.fn.params)]
+    if any(t in ("i32", "i64") and not k for t, k in zip(types, known, strict=True)):
+        variant.append("odd")
     return Row(
         kernel=launch.fn.fn.__name__,
         architecture=architecture,

@@ -215,7 +215,8 @@ def test_label_logits_reads_a_transposed_head(device):
 )
 def test_logits_exp(N, V, D, first, stop, scale, softcap, bias, dtype, store, sums, device):
     """E' = exp(z - q) c: exp turns an absolute error of its argument into a relative one, dz of z
-    and u |z - q| of the difference, and is itself within 4 roundings; c is off by dc. A tile's sum adds at most BLOCK_V of its roundings, all positive."""
+    and u |z - q| of the difference, and is itself within 4 roundings; c is off by dc. A tile's
+    sum adds at most BLOCK_V of its roundings, all positive."""
     if not store and not sums:
         return
     x = Inputs(N, V, D, dtype, device, bias=bias)

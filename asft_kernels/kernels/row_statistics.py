@@ -7,7 +7,8 @@
             push = scale * g / total                  on O in dH, on E'^T h in dW
 
 s leaves the label out, so logp and 1 - p keep their digits for confident tokens. s = 0 (a vocabulary
-of one) gives logp = 0 and 1 - p = 0. r and q are -inf while all logits are. fp32 throughout. Moves 8*N bytes a tile, nothing to tune.
+of one) gives logp = 0 and 1 - p = 0. r and q are -inf while all logits are.
+fp32 throughout. Moves 8*N bytes a tile, nothing to tune.
 """
 
 import torch
