@@ -372,8 +372,10 @@ from asft_kernels.train import main
 if len(sys.argv) > 3:
     sys.exit(main(sys.argv[1:]))
 import test_train
-gradients, row = test_train.trained(test_train.Path(sys.argv[1]), 2, 1, test_train.uneven())
-torch.save((gradients, row), sys.argv[2] + test_train.os.environ["RANK"])
+rank = test_train.os.environ["RANK"]
+folder = test_train.Path(sys.argv[1]) / rank  # each rank writes rows of its own
+folder.mkdir()
+torch.save(test_train.trained(folder, 2, 1, test_train.uneven()), sys.argv[2] + rank)
 """
 
 
@@ -395,8 +397,12 @@ def run_ranks(folder, arguments):
         )
         for rank in (0, 1)
     ]  # fmt: skip
-    for worker in workers:
-        output = worker.communicate(timeout=180)[0]
+    try:
+        outputs = [worker.communicate(timeout=180)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    for worker, output in zip(workers, outputs, strict=True):
         assert worker.returncode == 0, output
 
 
