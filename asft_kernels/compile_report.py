@@ -274,6 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.json.write_text(text + "\n")
     if any(r.spills or r.shared > r.shared_limit for r in rows):
         sys.exit("a kernel spills or needs more shared memory than its chip has")
+    print(f"{len(rows)} compiled, none spills or passes its chip's shared memory")
 
 
 if __name__ == "__main__":

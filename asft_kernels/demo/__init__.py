@@ -78,7 +78,7 @@ def _demo(options: argparse.Namespace) -> int:
     if result.stopped:
         return 130
     print(
-        "\n3. one held-out batch, plain and fused (loss and gradients to hidden states and head)\n",
+        "\n3. one held-out batch of the model as it came: loss and gradients to hidden states and head\n",
         flush=True,
     )
     print(compare(model, DATA / "eval.jsonl", pairs=PAIRS_PER_STEP, max_length=MAX_LENGTH))

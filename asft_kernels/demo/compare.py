@@ -89,7 +89,8 @@ def compare(model: Path, data: Path, *, pairs: int, max_length: int) -> str:
     gradients = (plain[1].nbytes + plain[2].nbytes) / MIB
     lines += [
         "",
-        f"fused and plain differ by {apart[0]:.1e} in the loss, {apart[1]:.1e} in dH, {apart[2]:.1e} in dW",
+        f"fused and plain differ by {apart[0]:.1e} in the loss, {apart[1]:.1e} in dH, {apart[2]:.1e} in dW:",
+        "the rounding of whichever lies further from float64",
         "dH, dW: gradients to hidden states and head, relative (Frobenius norm); loss: absolute",
         f"extra memory: peak of forward and backward, {gradients:.0f} MiB of it the gradients",
     ]
