@@ -167,7 +167,7 @@ def test_total_of_the_step_replaces_the_mean():
 
 
 DDP_WORKER = """
-import sys
+import os, sys
 import torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, {tests!r})
@@ -182,7 +182,8 @@ data = batch(pairs=4)
 rows = [0, 1, 4, 5] if rank == 0 else [2, 3, 6, 7]
 model(**{{name: tensor[rows] for name, tensor in data.items()}})["loss"].backward()
 torch.save([p.grad for p in model.parameters()], sys.argv[3] + str(rank))
-dist.destroy_process_group()
+dist.barrier()
+os._exit(0)  # gloo's threads now and then abort a process that ends in the ordinary way
 """
 
 
@@ -206,9 +207,8 @@ def test_two_ranks_give_the_gradients_of_one_process(tmp_path):
         )
         for rank in (0, 1)
     ]
-    for worker in workers:
-        errors = worker.communicate(timeout=120)[1]
-        assert worker.returncode == 0, errors
+    errors = [worker.communicate(timeout=120)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], errors
     model = PreferenceModel(tiny_model(), lam=1.0)
     model(**batch(pairs=4))["loss"].backward()
     for rank in (0, 1):
