@@ -257,7 +257,7 @@ def test_distributed_and_lora_heads_are_refused(tmp_path):
 
 
 def test_peft_head_is_refused():
-    peft = pytest.importorskip("peft", reason="needs peft, of the train extra")
+    peft = pytest.importorskip("peft", reason="needs peft, of the test extra")
     base = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 97))
     wrapped = peft.get_peft_model(base, peft.LoraConfig(target_modules=["1"]))
     call("would silently drop what the wrapper adds", head=wrapped.base_model.model[1])
