@@ -1,71 +1,227 @@
-"""The README's table of ratios, drawn from the rows under bench_results/.
+"""Tables and pictures of what was measured, drawn from the rows under bench_results/.
 
-python -m benchmarks.report            # prints it
-python -m benchmarks.report --write    # puts it into README.md
+python -m benchmarks.report                  # prints the report of the newest rows of each device
+python -m benchmarks.report --write          # README's summary, bench_results/REPORT.md and its pictures
+python -m benchmarks.report FILE … --write   # from these rows instead
 """
 
 import argparse
 import json
+import re
 from pathlib import Path
 
+from benchmarks import plots
+from benchmarks.cases import WORKS
+from benchmarks.tables import (
+    AXES,
+    AXIS_NAMES,
+    BARE,
+    OURS,
+    Row,
+    accuracy_table,
+    best,
+    cost_table,
+    groups,
+    growth_table,
+    log_slope,
+    markdown,
+    memory_table,
+    peers_ahead,
+    shape_of,
+    sources,
+    verdict,
+)
+
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- ratios: drawn by `python -m benchmarks.report --write` -->", "<!-- /ratios -->"
+RESULTS = ROOT / "bench_results"
+BEGIN, END = "<!-- figures: drawn by `python -m benchmarks.report --write` -->", "<!-- /figures -->"
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+SHAPE = ("set", "model", "loss", "N", "M", "D", "V", "pairs", "dtype")
+OUR_DEFAULT = {"cpu": f"{OURS} torch", "cuda": f"{OURS} triton"}
 MIB = 2**20
 
 
-def newest_rows() -> tuple[Path, list[dict]]:
-    """The last file of rows by its date, and its rows."""
-    path = max((ROOT / "bench_results").glob("*-cpu-ratios.jsonl"))
-    return path, [json.loads(line) for line in path.read_text().splitlines()]
+def newest_files() -> list[Path]:
+    """The last file of rows of each device, by the date that its name begins with."""
+    newest: dict[str, Path] = {}
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        named = re.fullmatch(r"\d{4}-\d\d-\d\d-(.+)", path.stem)
+        if named and named[1] != "cpu-ratios":  # rows of benchmarks.ratios, of another form
+            newest[named[1]] = path
+    return list(newest.values())
 
 
-def table() -> str:
-    """Markdown: time in units of the bare products, and extra memory, for every contestant and shape."""
-    path, rows = newest_rows()
-    about = rows[0]
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a file; of a measurement that was repeated, the last."""
+    rows = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        rows[tuple(row.get(f) for f in ("kind", "case", "inputs", "work", "contestant", *SHAPE))] = row
+    return list(rows.values())
+
+
+def report(files: list[Path]) -> str:
+    """The full report, Markdown."""
     lines = [
-        f"Measured on a CPU ({about['cpu']}, {about['capability']}; torch {about['torch']}, cut-cross-entropy "
-        f"{about['cut-cross-entropy']}; commit {about['commit']}; `{about['command']}`), medians of {about['rounds']} "
-        f"alternating rounds; rows in [{path.name}](bench_results/{path.name}). The bare products are our schedule's "
-        "1, 2, 3 or 4 GEMMs of the N tokens alone, chunk by chunk into fresh memory; every other contestant computes "
-        "the same ASFT loss and its gradients. Plain torch forms the logits of all M positions, as a model's forward "
-        "does; cut-cross-entropy and we compute the N that carry loss, and `torch_compile` is its implementation that "
-        "runs on a CPU. Extra memory is the peak over what was resident before the call, the gradients it returns "
-        "included.",
+        "# What was measured",
         "",
+        "Drawn by `python -m benchmarks.report --write` from the rows named under each table; no figure is typed.",
+        "",
+        "- *Bare products*, the yardstick, are the matrix products of our schedule alone, chunk by chunk into fresh",
+        "  memory.",
+        "- The best figure of each column is bold, per gradients wanted. An answer further from float64 than its",
+        "  dtype's rounding allows is *refused* and gets no time; what raised or ran out of memory has *failed*.",
+        "- Extra memory is the peak of one call over what was there before it, the gradients that it returns included.",
+        "- Errors are relative (Frobenius norm) to float64 on the same inputs.",
     ]
-    for shape in dict.fromkeys((r["N"], r["M"], r["D"], r["V"]) for r in rows):
-        N, M, D, V = shape
-        lines += [
-            f"N = {N} of {M} positions carry loss, D = {D}, V = {V}, fp32:",
-            "",
-            "| gradients | contestant | seconds | × bare products | extra MiB |",
-            "| --- | --- | --- | --- | --- |",
-        ]
-        for r in rows:
-            if (r["N"], r["M"], r["D"], r["V"]) == shape:
-                lines.append(
-                    f"| {r['work']} | {r['contestant']} | {r['seconds']:.3f} | {r['ratio']:.2f} "
-                    f"| {r['extra_bytes'] / MIB:.0f} |"
-                )
-        lines.append("")
-    return "\n".join(lines)
+    by_device: dict[str, list[Path]] = {device: [] for device in DEVICES}
+    for path in files:
+        for device in dict.fromkeys(row["device"] for row in read_rows(path)):
+            by_device[device].append(path)
+    for device, paths in by_device.items():
+        for path in paths:
+            rows = [row for row in read_rows(path) if row["device"] == device]
+            lines += ["", f"## {DEVICES[device]}: {rows[0]['about']['machine']}", *device_report(rows, path)]
+        if not paths:
+            lines += ["", f"## {DEVICES[device]}", "", f"No {DEVICES[device]}: not measured yet."]
+    return "\n".join(lines) + "\n"
 
 
-def written(readme: str) -> str:
-    """The README with the table between its marks."""
+def device_report(rows: list[Row], path: Path) -> list[str]:
+    lines: list[str] = []
+    cost = [r for r in rows if r["kind"] == "cost"]
+    for (set_name,), in_set in groups((r for r in cost if r["set"] not in AXES), "set").items():
+        lines += ["", f"### Cost: {set_name}"]
+        for case in groups(in_set, *SHAPE).values():
+            lines += ["", f"**{shape_of(case[0])}, loss {case[0]['loss']}**", "", *cost_table(case)]
+            lines += ["", verdict(case), "", sources(case, path.name)]
+    for set_name in (s for s in AXES if any(r["set"] == s for r in cost)):
+        in_set = [r for r in cost if r["set"] == set_name]
+        lines += ["", f"### Growth: {AXIS_NAMES[set_name]}"]
+        for case in groups(in_set, *(f for f in SHAPE if f not in GROWING[set_name])).values():
+            lines += ["", f"{fixed_sizes(case[0], set_name)}. Seconds, and the slope of log time:", ""]
+            lines += [*growth_table(case, set_name), ""]
+            if set_name == "growth-n":
+                lines += ["Extra memory; the formula is that of [docs/algorithm.md](../docs/algorithm.md#memory):", ""]
+                lines += [*memory_table(case), ""]
+            lines.append(sources(case, path.name))
+    if cost:
+        lines += ["", "### Pictures", "", *(f"![{name}]({name})" for name in plots.names(rows, path))]
+    accuracy = [r for r in rows if r["kind"] == "accuracy"]
+    if accuracy:
+        lines += ["", "### Accuracy"]
+        for (inputs, source, dtype), case in groups(accuracy, "inputs", "source", "dtype").items():
+            lines += ["", f"**{inputs} inputs{f' ({source})' if source else ''}, {dtype}**", "", *accuracy_table(case)]
+            lines += ["", sources(case, path.name)]
+    return lines
+
+
+# Fields that change along a growth set's axis.
+GROWING = {
+    "growth-n": ("N", "M", "pairs"),
+    "growth-v": ("V",),
+    "growth-pairs": ("N", "M", "pairs"),
+    "valid-share": ("N", "M", "pairs"),
+}
+
+
+def fixed_sizes(row: Row, set_name: str) -> str:
+    sizes = [f"{field} = {row[field]}" for field in ("N", "D", "V") if field not in GROWING[set_name]]
+    return ", ".join([*filter(None, [row["model"]]), *sizes, row["dtype"], f"loss {row['loss']}"])
+
+
+# --- README -----------------------------------------------------------------------------------------------------------
+
+
+def summary(files: list[Path]) -> str:
+    """The README's part: the main shapes, where a peer wins, how it grows, and what is not measured."""
+    lines: list[str] = []
+    seen = set()
+    for path in files:
+        rows = read_rows(path)
+        device = rows[0]["device"]
+        seen.add(device)
+        lines += [f"**{DEVICES[device]}: {rows[0]['about']['machine']}**", ""]
+        main = [r for r in rows if r["kind"] == "cost" and r["set"] == "main"]
+        for case in groups(main, *SHAPE).values():
+            if case[0]["loss"] == "asft":
+                lines += [f"{shape_of(case[0])}; time in units of the bare products, and extra MiB:", ""]
+                lines += [*summary_table(case), ""]
+        lines += [*where_peers_win(rows), "", growth_sentence(rows, device), ""]
+        lines += [sources(main or rows, f"bench_results/{path.name}"), ""]
+    lines += [f"{name}: not measured yet.\n" for device, name in DEVICES.items() if device not in seen]
+    more = "[bench_results/REPORT.md](bench_results/REPORT.md) has every shape, dtype and peer, accuracy and pictures"
+    return "\n".join([*lines, f"{more}; `make bench` measures them again.", ""])
+
+
+def summary_table(rows: list[Row]) -> list[str]:
+    works = [work for work in WORKS if any(r["work"] == work for r in rows)]
+    fastest = {work: best([r for r in rows if r["work"] == work], lambda r: r["ratio"], ".2f") for work in works}
+    lines = []
+    for (contestant,), line in groups(rows, "contestant").items():
+        at = {r["work"]: r for r in line}
+        lines.append([contestant, *(summary_cell(at.get(work), fastest[work]) for work in works)])
+    return markdown(["contestant", *works], lines, words=1)
+
+
+def summary_cell(row: Row | None, fastest: str | None) -> str:
+    if row is None:
+        return "–"
+    if row["status"] != "ok":
+        return row["status"]
+    if row["contestant"] == BARE:
+        return f"{row['seconds']:#.3g} s"
+    ratio = f"{row['ratio']:.2f}"
+    return f"{f'**{ratio}**' if ratio == fastest else ratio} ×, {row['extra_bytes'] / MIB:.0f} MiB"
+
+
+def where_peers_win(rows: list[Row]) -> list[str]:
+    """One line a case, of all that were measured but the growth sets."""
+    cases = groups((r for r in rows if r["kind"] == "cost" and r["set"] not in AXES), *SHAPE)
+    found = [
+        f"- {shape_of(case[0])}, loss {case[0]['loss']}: {'; '.join(peers_ahead(case))}"
+        for case in cases.values()
+        if peers_ahead(case)
+    ]
+    if not found:
+        return [f"In none of the {len(cases)} cases does a peer take less time or memory than ours."]
+    return [f"A peer takes less time or memory than ours in {len(found)} of {len(cases)} cases:", "", *found]
+
+
+def growth_sentence(rows: list[Row], device: str) -> str:
+    """Slopes of our default path, trainable head."""
+    found = []
+    for set_name, symbol in (("growth-n", "N"), ("growth-v", "V"), ("growth-pairs", "pairs")):
+        line = [r for r in rows if r["kind"] == "cost" and r["set"] == set_name and r["status"] == "ok"]
+        ours = [r for r in line if r["contestant"] == OUR_DEFAULT[device] and r["work"] == WORKS[-1]]
+        slope = log_slope([(AXES[set_name](r), r["seconds"]) for r in ours])
+        if slope is not None:
+            found.append(f"{symbol}^{slope:.2f}")
+    return f"With a trainable head our time grows as {', '.join(found)}." if found else "Growth: not measured yet."
+
+
+def written(readme: str, files: list[Path]) -> str:
+    """The README with the summary between its marks."""
     before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{table()}{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n{summary(files)}{END}{rest.split(END)[1]}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
-    if parser.parse_args().write:
-        readme = ROOT / "README.md"
-        readme.write_text(written(readme.read_text()))
-    else:
-        print(table())
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="rows (default: each device's newest)")
+    parser.add_argument("--write", action="store_true", help="into README.md and bench_results/ instead of printing")
+    args = parser.parse_args()
+    files = args.files or newest_files()
+    if not files:
+        parser.error(f"{RESULTS} holds no rows; measure first: make bench")
+    if not args.write:
+        print(report(files))
+        return
+    readme = ROOT / "README.md"
+    readme.write_text(written(readme.read_text(), files))
+    (RESULTS / "REPORT.md").write_text(report(files))
+    for path in files:
+        plots.draw(read_rows(path), path, RESULTS)
 
 
 if __name__ == "__main__":

@@ -4,17 +4,23 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 
-from benchmarks.report import written
+from benchmarks import report
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_tables_are_drawn_from_the_rows():
+def test_figures_are_drawn_from_the_rows():
+    files = report.newest_files()
+    if not files:
+        pytest.skip("bench_results/ has no rows yet: make bench")
     text = README.read_text()
-    assert written(text) == text, "run `python -m benchmarks.report --write`"
+    assert report.written(text, files) == text, "run `python -m benchmarks.report --write`"
+    full = report.RESULTS / "REPORT.md"
+    assert full.read_text() == report.report(files), "run `python -m benchmarks.report --write`"
 
 
 def test_drop_in_call_runs():

@@ -1,0 +1,119 @@
+"""Pictures of benchmark rows, as PNG: growth of time and memory, and the share of the GEMM rate achieved."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.cases import WORKS
+from benchmarks.tables import AXES, AXIS_NAMES, BARE, MIB, OURS, Row, groups
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; markers tell them apart in grey, too.
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+DRAWN = [name for name in AXES if name != "growth-pairs"]  # the panels, left to right
+
+
+def names(rows: list[Row], file: Path) -> list[str]:
+    """The pictures that these rows give, each named after the device that the file of rows is named after."""
+    device = re.sub(r"^\d{4}-\d\d-\d\d-", "", file.stem)
+    works = [work for work in WORKS if any(r["set"] in DRAWN and r["work"] == work for r in timed(rows))]
+    growth = [f"{device}-growth-{work.replace(' ', '-')}.png" for work in works]
+    return growth + ([f"{device}-gemm-share.png"] if roofs(rows) else [])
+
+
+def draw(rows: list[Row], file: Path, folder: Path) -> list[Path]:
+    """Writes the pictures and returns their paths; equal rows give equal bytes."""
+    paths = [folder / name for name in names(rows, file)]
+    for path in paths:
+        work = next((w for w in WORKS if path.stem.endswith(w.replace(" ", "-"))), None)
+        figure = growth(rows, work) if work else gemm_share(rows)
+        figure.savefig(path, dpi=110, metadata={"Software": None})
+    return paths
+
+
+def timed(rows: list[Row]) -> list[Row]:
+    return [r for r in rows if r["kind"] == "cost" and r["status"] == "ok"]
+
+
+def roofs(rows: list[Row]) -> list[Row]:
+    return [r for r in timed(rows) if r["set"] not in AXES and r["gemm_share"] is not None]
+
+
+def style_of(rows: list[Row]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each contestant, ours first, the bare products grey."""
+    found = dict.fromkeys(r["contestant"] for r in sorted(rows, key=lambda r: r["package"] != OURS))
+    contestants = [name for name in found if name != BARE]
+    styles = {
+        name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        for i, name in enumerate(contestants)
+    }
+    return styles | {BARE: {"color": "0.55", "marker": "|"}}
+
+
+def growth(rows: list[Row], work: str) -> "Figure":
+    """Time above memory, against N, V and the share of valid tokens; logarithmic, so that linear is a slope of 1."""
+    from matplotlib.figure import Figure
+
+    rows = [r for r in timed(rows) if r["work"] == work and r["set"] in DRAWN]
+    sets = [name for name in DRAWN if any(r["set"] == name for r in rows)]
+    styles = style_of(rows)
+    figure = Figure(figsize=(3.6 * len(sets) + 0.6, 6.6), layout="constrained")
+    axes = figure.subplots(2, len(sets), squeeze=False, sharex="col", sharey="row")
+    for column, name in enumerate(sets):
+        for (contestant,), line in groups([r for r in rows if r["set"] == name], "contestant").items():
+            line = sorted(line, key=AXES[name])
+            x = [AXES[name](r) for r in line]
+            look = {"label": contestant, "markersize": 5, "linewidth": 1.4, **styles[contestant]}
+            axes[0, column].plot(x, [r["seconds"] for r in line], **look)
+            axes[1, column].plot(x, [r["extra_bytes"] / MIB for r in line], **look)
+        for panel in axes[:, column]:
+            panel.set_yscale("log")
+            if name != "valid-share":
+                panel.set_xscale("log", base=2)
+            panel.set_xticks(sorted({AXES[name](r) for r in rows if r["set"] == name}))
+            panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            panel.minorticks_off()
+            plain(panel)
+        axes[1, column].set_xlabel(AXIS_NAMES[name])
+        axes[1, column].tick_params(axis="x", rotation=45)
+    axes[0, 0].set_ylabel("seconds")
+    axes[1, 0].set_ylabel("extra memory, MiB")
+    figure.suptitle(f"{rows[0]['about']['machine']}: {work}", fontsize=10)
+    handles = {h.get_label(): h for panel in axes[0] for h in panel.get_lines()}
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+def gemm_share(rows: list[Row]) -> "Figure":
+    """The roof is the rate of a bare GEMM in the same run; a contestant's share counts only useful products."""
+    from matplotlib.figure import Figure
+
+    rows = roofs(rows)
+    works = [work for work in WORKS if any(r["work"] == work for r in rows)]
+    styles = style_of(rows)
+    contestants = [name for name in styles if any(r["contestant"] == name for r in rows)]
+    height = 1.4 + 0.3 * len(contestants)
+    figure = Figure(figsize=(3.2 * len(works) + 2.4, height), layout="constrained")
+    for panel, work in zip(figure.subplots(1, len(works), squeeze=False, sharey=True)[0], works, strict=True):
+        for r in rows:
+            if r["work"] == work:
+                look = styles[r["contestant"]]
+                panel.plot(r["gemm_share"], contestants.index(r["contestant"]), markersize=6, alpha=0.8, **look)
+        panel.axvline(1.0, color="0.3", linewidth=1.0)
+        panel.set_xlim(0, 1.15)
+        panel.set_yticks(range(len(contestants)), contestants, fontsize=8)
+        panel.set_title(work, fontsize=9)
+        panel.set_xlabel("share of the GEMM rate")
+        plain(panel)
+    figure.axes[0].invert_yaxis()
+    figure.suptitle(f"{rows[0]['about']['machine']}: one mark a shape; the line is the roof", fontsize=10)
+    return figure
+
+
+def plain(panel: Any) -> None:
+    panel.grid(alpha=0.25)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)

@@ -1,0 +1,169 @@
+"""The benchmark report: what it says of rows made by hand, whose right answers are known."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import plots, report, tables
+
+ABOUT = {
+    "date": "2030-01-02", "commit": "abc1234", "command": "python -m benchmarks.run cpu",
+    "machine": "Some CPU, 2 cores", "capability": "AVX512", "memory_gib": 24, "threads": 2,
+    "python": "3.11.7", "torch": "2.13.0+cpu",
+}  # fmt: skip
+
+
+def row(contestant="asft_kernels torch", package="asft_kernels", **changes):
+    """A cost row of the schema, right and timed unless changed."""
+    return {
+        "kind": "cost", "set": "main", "case": "tiny", "model": "Tiny", "loss": "asft", "work": "frozen head",
+        "N": 512, "M": 1024, "D": 64, "V": 8192, "pairs": 4, "dtype": "float32", "device": "cpu",
+        "contestant": contestant, "package": package, "version": "1.0", "gemms": 2, "status": "ok", "reason": None,
+        "seconds": 2.0, "seconds_min": 1.9, "seconds_max": 2.2, "rounds": 7, "first_call_s": 3.0, "import_s": 1.0,
+        "ratio": 1.02, "gemm_share": 0.9, "gemm_flops_per_s": 2e11, "extra_bytes": 20 * 2**20, "err_loss": 1e-7,
+        "err_dh": 3e-7, "err_dw": None, "tol_loss": 1e-5, "tol_grad": 1e-5, "about": ABOUT, **changes,
+    }  # fmt: skip
+
+
+BARE = row("bare products", "torch", seconds=1.9, ratio=1.0, extra_bytes=2**20, err_loss=None, err_dh=None)
+PEER = row("fast peer", "peer-package", version="9.9", seconds=1.5, ratio=0.79, extra_bytes=90 * 2**20, err_dh=5e-7)
+WRONG = row(
+    "wrong peer", "peer-package", status="refused", reason="dH differs\nby 0.3 | too much", seconds=None, ratio=None
+)
+MAIN = [BARE, row(), PEER, WRONG]
+
+
+def grown(set_name, **axis):
+    (field, values), = axis.items()  # fmt: skip
+    return [row(set=set_name, **{field: x, "seconds": 1e-3 * x, "work": "trainable head"}) for x in values]
+
+
+def accuracy(contestant, package, err_dw, **changes):
+    kind = {"kind": "accuracy", "set": "accuracy", "inputs": "real", "source": "SmolLM2", "dtype": "bfloat16"}
+    return row(contestant, package, **kind, err_dw=err_dw, rounding_dh=1e-3, rounding_dw=1.6e-3, **changes)
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    rows = [*MAIN, *grown("growth-n", N=[256, 512, 1024]), *grown("growth-v", V=[8192, 32768])]
+    rows += [row(set="valid-share", M=M, work="trainable head") for M in (512, 1024, 2048)]
+    rows += [accuracy("asft_kernels torch", "asft_kernels", 1.7e-3, pairs=n) for n in (1, 64)]
+    rows += [accuracy("Liger", "liger-kernel", 1e-3 * n, pairs=n) for n in (1, 64)]
+    path = tmp_path / "2030-01-02-cpu.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def cells(lines, contestant):
+    return [c.strip() for c in next(line for line in lines if f"| {contestant} |" in line).strip("|").split("|")]
+
+
+def test_cost_table_marks_the_best_of_each_column_and_not_the_yardstick():
+    table = tables.cost_table(MAIN)
+    assert cells(table, "fast peer")[2:5] == ["**1.50**", "**0.79**", "90"]
+    assert cells(table, "asft_kernels torch")[2:7] == ["2.00", "1.02", "**20**", "**1e-07**", "**3.0e-07**"]
+    assert not any("**" in cell for cell in cells(table, "bare products"))
+
+
+def test_a_wrong_answer_stands_with_its_reason_and_without_a_time():
+    line = next(line for line in tables.cost_table(MAIN) if "wrong peer" in line)
+    assert "refused: dH differs by 0.3 \\| too much" in line
+    assert line.count("–") == len(tables.COST)
+    assert tables.best([WRONG | {"seconds": 0.1}, PEER], lambda r: r["seconds"], ".3g") == "1.5"
+
+
+def test_peers_that_win_are_named_in_words():
+    assert tables.peers_ahead(MAIN) == ["fast peer in time, frozen head (0.75 × ours)"]
+    assert tables.peers_ahead([row(), PEER | {"seconds": 3.0}]) == []
+    assert "in 1 of 1 cases:" in report.where_peers_win(MAIN)[0]
+    assert report.where_peers_win([row()]) == ["In none of the 1 cases does a peer take less time or memory than ours."]
+
+
+def test_slope_is_the_exponent():
+    assert tables.log_slope([(n, 5e-9 * n**2) for n in (256, 512, 4096)]) == pytest.approx(2, abs=1e-9)
+    assert tables.log_slope([(256, 1.0), (256, 2.0)]) is None
+    assert (
+        cells(tables.growth_table(grown("growth-v", V=[8192, 32768]), "growth-v"), "asft_kernels torch")[-1] == "1.00"
+    )
+
+
+def test_memory_is_fitted_beside_the_documented_formula():
+    sizes = [256, 512, 1024]
+    measured = [row(set="growth-n", N=n, extra_bytes=7 * 2**20 + 3 * 1024 * n) for n in sizes]
+    line = cells(tables.memory_table(measured), "asft_kernels torch")
+    assert line[4] == "7 MiB + 3.0 KiB · N"
+    documented = np.array([tables.documented_bytes(r) for r in measured], dtype=float)
+    slope = np.polyfit(sizes, documented, 1)[0] / 1024
+    assert line[7].endswith(f"{slope:.1f} KiB · N")
+    assert tables.documented_bytes(PEER) is None
+
+
+def test_documented_memory_of_a_trainable_head():
+    """By hand, for a chunk that is the whole vocabulary: 16 N D + 2 chunks + dH + dW + 4 N V."""
+    small = row(N=8, M=16, D=4, V=64, work="trainable head")
+    assert tables.documented_bytes(small) == 16 * 8 * 4 + 2 * 4 * 8 * 64 + 16 * 4 * 4 + 64 * 4 * 4 + 4 * 8 * 64
+    assert tables.documented_bytes(small | {"contestant": "asft_kernels torch, cache_bytes=0"}) == (
+        16 * 8 * 4 + 2 * 4 * 8 * 64 + 16 * 4 * 4 + 64 * 4 * 4
+    )
+
+
+def test_accuracy_table_has_the_single_rounding_and_marks_the_best():
+    rows = [accuracy("asft_kernels torch", "asft_kernels", 1.7e-3, pairs=n) for n in (1, 64)]
+    rows += [accuracy("Liger", "liger-kernel", 1e-3 * n, pairs=n) for n in (1, 64)]
+    of_dw = [line for line in tables.accuracy_table(rows) if line.startswith("| dW")]
+    assert cells(of_dw, "*the exact gradient, rounded once*")[2:] == ["1.60e-03", "1.60e-03"]
+    assert cells(of_dw, "Liger")[2:] == ["**1.00e-03**", "6.40e-02"]
+    assert cells(of_dw, "asft_kernels torch")[2:] == ["1.70e-03", "**1.70e-03**"]
+
+
+def test_every_table_names_its_source(file):
+    text = report.report([file])
+    described = text.count("<sub>Some CPU, 2 cores, AVX512, 24 GiB, 2 threads; Python 3.11.7, torch 2.13.0+cpu")
+    assert described == text.count("| --- |") - 1  # the memory table shares its source with the time above it
+    assert "peer-package 9.9" in text
+    assert "commit abc1234; `python -m benchmarks.run cpu`, 2030-01-02; median of 7 rounds" in text
+    assert "rows in [2030-01-02-cpu.jsonl](2030-01-02-cpu.jsonl)" in text
+
+
+def test_a_device_without_rows_is_said_to_be_unmeasured(file):
+    assert "No GPU: not measured yet." in report.report([file])
+    assert "GPU: not measured yet." in report.summary([file])
+    assert "CPU: not measured yet." not in report.summary([file])
+
+
+def test_summary_stands_between_its_marks(file):
+    readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    once = report.written(readme, [file])
+    assert once.startswith(f"before\n{report.BEGIN}\n")
+    assert once.endswith(f"{report.END}\nafter\n")
+    assert "old" not in once
+    assert "| fast peer | **0.79** ×, 90 MiB |" in once
+    assert "With a trainable head our time grows as N^1.00, V^1.00." in once
+    assert report.written(once, [file]) == once
+
+
+def test_of_a_repeated_measurement_the_last_counts(file):
+    with file.open("a") as out:
+        out.write(json.dumps(row(seconds=1.0)) + "\n")
+    again = [r for r in report.read_rows(file) if r["set"] == "main" and r["package"] == "asft_kernels"]
+    assert [r["seconds"] for r in again] == [1.0]
+
+
+def test_newest_file_of_each_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    for name in ("2030-01-02-cpu", "2030-01-10-cpu", "2030-01-01-nvidia-h100-80gb-hbm3", "notes"):
+        (tmp_path / f"{name}.jsonl").write_text("")
+    found = [path.stem for path in report.newest_files()]
+    assert sorted(found) == ["2030-01-01-nvidia-h100-80gb-hbm3", "2030-01-10-cpu"]
+
+
+def test_pictures_are_written_and_repeat(file, tmp_path):
+    rows = report.read_rows(file)
+    paths = plots.draw(rows, file, tmp_path)
+    assert [p.name for p in paths] == ["cpu-growth-trainable-head.png", "cpu-gemm-share.png"]
+    first = [p.read_bytes() for p in paths]
+    assert all(data.startswith(b"\x89PNG") for data in first)
+    assert [p.read_bytes() for p in plots.draw(rows, file, tmp_path)] == first
+    assert all(f"]({p.name})" in report.report([file]) for p in paths)
