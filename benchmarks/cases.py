@@ -1,0 +1,198 @@
+"""The cases: shapes and what is wanted of them, in named sets, and their inputs from a seed.
+
+On a CPU the hidden sizes and token counts of the large models are scaled down so that a round ends; the vocabulary,
+which is what this package is about, is the model's own. A case says so in its model's name.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.losses import IGNORE
+
+NO_GRADIENT, FROZEN, TRAINABLE = WORKS = ("no gradient", "frozen head", "trainable head")
+MODELS = {  # vocabulary, hidden size
+    "SmolLM2-135M": (49152, 576),
+    "Llama-3-8B": (128256, 4096),
+    "Qwen3": (151936, 4096),
+    "Gemma-3": (262144, 2560),
+}
+OURS = ("bare products", "asft_kernels torch", "asft_kernels triton")
+UNCACHED = ("asft_kernels torch, cache_bytes=0", "asft_kernels triton, cache_bytes=0")
+
+
+class Inputs(NamedTuple):
+    """What a contestant is given. labels are aligned with the positions that predict them (already shifted)."""
+
+    hidden: Tensor  # (2B, T, D)
+    weight: Tensor  # (V, D)
+    labels: Tensor  # (2B, T) int64, -100 where masked
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement's shape. rounds: timed calls. contestants: display names, () for all that can take the case."""
+
+    set: str
+    work: str
+    N: int  # tokens that carry loss
+    M: int  # positions, 2 * pairs rows of M / (2 * pairs)
+    D: int
+    V: int
+    model: str = ""
+    loss: str = "asft"
+    pairs: int = 2
+    dtype: str = "float32"
+    device: str = "cpu"
+    rounds: int = 5
+    contestants: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.M % (2 * self.pairs) or not 2 * self.pairs <= self.N <= self.M:
+            raise ValueError(
+                f"case of {self.set}: got N={self.N}, M={self.M}, pairs={self.pairs}; "
+                "need M in rows of one length and a valid token in each row"
+            )
+
+    @property
+    def id(self) -> str:
+        name = f"{self.model} " if self.model else ""
+        shape = f"N{self.N} M{self.M} D{self.D} V{self.V} pairs{self.pairs}"
+        return f"{name}{shape} {self.dtype} {self.loss} {self.work}"
+
+    @property
+    def row(self) -> dict:
+        """The case's part of a result row."""
+        fields = asdict(self)
+        del fields["rounds"], fields["contestants"]
+        return fields | {"case": self.id}
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def same_inputs(self) -> "Case":
+        """Equal for cases that share inputs and exact answers: those of other works and other sets."""
+        return replace(self, set="", model="", work=TRAINABLE, rounds=0, contestants=())
+
+    def tiny(self) -> "Case":
+        """A few tokens of it: for the first call, which imports and compiles."""
+        return replace(self, N=8, M=16, D=32, V=64, pairs=2)
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    """Random inputs on the CPU: in each row a masked prompt, a response of about N / (2 * pairs) tokens, padding."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, length = 2 * case.pairs, case.M // (2 * case.pairs)
+    hidden = torch.randn(rows, length, case.D, generator=generator).to(case.torch_dtype)
+    weight = torch.randn(case.V, case.D, generator=generator).mul_(0.02).to(case.torch_dtype)
+    labels = torch.randint(case.V, (rows, length), generator=generator)
+    for row in range(rows):
+        answer = case.N // rows + (row < case.N % rows)
+        start = (length - answer) // 2
+        labels[row, :start] = IGNORE
+        labels[row, start + answer :] = IGNORE
+    return Inputs(hidden, weight, labels)
+
+
+def scaled(model: str, hidden_size: int) -> dict:
+    """The fields of a case of the model's vocabulary with another hidden size."""
+    V, D = MODELS[model]
+    name = model if hidden_size == D else f"{model} with D {D} → {hidden_size}"
+    return {"model": name, "V": V, "D": hidden_size}
+
+
+def growth(device: str, dtype: str, D: int, V: int, pairs_N: int, scale: int) -> list[Case]:
+    """Cost against N, V and pairs, one at a time. scale: tokens are that many times those of the CPU."""
+    shape = {"D": D, "device": device, "dtype": dtype, "rounds": 3}
+    tokens = [256, 512, 1024, 2048, 4096, 8192]
+    vocabularies = [8192, 16384, 32768, 65536, 131072, 262144]
+    against_n = [
+        Case("growth-n", work, N, N, V=V, contestants=(*OURS, *UNCACHED, "plain torch"), **shape)
+        for work in (FROZEN, TRAINABLE)
+        for N in tokens
+    ]
+    against_v = [
+        Case("growth-v", TRAINABLE, 512 * scale, 512 * scale, V=vocab, contestants=(*OURS, "plain torch"), **shape)
+        for vocab in vocabularies
+    ]
+    against_pairs = [
+        Case(
+            "growth-pairs", TRAINABLE, pairs_N, pairs_N, V=V, loss="simpo", pairs=pairs,
+            contestants=(*OURS, "plain torch", "Liger-Kernel SimPO"), **shape,
+        )
+        for pairs in (1, 2, 4, 8, 16, 32, 64)
+    ]  # fmt: skip
+    return against_n + against_v + against_pairs
+
+
+def cpu_cases() -> list[Case]:
+    """What `make bench` runs: under 20 minutes on two cores at 200 GFLOP/s (a test holds the estimate)."""
+    models = [("SmolLM2-135M", 576, 512), ("Llama-3-8B", 512, 256), ("Qwen3", 512, 256), ("Gemma-3", 320, 256)]
+    main = [Case("main", work, N, 2 * N, **scaled(name, D)) for name, D, N in models for work in WORKS]
+    share = [
+        Case("valid-share", work, N, 1024, **scaled("SmolLM2-135M", 576), rounds=3)
+        for N in (266, 512, 1024)
+        for work in (FROZEN, TRAINABLE)
+    ]
+    low = [Case("dtypes", work, 256, 256, 512, 32000, dtype="bfloat16", rounds=3) for work in WORKS]
+    losses = [
+        Case("losses", work, 512, 1024, **scaled("SmolLM2-135M", 576), loss=loss, rounds=3)
+        for loss in ("simpo", "dpo", "orpo")
+        for work in (FROZEN, TRAINABLE)
+    ]
+    # The logits' log-softmax and two gradients of its size are 24 GiB in plain torch, before anything else.
+    beyond = Case("beyond-plain", TRAINABLE, 8192, 8192, 64, 262144, rounds=1, contestants=(*OURS, "plain torch"))
+    return [*main, *share, *low, *losses, *growth("cpu", "float32", 256, 16384, 1024, 1), beyond]
+
+
+def gpu_cases() -> list[Case]:
+    """Full shapes in bf16, the headline first."""
+    place = {"device": "cuda", "dtype": "bfloat16", "pairs": 4}
+
+    def full(set_: str, name: str, work: str, N: int, M: int, **more) -> Case:
+        V, D = MODELS[name]
+        return Case(set_, work, N, M, D, V, model=name, **(place | more))
+
+    main = [
+        full("main", name, work, 8192, 8192) for name in ("Qwen3", "Llama-3-8B", "Gemma-3") for work in reversed(WORKS)
+    ]
+    share = [full("valid-share", "Qwen3", work, N, 8192) for N in (2130, 4096) for work in (TRAINABLE, FROZEN)]
+    losses = [
+        full("losses", "Llama-3-8B", work, 8192, 8192, loss=loss)
+        for loss in ("simpo", "dpo", "orpo")
+        for work in (TRAINABLE, FROZEN)
+    ]
+    # N * V passes 2**31, where 32-bit offsets would wrap; plain torch's fp32 log-softmax would be 37 GiB and more.
+    large = [full("large", "Qwen3", work, 65536, 65536, rounds=3, contestants=(*OURS, "plain torch")) for work in WORKS]
+    single = [full("dtypes", "Llama-3-8B", work, 2048, 2048, dtype="float32", rounds=3) for work in WORKS]
+    return [*main, *share, *losses, *large, *single, *growth("cuda", "bfloat16", 4096, 128256, 8192, 16)]
+
+
+def smoke_cases() -> list[Case]:
+    """Seconds in all: tests, and trying the whole machinery where there is nothing to measure."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    small = {"N": 24, "M": 48, "D": 32, "V": 256, "rounds": 2, "device": device}
+    return [
+        *(Case("smoke", work, **small) for work in WORKS),
+        Case("smoke", TRAINABLE, dtype="bfloat16", **small),
+        *(Case("smoke", TRAINABLE, loss=loss, **small) for loss in ("simpo", "dpo", "orpo")),
+    ]
+
+
+SUITES = {"cpu": cpu_cases, "gpu": gpu_cases, "smoke": smoke_cases}
+
+
+def select(names: list[str], device: str) -> list[Case]:
+    """The cases of suites (cpu, gpu, smoke) and of single sets (main, growth-n, ...) of the device's suite."""
+    cases = []
+    own = SUITES["gpu" if device == "cuda" else "cpu"]()
+    sets = list(dict.fromkeys(case.set for case in own))
+    for name in names:
+        if name not in SUITES and name not in sets:
+            raise ValueError(f"set: got {name!r}, need one of {', '.join([*SUITES, *sets])}")
+        cases += SUITES[name]() if name in SUITES else [case for case in own if case.set == name]
+    return list(dict.fromkeys(cases))
