@@ -149,7 +149,8 @@ def summary(files: list[Path]) -> str:
                 lines += [*summary_table(case), ""]
         lines += [*where_peers_win(rows), "", growth_sentence(rows, device), ""]
         lines += [sources(main or rows, f"bench_results/{path.name}"), ""]
-    lines += [f"{name}: not measured yet.\n" for device, name in DEVICES.items() if device not in seen]
+    predicted = {"cuda": "; [docs/gpu-model.md](docs/gpu-model.md) says what is predicted"}
+    lines += [f"{DEVICES[d]}: not measured yet{predicted.get(d, '')}.\n" for d in DEVICES if d not in seen]
     more = "[bench_results/REPORT.md](bench_results/REPORT.md) has every shape, dtype and peer, accuracy and pictures"
     return "\n".join([*lines, f"{more}; `make bench` measures them again.", ""])
 

@@ -129,8 +129,8 @@ def test_every_table_names_its_source(file):
 
 def test_a_device_without_rows_is_said_to_be_unmeasured(file):
     assert "No GPU: not measured yet." in report.report([file])
-    assert "GPU: not measured yet." in report.summary([file])
-    assert "CPU: not measured yet." not in report.summary([file])
+    assert "GPU: not measured yet; [docs/gpu-model.md]" in report.summary([file])
+    assert "CPU: not measured yet" not in report.summary([file])
 
 
 def test_summary_stands_between_its_marks(file):

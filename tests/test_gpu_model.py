@@ -1,0 +1,115 @@
+"""The written GPU model: its schedule is the backend's, its sums are right, and its document is up to date."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from asft_kernels.backends import Logits, triton_fused
+from asft_kernels.backends.plan import Plan
+from asft_kernels.kernels.configs import candidates
+from benchmarks import gpu_model
+from benchmarks.cases import FROZEN, NO_GRADIENT, TRAINABLE
+from benchmarks.gpu_schedule import Call, Step, extra_bytes, schedule
+
+TILE = candidates("sm_90", torch.bfloat16, softcap=False)[0]
+LAUNCHES = (
+    "label_logits", "logits_exp", "merge_statistics", "fixup", "close_statistics", "row_factors", "grad_hidden",
+    "scaled_hidden", "label_rows",
+)  # fmt: skip
+OPERATIONS = {"mm": "product", "addmm": "product", "copy_": "copy", "sort": "sort"}
+
+
+class Small(Call):
+    """Four chunks, the last one narrower, of which one is kept."""
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(vocab=100, chunk=30, cached=1)
+
+
+class Recorder(TorchDispatchMode):
+    """Counts what the backend asks of torch; what a kernel's interpreter does inside is not counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.inside = Counter(), False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = OPERATIONS.get(func._schema.name.removeprefix("aten::"))
+        if name and not self.inside:
+            self.seen[name] += 1
+        return func(*args, **(kwargs or {}))
+
+    def counted(self, name, launch):
+        def call(*args, **kwargs):
+            self.seen[name] += 1
+            self.inside = True
+            try:
+                return launch(*args, **kwargs)
+            finally:
+                self.inside = False
+
+        return call
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("work", [NO_GRADIENT, FROZEN, TRAINABLE])
+def test_launches_are_the_backend_s(work, monkeypatch):
+    call, recorder = Small(N=33, V=100, D=16, work=work), Recorder()
+    for name in LAUNCHES:
+        monkeypatch.setattr(triton_fused, name, recorder.counted(name, getattr(triton_fused, name)))
+    hidden, weight = torch.randn(call.N, call.D).bfloat16(), torch.randn(call.V, call.D).bfloat16()
+    inputs = (hidden, weight, None, torch.arange(call.N), torch.randint(call.V, (call.N,)))
+    needs = {"needs_acc": work != NO_GRADIENT, "needs_exps": work == TRAINABLE}
+    with recorder:
+        saved = triton_fused.forward(*inputs, Logits(), call.plan, **needs)
+        if work != NO_GRADIENT:
+            triton_fused.backward(
+                torch.ones(call.N), *inputs, saved, Logits(), call.plan,
+                needs_hidden=True, needs_weight=work == TRAINABLE, needs_bias=False,
+            )  # fmt: skip
+    assert recorder.seen == Counter(step.name for step in schedule(call, TILE))
+
+
+@pytest.mark.parametrize(("work", "expected"), [(NO_GRADIENT, 1), (FROZEN, 2), (TRAINABLE, 3.7)])
+def test_operations_are_the_products_and_what_is_recomputed(work, expected):
+    call = Small(N=33, V=100, D=16, work=work)  # 30 of 100 vocabulary rows are kept
+    assert sum(step.flops for step in schedule(call, TILE)) == pytest.approx(expected * 2 * 33 * 100 * 16)
+
+
+def test_time_of_a_step_by_hand():
+    chip = gpu_model.Chip("sm_90", peak=1e15, bandwidth=1e12, multiprocessors=100, library=0.5, triton=(0.2, 0.4))
+    launch = gpu_model.LAUNCH
+    assert gpu_model.seconds(Step(1, "product", flops=1e12), chip, 0.4) == pytest.approx(2e-3 + launch)
+    assert gpu_model.seconds(Step(1, "logits_exp", flops=1e12, engine="triton"), chip, 0.4) == pytest.approx(
+        2.5e-3 + launch
+    )
+    assert gpu_model.seconds(Step(1, "copy", flops=1e9, bytes=9e9), chip, 0.4) == pytest.approx(1e-2 + launch)
+    returning = gpu_model.seconds(Step(1, "fixup", programs=1600), chip, 0.4)
+    assert returning == pytest.approx(gpu_model.PROGRAM + launch)
+
+
+def test_memory_by_hand():
+    """Qwen3, N = 8192: chunks of 16384 rows, whose E is 256 MiB; O is 128 MiB, dH and Hs 64 each, dW 1187."""
+    mib = 2**20
+    frozen = extra_bytes(Call(8192, 151936, 4096, FROZEN))
+    assert frozen == (256 + 128 + 8) * mib + 64 * 8192
+    kept = extra_bytes(Call(8192, 151936, 4096, TRAINABLE, 2**40))
+    assert kept == 2 * 8192 * 151936 + (128 + 64 + 64 + 256 + 1187) * mib + 64 * 8192
+    bounded = extra_bytes(Call(8192, 151936, 4096, TRAINABLE, 2**30))
+    assert bounded == (1024 + 256 + 128 + 64 + 64 + 256 + 1187) * mib + 64 * 8192
+
+
+def test_rate_needed_is_where_the_limit_is_met():
+    call, chip = Call(8192, 151936, 4096, FROZEN), gpu_model.H100
+    share = gpu_model.share_needed(call, chip, 1.2)
+    assert share is not None
+    assert gpu_model.predict(call, chip, share) == pytest.approx(1.2 * gpu_model.bare(call, chip), rel=1e-6)
+    assert gpu_model.share_needed(call, chip, 0.99) is None
+
+
+def test_document_has_the_tables_of_the_model():
+    text = gpu_model.DOC.read_text()
+    assert gpu_model.written(text) == text, "run `python -m benchmarks.gpu_model --write`"
