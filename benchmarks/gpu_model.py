@@ -160,8 +160,8 @@ def tables() -> str:
         f"*Predicted.* The targets on an H100 ({model}, N = {N}), the GEMM with the epilogue at "
         f"{slow:.0f} to {fast:.0f} TFLOP/s in tiles of {tile.BLOCK_M} × {tile.BLOCK_V} × {tile.BLOCK_D}:",
         "\n".join(target_table()),
-        f"There E is {BF16 * N * plan.vocab / MIB:.0f} MiB in {len(plan.slices)} chunks of {plan.chunk} rows of the head; "
-        f"the default `cache_bytes` ({DEFAULT_CACHE_BYTES / MIB:.0f} MiB) keeps {plan.cached} of them.",
+        f"There E is {BF16 * N * plan.vocab / MIB:.0f} MiB in {len(plan.slices)} chunks of {plan.chunk} rows of the "
+        f"head; the default `cache_bytes` ({DEFAULT_CACHE_BYTES / MIB:.0f} MiB) keeps {plan.cached} of them.",
         f"*Predicted.* The steps there with all of E kept, at {fast:.0f} TFLOP/s:",
         "\n".join(step_table()),
         "*Predicted.* Time in units of the bare products that the gradients need (1, 2 or 3):",
