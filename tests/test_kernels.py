@@ -6,6 +6,7 @@ result is a written one.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ import triton.language as tl
 
 from asft_kernels.kernels import device_math
 from asft_kernels.kernels.asft_sequence import asft_sequence, asft_sequence_grad
+from asft_kernels.kernels.configs import Tile, architecture_of, candidates
 from asft_kernels.kernels.fixup import fixup
 from asft_kernels.kernels.grad_bias import grad_bias
 from asft_kernels.kernels.grad_hidden import grad_hidden
 from asft_kernels.kernels.label_logits import label_logits
 from asft_kernels.kernels.label_rows import label_rows
-from asft_kernels.kernels.logits_exp import logits_exp
+from asft_kernels.kernels.logits_exp import logits_exp, operand_rows
 from asft_kernels.kernels.row_statistics import close_statistics, merge_statistics, row_factors
 from asft_kernels.kernels.scaled_hidden import scaled_hidden
 from bounds import unit_roundoff
@@ -219,7 +221,32 @@ def test_logits_exp(N, V, D, first, stop, scale, softcap, bias, dtype, store, su
     sum adds at most BLOCK_V of its roundings, all positive."""
     if not store and not sums:
         return
-    x = Inputs(N, V, D, dtype, device, bias=bias)
+    tile = candidates("other", dtype, softcap=softcap is not None)[0]
+    check_logits_exp(Inputs(N, V, D, dtype, device, bias=bias), first, stop, scale, softcap, store, sums, tile)
+
+
+def tiles_for(device, dtype, softcap) -> list[Tile]:
+    """Every tile of the device's own table; interpreted, small ones that take the same ways through the kernel."""
+    if device == "cuda":
+        return list(candidates(architecture_of(torch.device(device)), dtype, softcap=softcap is not None))
+    small = Tile(32, 16, 16, 4, 2, "a test's", GROUP=2, descriptors=True)
+    return [small, replace(small, persistent=True)]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("sums", [True, False], ids=["sums", "no sums"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("scale", "softcap", "bias"), [(1.0, None, False), (1.3, 40.0, True)])
+def test_logits_exp_with_each_tile(scale, softcap, bias, dtype, sums, device):
+    """With descriptors and persistent programs, too; the last tiles and the last step of D are partial."""
+    N, V, D, first, stop = (500, 3000, 264, 1000, 2500) if device == "cuda" else (70, 251, 40, 100, 251)
+    for tile in tiles_for(device, dtype, softcap):
+        x = Inputs(N, V, D, dtype, device, bias=bias)
+        check_logits_exp(x, first, stop, scale, softcap, True, sums, tile)
+
+
+def check_logits_exp(x, first, stop, scale, softcap, store, sums, tile):
+    N, device, dtype = len(x.rows), x.hidden.device, x.hidden.dtype
     z, dz = (a[:, first:stop] for a in x.exact_logits(scale, softcap))
     own = x.labels.cpu()
     z_y = x.exact_logits(scale, softcap)[0].gather(1, own[:, None])[:, 0]
@@ -227,8 +254,9 @@ def test_logits_exp(N, V, D, first, stop, scale, softcap, bias, dtype, store, su
     ref = z_y.float() if sums else torch.maximum(z_y, z.amax(1) - 29).float()
     exps = torch.full((N, stop - first), torch.nan, dtype=exp_dtype(dtype), device=device) if store else None
     result = logits_exp(
-        exps, x.hidden, x.weight[first:stop], None if x.bias is None else x.bias[first:stop],
-        x.rows, x.labels, ref.to(device), first=first, scale=scale, softcap=softcap, sums=sums,
+        exps, operand_rows(x.hidden, x.rows, tile), x.weight[first:stop],
+        None if x.bias is None else x.bias[first:stop], x.rows, x.labels, ref.to(device),
+        first=first, scale=scale, softcap=softcap, sums=sums, tile=tile,
     )  # fmt: skip
 
     columns = torch.arange(first, stop)
@@ -284,6 +312,7 @@ def test_logits_exp_moves_the_reference_only_where_needed(device):
         scale=1.0,
         softcap=None,
         sums=True,
+        tile=candidates("other", torch.float32, softcap=False)[0],
     )
     moved = (refs != z_y).cpu()
     assert moved.any(0)[[1, 2, 5]].all()  # the rivals' tokens
@@ -306,6 +335,7 @@ def test_logits_exp_of_infinite_logits(softcap, device):
     sums, refs, width = logits_exp(
         exps, x.hidden, x.weight, x.bias, x.rows, x.labels, ref.to(device),
         first=0, scale=1.0, softcap=softcap, sums=True,
+        tile=candidates("other", torch.float32, softcap=softcap is not None)[0],
     )  # fmt: skip
     counted = torch.arange(V)[None, :] != x.labels.cpu()[:, None]
     for i, part in enumerate(z.split(width, 1)):

@@ -29,9 +29,10 @@ from asft_kernels.kernels.grad_bias import grad_bias
 from asft_kernels.kernels.grad_hidden import grad_hidden
 from asft_kernels.kernels.label_logits import label_logits
 from asft_kernels.kernels.label_rows import label_rows
-from asft_kernels.kernels.logits_exp import logits_exp
+from asft_kernels.kernels.logits_exp import logits_exp, operand_rows
 from asft_kernels.kernels.row_statistics import close_statistics, merge_statistics, row_factors
 from asft_kernels.kernels.scaled_hidden import scaled_hidden
+from asft_kernels.kernels.tile_choice import Problem, Tile, best_tile
 
 
 def forward(
@@ -60,7 +61,9 @@ def forward(
         z_y = label_logits(hidden, weight, bias, rows, labels, **transform)
         ref, others = z_y, torch.zeros_like(z_y)
         kept_refs: list[Tensor] = []
-        workspace = product = None
+        tile = _tile(hidden, weight, rows, logits)
+        tokens = operand_rows(hidden, rows, tile)
+        workspace = None
         for k, (start, stop) in enumerate(plan.slices):
             weight_k = _row_major(weight[start:stop])
             E = None
@@ -70,20 +73,18 @@ def forward(
                 workspace = _exps(hidden, N, plan.chunk) if workspace is None else workspace
                 E = workspace.view(-1)[: N * (stop - start)].view(N, stop - start)
             tiles = logits_exp(
-                E, hidden, weight_k, None if bias is None else bias[start:stop], rows, labels, ref,
-                first=start, sums=True, **transform,
+                E, tokens, weight_k, None if bias is None else bias[start:stop], rows, labels, ref,
+                first=start, sums=True, tile=tile, **transform,
             )  # fmt: skip
             assert tiles is not None, "backend bug: asked for sums"
             before, ref = ref, merge_statistics(tiles.sums, tiles.refs, ref, others)
             if E is None:
                 continue
             fixup(E, tiles.refs, ref, tile_width=tiles.width)
-            if needs_acc and k == 0:
-                _product(E, weight_k, out=acc)
-            elif needs_acc:
-                product = torch.empty_like(acc) if product is None else product
+            if needs_acc and k > 0:
                 fixup(acc, before[None], ref, tile_width=D)
-                acc += _product(E, weight_k, out=product)
+            if needs_acc:
+                _add_product(E, weight_k, out=acc, fresh=k == 0)
             if needs_exps and k < plan.cached:
                 exps.append(E)
                 kept_refs.append(ref)
@@ -130,7 +131,8 @@ def backward(
             return dH, None, None
 
         scaled = scaled_hidden(hidden, rows, push, dtype=exp_dtype("triton", hidden.dtype)) if needs_weight else None
-        scratch = workspace = None
+        tile = _tile(hidden, weight, rows, logits)
+        scratch = workspace = tokens = None
         if needs_weight:
             dW = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
             if weight.dtype != torch.float32:
@@ -144,14 +146,15 @@ def backward(
             else:
                 workspace = _exps(hidden, N, plan.chunk) if workspace is None else workspace
                 E = workspace.view(-1)[: N * (stop - start)].view(N, stop - start)
+                tokens = operand_rows(hidden, rows, tile) if tokens is None else tokens
                 logits_exp(
-                    E, hidden, _row_major(weight[start:stop]),
+                    E, tokens, _row_major(weight[start:stop]),
                     None if bias is None else bias[start:stop], rows, labels, saved.ref,
-                    first=start, sums=False, **transform,
+                    first=start, sums=False, tile=tile, **transform,
                 )  # fmt: skip
             if dW is not None and scaled is not None:
                 dW_k = dW[start:stop] if scratch is None else scratch[: stop - start]
-                _product(E.t(), scaled, out=dW_k)
+                _add_product(E.t(), scaled, out=dW_k, fresh=True)
                 label_rows(dW_k, hidden, rows, sorted_labels, order, pull, first=start)
                 if scratch is not None:
                     dW[start:stop].copy_(dW_k)  # the one rounding
@@ -164,11 +167,21 @@ def _exps(hidden: Tensor, N: int, width: int) -> Tensor:
     return torch.empty((N, width), dtype=exp_dtype("triton", hidden.dtype), device=hidden.device)
 
 
-def _product(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
-    """out = a b, fp32, from operands in fp32 or bf16 that are never rounded further."""
+def _tile(hidden: Tensor, weight: Tensor, rows: Tensor, logits: Logits) -> Tile:
+    N, D = rows.shape[0], hidden.shape[1]
+    step = 16 // hidden.element_size()
+    rows_aligned = weight.stride(1) != 1 or (weight.stride(0) % step == 0 and weight.data_ptr() % 16 == 0)
+    problem = Problem(hidden.dtype, D, N, logits.softcap is not None)
+    return best_tile(hidden.device, problem, aligned=D % step == 0 and rows_aligned)
+
+
+def _add_product(a: Tensor, b: Tensor, *, out: Tensor, fresh: bool) -> None:
+    """out += a b in fp32, or = if fresh, from operands in fp32 or bf16 that are never rounded further."""
+    beta = 0 if fresh else 1  # with 0 out is not read
     if a.dtype == b.dtype and a.dtype != out.dtype and a.is_cuda:
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+    else:
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
 
 
 def _row_major(x: Tensor) -> Tensor:

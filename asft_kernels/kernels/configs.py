@@ -1,12 +1,21 @@
-"""Tiles of the GEMM kernel (logits_exp), by architecture and dtype: a fixed table, no autotuning.
+"""Tiles of the GEMM kernel (logits_exp), by architecture and dtype.
 
-Fixed, so that results repeat bit by bit from run to run. Every row says how it was chosen:
-"compiled only" means compiled for that chip without spills and within its shared memory
-(python -m asft_kernels.compile_report), never timed.
+The first row of a key is used unless `python -m asft_kernels.autotune` has measured that another is
+faster on this device; the others are its candidates. Nothing here was timed: rows were chosen from
+compiled code (docs/kernels.md has the figures, `python -m asft_kernels.compile_report --tiles` makes
+them), by these rules in this order:
+
+1. It fits: no spilled register, no more shared memory than a program may have, whatever the epilogue.
+2. Operations per operand byte, BLOCK_M * BLOCK_V / (BLOCK_M + BLOCK_V) in bf16 and half that in fp32, reach
+   what a multiprocessor does while L2 gives it one: about 40 in bf16 on sm_80 and gfx942. The matrix units
+   of sm_90 and sm_100 ask for more than any tile has that fits: there the largest comes first.
+3. Something overlaps the epilogue: a second program on the multiprocessor, or warps of its own.
+4. Few instructions in the main loop beside the products.
+
+Descriptors and persistence are candidates only, as Triton's newest paths should not run before they were
+compared with the plain one on the chip itself: autotune does, and drops a candidate whose results differ.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,39 +32,105 @@ class Tile:
     num_stages: int
     why: str
     GROUP: int = 8  # token tiles that share a vocabulary tile in L2 before the next one is read
+    descriptors: bool = False  # operands come as boxes by the tensor memory accelerator (sm_90, sm_100)
+    persistent: bool = False  # a program a multiprocessor, warps specialised; needs descriptors
+
+    def __str__(self) -> str:
+        flags = ["descriptors"] * self.descriptors + ["persistent"] * self.persistent
+        shape = f"{self.BLOCK_M}x{self.BLOCK_V}x{self.BLOCK_D}"
+        return " ".join([shape, f"{self.num_warps} warps", f"{self.num_stages} stages", *flags])
 
 
 # (architecture, low): low says that the operands are bf16 or fp16, else they are fp32.
-TILES: dict[tuple[str, bool], Tile] = {
-    ("sm_80", True): Tile(128, 128, 64, 8, 3, "compiled only: 64 KiB, fits sm_86 and sm_120, too"),
-    ("sm_90", True): Tile(128, 128, 64, 8, 3, "compiled only: 96 KiB, 128 registers: 2 on an SM"),
-    ("sm_100", True): Tile(128, 128, 64, 8, 3, "compiled only: as sm_90; 4 warps spill"),
-    ("gfx942", True): Tile(128, 128, 64, 8, 2, "compiled only: 32 KiB, 2 on a CU"),
-    ("sm_80", False): Tile(64, 64, 32, 4, 3, "compiled only: ieee products run on FMA units"),
-    ("sm_90", False): Tile(64, 64, 32, 4, 3, "compiled only: as sm_80; 128 x 128 spills"),
-    ("sm_100", False): Tile(64, 64, 32, 4, 3, "compiled only: as sm_90; 8 warps spill"),
-    ("gfx942", False): Tile(64, 64, 32, 4, 2, "compiled only: MFMA has fp32 products of its own"),
+Table = dict[tuple[str, bool], tuple[Tile, ...]]
+TILES: Table = {
+    ("sm_80", True): (  # all fit sm_86, sm_89 and sm_120, too, which have 99 KiB
+        Tile(128, 128, 32, 4, 4, "two programs, the fewest instructions beside products"),
+        Tile(128, 128, 64, 8, 3, "two programs, half the loop's turns"),
+        Tile(128, 256, 32, 8, 3, "a quarter fewer bytes, but a single program"),
+    ),
+    ("sm_90", True): (
+        Tile(128, 256, 64, 8, 3, "the largest without spills; a single program, whose epilogue is short"),
+        Tile(128, 256, 64, 8, 4, "as the first, operands copied without threads", descriptors=True),
+        Tile(128, 128, 64, 8, 3, "two programs, but a third more bytes"),
+        Tile(128, 128, 64, 8, 3, "two programs, operands copied without threads", descriptors=True),
+    ),
+    ("sm_100", True): (
+        Tile(128, 256, 64, 8, 3, "the largest without spills; a single program"),
+        Tile(
+            128,
+            256,
+            64,
+            8,
+            4,
+            "some warps write a tile while others multiply the next",
+            descriptors=True,
+            persistent=True,
+        ),
+        Tile(128, 256, 64, 8, 4, "as the first, operands copied without threads", descriptors=True),
+        Tile(128, 128, 64, 8, 3, "two programs, but a third more bytes"),
+    ),
+    ("gfx942", True): (
+        Tile(128, 128, 64, 4, 2, "two programs, few instructions beside products"),
+        Tile(256, 128, 64, 8, 2, "a quarter fewer bytes, but a single program"),
+        Tile(256, 256, 32, 8, 2, "half the bytes, the fewest instructions beside products, but a single program"),
+    ),
+    # fp32 products run on FMA units (MFMA on gfx942), which a small tile feeds.
+    ("sm_80", False): (
+        Tile(64, 64, 32, 4, 3, "the most programs"),
+        Tile(128, 64, 32, 8, 3, "a quarter fewer bytes"),
+    ),
+    ("sm_90", False): (
+        Tile(64, 64, 32, 4, 3, "the most programs"),
+        Tile(128, 64, 32, 8, 3, "a quarter fewer bytes"),
+    ),
+    ("sm_100", False): (
+        Tile(64, 64, 32, 4, 3, "the most programs"),
+        Tile(128, 64, 32, 8, 3, "a quarter fewer bytes"),
+    ),
+    ("gfx942", False): (
+        Tile(64, 64, 32, 4, 2, "the most programs"),
+        Tile(128, 128, 32, 4, 2, "half the bytes, two programs"),
+    ),
     # Interpreted, emulated, or a chip that the table does not know: anything can run these.
-    ("other", True): Tile(32, 32, 32, 4, 2, "small: half the registers of any chip", GROUP=2),
-    ("other", False): Tile(32, 32, 16, 4, 1, "small: half the registers of any chip", GROUP=2),
+    ("other", True): (Tile(32, 32, 32, 4, 2, "small: half the registers of any chip", GROUP=2),),
+    ("other", False): (Tile(32, 32, 16, 4, 1, "small: half the registers of any chip", GROUP=2),),
 }
-# With a softcap the epilogue takes a second array of registers: other rows where that one would spill, or
-# would leave a single program on an SM.
-SOFTCAP_TILES: dict[tuple[str, bool], Tile] = {
-    ("sm_80", True): Tile(128, 64, 64, 8, 3, "compiled only: 128 registers: 2 on an SM; 128 x 128 needs 250"),
-    ("sm_90", True): Tile(128, 64, 64, 8, 3, "compiled only: 128 registers: 2 on an SM; 128 x 128 needs 255"),
-    ("sm_100", True): Tile(128, 64, 64, 8, 3, "compiled only: 127 registers: 2 on an SM; 128 x 128 needs 255"),
-    ("gfx942", True): Tile(128, 64, 64, 8, 2, "compiled only: 86 registers: 2 on a CU; 128 x 128 needs 151"),
-    ("sm_80", False): Tile(64, 64, 32, 8, 3, "compiled only: 80 registers; as sm_90"),
-    ("sm_90", False): Tile(64, 64, 32, 8, 3, "compiled only: 80 registers; 4 warps spill"),
+# A softcap's epilogue takes a second array of registers and twice the instructions: other rows where the ones
+# above would spill, or would leave a single program, whose products wait for it.
+SOFTCAP_TILES: Table = {
+    ("sm_80", True): (Tile(128, 64, 64, 8, 3, "two programs; 128 x 128 leaves one"),),
+    ("sm_90", True): (
+        Tile(128, 64, 64, 8, 3, "two programs; 128 x 128 leaves one, 128 x 256 spills"),
+        Tile(128, 64, 64, 8, 4, "two programs, operands copied without threads", descriptors=True),
+        Tile(128, 128, 64, 8, 4, "a third fewer bytes, but a single program", descriptors=True),
+    ),
+    ("sm_100", True): (
+        Tile(128, 64, 64, 8, 3, "two programs; 128 x 128 leaves one, 128 x 256 spills"),
+        Tile(
+            128,
+            128,
+            64,
+            8,
+            4,
+            "some warps write a tile while others multiply the next",
+            descriptors=True,
+            persistent=True,
+        ),
+    ),
+    ("gfx942", True): (
+        Tile(128, 64, 64, 8, 2, "two programs; 128 x 128 leaves one"),
+        Tile(128, 128, 64, 8, 2, "a third fewer bytes, but a single program"),
+    ),
+    ("sm_80", False): (Tile(64, 64, 32, 8, 3, "half the registers of 4 warps"),),
+    ("sm_90", False): (Tile(64, 64, 32, 8, 3, "4 warps spill"),),
 }
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-_assumed: list[str] = []
 
 
-def best_tile(device: torch.device, dtype: torch.dtype, *, softcap: bool) -> Tile:
-    """The tables' row for this device, the operands' dtype, and logits with or without a softcap."""
-    key = (_assumed[-1] if _assumed else architecture_of(device), dtype != torch.float32)
+def candidates(architecture: str, dtype: torch.dtype, *, softcap: bool) -> tuple[Tile, ...]:
+    """The table's rows for one kind of call, the default first."""
+    key = (architecture, dtype != torch.float32)
     return SOFTCAP_TILES.get(key, TILES[key]) if softcap else TILES[key]
 
 
@@ -71,11 +146,6 @@ def architecture_of(device: torch.device) -> str:
     return {8: "sm_80", 9: "sm_90", 10: "sm_100", 12: "sm_80"}.get(major, "other")
 
 
-@contextmanager
-def assume_architecture(name: str) -> Iterator[None]:
-    """Within it best_tile answers for that architecture, whatever the device: for compile_report."""
-    _assumed.append(name)
-    try:
-        yield
-    finally:
-        _assumed.pop()
+def multiprocessors(device: torch.device) -> int:
+    """How many persistent programs to launch; off a GPU, where nothing runs side by side, a few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

@@ -1,0 +1,148 @@
+"""Times the tile table's candidates on this device and stores the times: later calls take the fastest.
+
+    python -m asft_kernels.autotune --hidden-size 4096 --vocab 151936 --dtype bfloat16 [--tokens 2048 8192]
+    python -m asft_kernels.autotune --show
+
+Nothing is tuned unless this command runs: the table's first tile is used, and results repeat bit by bit
+from one machine to the next. A stored choice holds for calls of the same dtype, hidden size, softcap or
+none, and number of tokens to the next power of 2; ASFT_KERNELS_TUNED=0 ignores it, and so does another
+Triton or another table. A candidate that does not run, or whose exponentials differ from those of the
+table's first by more than roundings can, is left out.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import triton
+
+from asft_kernels.backends import exp_dtype, triton_runs_on_cpu
+from asft_kernels.backends.plan import default_chunk
+from asft_kernels.kernels.configs import Tile, architecture_of, candidates
+from asft_kernels.kernels.logits_exp import TileSums, logits_exp, operand_rows
+from asft_kernels.kernels.tile_choice import Problem, cache_file, store_times, stored_times
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class Case:
+    """One chunk of a call: random hidden states, a head of unit rows, logits of a few units."""
+
+    def __init__(self, problem: Problem, vocab: int, device: torch.device):
+        N, D, dtype = problem.tokens, problem.hidden_size, problem.dtype
+        stored = exp_dtype("triton", dtype)
+        width = min(default_chunk(N, D, exp_bytes=stored.itemsize, device_type=device.type), vocab)
+        gen = torch.Generator(device).manual_seed(0)
+        random = partial(torch.randn, generator=gen, device=device)
+        self.hidden, self.weight = random(N, D).to(dtype), (random(width, D) / D**0.5).to(dtype)
+        self.rows = torch.arange(N, device=device)
+        self.labels = torch.randint(width, (N,), generator=gen, device=device)
+        self.ref = torch.zeros(N, device=device)
+        self.softcap = 30.0 if problem.softcap else None
+        self.exps = torch.empty(N, width, dtype=stored, device=device)
+
+    def call(self, tile: Tile) -> Callable[[], TileSums | None]:
+        return partial(
+            logits_exp, self.exps, operand_rows(self.hidden, self.rows, tile), self.weight, None, self.rows,
+            self.labels, self.ref, first=0, scale=1.0, softcap=self.softcap, sums=True, tile=tile,
+        )  # fmt: skip
+
+    def largest_difference(self) -> float:
+        """Of two correct results, relative: D roundings of |h| |w| in each exponent, and one of each that is stored."""
+        size = self.hidden.float().norm(dim=1).max() * self.weight.float().norm(dim=1).max()
+        return 2 * (len(self.hidden[0]) + 4) * 2**-24 * size.item() + 2 * torch.finfo(self.exps.dtype).eps
+
+
+def on_device(call: Callable[[], object]) -> float:
+    return triton.testing.do_bench(call, return_mode="median")  # pyright: ignore[reportReturnType]
+
+
+def on_host(call: Callable[[], object]) -> float:
+    """One call by the clock: for the interpreter, whose times mean nothing."""
+    began = time.perf_counter()
+    call()
+    return (time.perf_counter() - began) * 1e3
+
+
+def tune(
+    problem: Problem,
+    vocab: int,
+    device: torch.device,
+    timer: Callable[[Callable[[], object]], float],
+    tiles: tuple[Tile, ...] | None = None,
+) -> dict[str, float]:
+    """Milliseconds of every candidate that runs and agrees with the first; prints a line for each."""
+    case = Case(problem, vocab, device)
+    if tiles is None:
+        tiles = candidates(architecture_of(device), problem.dtype, softcap=problem.softcap)
+    times: dict[str, float] = {}
+    truth = None
+    N, width = case.exps.shape
+    print(f"{problem}: {width} vocabulary rows a chunk", flush=True)
+    for tile in tiles:
+        case.exps.fill_(torch.nan)
+        try:
+            sums = case.call(tile)()
+            assert sums is not None
+            got = torch.cat([case.exps.float(), sums.sums.sum(0)[:, None]], 1)
+            truth = got if truth is None else truth
+            off = ((got - truth).abs() / truth.clamp(min=1e-30)).max().item()
+            if not off <= case.largest_difference():  # NaN fails, too
+                print(f"  {tile!s:55} left out: differs from the first by {off:.1e} (relative)", flush=True)
+                continue
+            times[str(tile)] = timer(case.call(tile))
+        except Exception as error:  # whatever a compiler or a driver may raise
+            print(f"  {tile!s:55} left out: {type(error).__name__}: {str(error).strip()[:200]}", flush=True)
+            continue
+        rate = 2 * N * width * problem.hidden_size / times[str(tile)] / 1e9
+        print(f"  {tile!s:55} {times[str(tile)]:9.3f} ms {rate:8.2f} TFLOP/s", flush=True)
+    return times
+
+
+def show(device: torch.device) -> None:
+    print(cache_file(device))
+    problems = stored_times(device)
+    for problem, times in problems.items():
+        print(problem)
+        for tile, ms in sorted(times.items(), key=lambda item: item[1]):
+            print(f"  {tile:55} {ms:9.3f} ms")
+    if not problems:
+        print("nothing stored: the table's first tile is used for every call")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m asft_kernels.autotune",
+        description="Time the candidates of the tile table on this device and store the times.",
+    )
+    parser.add_argument("--hidden-size", type=int, help="D of the model")
+    parser.add_argument("--vocab", type=int, help="V of the model")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="valid tokens of a call"
+    )
+    parser.add_argument("--softcap", action="store_true", help="for a model whose logits are soft-capped")
+    parser.add_argument("--show", action="store_true", help="print what is stored for this device, tune nothing")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available() and not triton_runs_on_cpu():
+        parser.error("found no CUDA or ROCm device to time; set TRITON_INTERPRET=1 to try the command on a CPU")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.show:
+        if device.type == "cpu":
+            parser.error("--show: nothing is ever stored for a CPU")
+        return show(device)
+    if not options.hidden_size or not options.vocab:
+        parser.error("--hidden-size and --vocab: need both, or --show")
+    for tokens in options.tokens:
+        problem = Problem(DTYPES[options.dtype], options.hidden_size, tokens, options.softcap)
+        times = tune(problem, options.vocab, device, on_device if device.type == "cuda" else on_host)
+        if device.type == "cpu":
+            print("interpreted on a CPU: no measurement of a device, nothing is stored")
+        elif times:
+            print(f"stored in {store_times(device, problem, times)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Which tile a call uses: the table's first row, or the candidate that autotune measured and stored.
+
+Stored choices are read from one JSON file a device, in $XDG_CACHE_HOME/asft_kernels (~/.cache without
+it). They count only for the device, Triton and table that they were measured with, and for the dtype,
+softcap, hidden size and number of tokens (to the next power of 2) that were asked for. Set
+ASFT_KERNELS_TUNED=0 to ignore them, as the tests do: another tile sums in another order.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+
+from asft_kernels.kernels.configs import SOFTCAP_TILES, TILES, Tile, architecture_of, candidates
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a stored choice was measured for."""
+
+    dtype: torch.dtype
+    hidden_size: int
+    tokens: int
+    softcap: bool
+
+    def __str__(self) -> str:
+        bucket = triton.next_power_of_2(self.tokens)
+        kind = " with softcap" if self.softcap else ""
+        return f"{str(self.dtype).removeprefix('torch.')}, hidden size {self.hidden_size}, {bucket} tokens{kind}"
+
+
+_assumed: list[str] = []
+
+
+def best_tile(device: torch.device, problem: Problem, *, aligned: bool) -> Tile:
+    """The tile for a call; its `why` says whether it was measured.
+
+    aligned: every row of both operands starts at a multiple of 16 bytes, which descriptors need.
+    """
+    rows = candidates(_assumed[-1] if _assumed else architecture_of(device), problem.dtype, softcap=problem.softcap)
+    if device.type != "cuda" or _assumed or os.environ.get("ASFT_KERNELS_TUNED") == "0":
+        return rows[0]
+    times = stored_times(device).get(str(problem), {})
+    measured = [tile for tile in rows if str(tile) in times and (aligned or not tile.descriptors)]
+    if not measured:
+        return rows[0]
+    fastest = min(measured, key=lambda tile: times[str(tile)])
+    return replace(fastest, why=f"measured: {times[str(fastest)]:.3f} ms, the fastest of {len(measured)}")
+
+
+@contextmanager
+def assume_architecture(name: str) -> Iterator[None]:
+    """Within it best_tile answers from the table for that architecture, whatever the device: for compile_report."""
+    _assumed.append(name)
+    try:
+        yield
+    finally:
+        _assumed.pop()
+
+
+def stored_times(device: torch.device) -> dict[str, dict[str, float]]:
+    """For each problem the milliseconds of each tile that was measured on this device."""
+    return _read(cache_file(device), tuple(_identity(device).items()))
+
+
+def store_times(device: torch.device, problem: Problem, milliseconds: dict[str, float]) -> Path:
+    """Adds a problem to the device's file and returns its path."""
+    path, problems = cache_file(device), {**stored_times(device), str(problem): milliseconds}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        json.dump({**_identity(device), "milliseconds": problems}, file, indent=1)
+    os.replace(file.name, path)  # whole or not at all, whoever reads meanwhile
+    _read.cache_clear()
+    return path
+
+
+def cache_file(device: torch.device) -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    return base / "asft_kernels" / f"tiles-{name}.json"
+
+
+def _identity(device: torch.device) -> dict[str, str]:
+    """What must be the same for measured times to count."""
+    tiles = [(key, [str(tile) for tile in rows]) for t in (TILES, SOFTCAP_TILES) for key, rows in t.items()]
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "architecture": architecture_of(device),
+        "triton": triton.__version__,
+        "table": hashlib.sha256(repr(tiles).encode()).hexdigest()[:12],
+    }
+
+
+@cache  # one read, and one warning, for a process
+def _read(path: Path, identity: tuple[tuple[str, str], ...]) -> dict[str, dict[str, float]]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        other = [f"{key} {found[key]!r}, here {value!r}" for key, value in identity if found[key] != value]
+        times = {str(p): {str(t): float(ms) for t, ms in of.items()} for p, of in found["milliseconds"].items()}
+        if not other:
+            return times
+        reason = "measured with " + "; ".join(other)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"not readable as stored tile times ({type(error).__name__}: {error})"
+    warnings.warn(
+        f"asft_kernels: {path} is ignored: {reason}. Run `python -m asft_kernels.autotune` again, or delete the file",
+        stacklevel=2,
+    )
+    return {}

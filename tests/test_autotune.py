@@ -1,0 +1,257 @@
+"""Stored tile times: what is chosen, what is ignored, and the command that measures (in the interpreter)."""
+
+import json
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from asft_kernels import autotune
+from asft_kernels.backends import triton_fused
+from asft_kernels.backends.plan import Plan
+from asft_kernels.kernels import tile_choice
+from asft_kernels.kernels.configs import Tile, candidates
+from asft_kernels.kernels.tile_choice import Problem, best_tile, cache_file, store_times, stored_times
+from test_triton_backend import DTYPES, GEMMA, PLAIN, check, few
+from test_triton_backend import Problem as Whole
+
+DEVICE = torch.device("cuda", 0)  # only its name is asked for
+PROBLEM = Problem(torch.bfloat16, 4096, 8192, softcap=False)
+TILES = candidates("sm_90", torch.bfloat16, softcap=False)
+TIMES = {str(tile): 3.0 - i for i, tile in enumerate(TILES[:3])}  # the third is fastest; the fourth failed
+
+
+@pytest.fixture(autouse=True)
+def _an_h100(monkeypatch, tmp_path):
+    """A device that is asked for its name alone, and a cache folder of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("ASFT_KERNELS_TUNED", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(tile_choice, "architecture_of", lambda device: "sm_90")
+    tile_choice._read.cache_clear()
+    yield
+    tile_choice._read.cache_clear()
+
+
+def choice(problem=PROBLEM, aligned=True) -> Tile:
+    return best_tile(DEVICE, problem, aligned=aligned)
+
+
+def test_the_first_tile_unless_times_are_stored():
+    assert choice() is TILES[0]
+    path = store_times(DEVICE, PROBLEM, TIMES)
+    assert path.name == "tiles-nvidia-h100-80gb-hbm3.json"
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file is left
+    assert choice() == replace(TILES[2], why="measured: 1.000 ms, the fastest of 3")
+    assert stored_times(DEVICE) == {"bfloat16, hidden size 4096, 8192 tokens": TIMES}
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"tokens": 5000}, True),  # the same power of 2
+        ({"tokens": 4096}, False),
+        ({"hidden_size": 2048}, False),
+        ({"dtype": torch.float16}, False),
+        ({"softcap": True}, False),
+    ],
+)
+def test_a_choice_holds_for_its_problem_alone(change, found):
+    store_times(DEVICE, PROBLEM, TIMES)
+    problem = replace(PROBLEM, **change)
+    first = candidates("sm_90", problem.dtype, softcap=problem.softcap)[0]
+    assert (choice(problem) is first) != found
+
+
+def test_problems_are_added_to_the_file():
+    other = replace(PROBLEM, tokens=1024)
+    store_times(DEVICE, PROBLEM, TIMES)
+    store_times(DEVICE, other, {str(TILES[0]): 1.0})
+    assert list(stored_times(DEVICE)) == [str(PROBLEM), str(other)]
+
+
+def test_descriptors_are_not_chosen_for_rows_that_they_cannot_read():
+    assert TILES[1].descriptors
+    store_times(DEVICE, PROBLEM, {str(TILES[0]): 3.0, str(TILES[1]): 1.0, str(TILES[2]): 2.0})
+    assert choice().descriptors
+    assert str(choice(aligned=False)) == str(TILES[2])
+
+
+def test_the_variable_and_a_cpu_ignore_the_file(monkeypatch):
+    store_times(DEVICE, PROBLEM, TIMES)
+    assert best_tile(torch.device("cpu"), PROBLEM, aligned=True) is TILES[0]
+    with tile_choice.assume_architecture("sm_80"):
+        assert choice() is candidates("sm_80", torch.bfloat16, softcap=False)[0]
+    monkeypatch.setenv("ASFT_KERNELS_TUNED", "0")
+    assert choice() is TILES[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "not readable as stored tile times (JSONDecodeError"),
+        ("[]", "not readable as stored tile times (TypeError"),
+        ('{"device": "x"}', "not readable as stored tile times (KeyError: 'milliseconds')"),
+        ("times", "not readable as stored tile times (AttributeError"),
+        ("triton", "measured with triton '2.0', here "),
+        ("device", "measured with device '2.0', here 'NVIDIA H100 80GB HBM3'"),
+        ("table", "measured with table '2.0', here "),
+    ],
+)
+def test_a_file_that_does_not_fit_is_ignored_with_one_warning(text, reason):
+    path = store_times(DEVICE, PROBLEM, TIMES)
+    whole = json.loads(path.read_text())
+    if text in whole:
+        text = json.dumps({**whole, text: "2.0"})
+    elif text == "times":
+        text = json.dumps({**whole, "milliseconds": [1, 2]})
+    elif "device" in text:
+        text = json.dumps({key: value for key, value in whole.items() if key != "milliseconds"})
+    path.write_text(text)
+    tile_choice._read.cache_clear()
+    with pytest.warns(UserWarning, match="is ignored") as caught:
+        assert choice() is TILES[0]
+    assert reason in str(caught[0].message)
+    assert "Run `python -m asft_kernels.autotune` again, or delete the file" in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choice() is TILES[0]  # said once
+        store_times(DEVICE, PROBLEM, TIMES)  # the file is written anew
+        assert str(choice()) == str(TILES[2])
+
+
+def test_names_of_tiles_that_the_table_does_not_have():
+    store_times(DEVICE, PROBLEM, {"1x1x1 1 warps 1 stages": 0.1})
+    assert choice() is TILES[0]
+
+
+# --- measuring
+
+SMALL = Tile(32, 16, 16, 4, 2, "a test's", GROUP=2)
+PERSISTENT = replace(SMALL, descriptors=True, persistent=True)
+TINY = Problem(torch.bfloat16, 24, 40, softcap=False)
+
+
+def measured(tiles, times=(3.0, 2.0, 1.0)) -> dict[str, float]:
+    clock = iter(times)
+
+    def timer(call):
+        call()
+        return next(clock)
+
+    return autotune.tune(TINY, 70, torch.device("cpu"), timer, tiles)
+
+
+@pytest.mark.interpreter
+def test_every_candidate_is_timed(capsys):
+    assert measured((SMALL, PERSISTENT)) == {str(SMALL): 3.0, str(PERSISTENT): 2.0}
+    out = capsys.readouterr().out
+    assert "bfloat16, hidden size 24, 64 tokens: 70 vocabulary rows a chunk" in out
+    assert f"{PERSISTENT!s:55}     2.000 ms" in out
+
+
+@pytest.mark.interpreter
+def test_wrong_and_failing_candidates_are_left_out(monkeypatch, capsys):
+    failing, wrong, late = (replace(SMALL, num_stages=n) for n in (3, 4, 5))
+    right = autotune.logits_exp
+
+    def broken(exps, *arguments, tile, **options):
+        if tile == failing:
+            raise RuntimeError("out of shared memory")
+        sums = right(exps, *arguments, tile=tile, **options)
+        if tile == wrong:
+            exps[3, 5] *= 1.05  # two bf16 roundings are 1.6 %
+        if tile == late:
+            exps[-1, -1] = torch.nan
+        return sums
+
+    monkeypatch.setattr(autotune, "logits_exp", broken)
+    assert list(measured((SMALL, failing, wrong, late))) == [str(SMALL)]
+    out = capsys.readouterr().out
+    assert "left out: RuntimeError: out of shared memory" in out
+    assert "left out: differs from the first by 5.0e-02" in out or "left out: differs from the first by 4." in out
+    assert "left out: differs from the first by nan" in out
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("logits", [PLAIN, GEMMA], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_both_phases_with_a_chosen_tile(dtype, logits, device, monkeypatch):
+    """A stored choice with descriptors reaches both phases, recomputed chunks included."""
+    if device == "cuda":
+        pytest.skip("the tile is the interpreter's: tests/test_kernels.py runs the device's own")
+    asked = []
+
+    def chosen(device, problem, *, aligned):
+        asked.append((problem, aligned))
+        return PERSISTENT
+
+    monkeypatch.setattr(triton_fused, "best_tile", chosen)
+    whole = Whole(dtype, device, N=50, V=120, D=40, logits=logits, bias=True)
+    plan = Plan(120, 56, 1)
+    saved = whole.forward(plan)
+    check(whole, saved, whole.backward(saved, plan), few)
+    assert asked == [(Problem(dtype, 40, 50, logits.softcap is not None), True)] * 2
+
+
+def test_rows_that_are_not_aligned_are_told(device):
+    """16 bytes are 8 bf16 elements: D, the head's stride and its start must be multiples, or the head transposed."""
+    rows = torch.arange(3)
+    hidden, weight = torch.zeros(3, 24, dtype=torch.bfloat16), torch.zeros(10, 50, dtype=torch.bfloat16)
+    told = []
+
+    def chosen(device, problem, *, aligned):
+        told.append(aligned)
+        return SMALL
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_fused, "best_tile", chosen)
+        wide = torch.zeros(10, 48, dtype=torch.bfloat16)
+        for h, w in (
+            (hidden, wide[:, :24]),
+            (hidden, wide[:, 8:32]),
+            (hidden, wide[:, 4:28]),
+            (hidden, weight[:, :24]),
+            (hidden[:, :20], wide[:, :20]),
+            (hidden, torch.zeros(24, 11, dtype=torch.bfloat16).t()),
+        ):
+            triton_fused._tile(h, w, rows, PLAIN)
+    assert told == [True, True, False, False, False, True]
+
+
+@pytest.mark.interpreter
+def test_the_command(tmp_path):
+    """Interpreted it times what it can, says that this is no measurement, and stores nothing."""
+    arguments = ["--hidden-size", "24", "--vocab", "70", "--tokens", "8", "33", "--dtype", "float32"]
+    environment = {"TRITON_INTERPRET": "1", "XDG_CACHE_HOME": str(tmp_path), "PATH": "", "CUDA_VISIBLE_DEVICES": ""}
+
+    def run(arguments, environment):
+        command = [sys.executable, "-m", "asft_kernels.autotune", *arguments]
+        root = Path(__file__).parents[1]
+        return subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+
+    result = run(arguments, environment)
+    assert result.returncode == 0, result.stderr
+    assert "float32, hidden size 24, 64 tokens: 70 vocabulary rows a chunk" in result.stdout
+    assert result.stdout.count("interpreted on a CPU: no measurement of a device, nothing is stored") == 2
+    assert not list(tmp_path.iterdir())
+    if not torch.cuda.is_available():
+        del environment["TRITON_INTERPRET"]
+        result = run(arguments, environment)
+        assert result.returncode == 2
+        assert "found no CUDA or ROCm device to time; set TRITON_INTERPRET=1" in result.stderr
+
+
+def test_show(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    autotune.main(["--show"])
+    assert "nothing stored: the table's first tile is used for every call" in capsys.readouterr().out
+    store_times(torch.device("cuda"), PROBLEM, TIMES)
+    autotune.main(["--show"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [str(cache_file(DEVICE)), str(PROBLEM)]
+    assert lines[2].split() == [*str(TILES[2]).split(), "1.000", "ms"]
