@@ -12,6 +12,12 @@ LOW = [torch.bfloat16, torch.float16]
 TORCH_FACTOR = 1.1
 
 
+@pytest.fixture(autouse=True, params=["on a CPU", "as on a GPU"])
+def _both_branches(request):
+    if request.param == "as on a GPU":
+        request.getfixturevalue("as_on_a_gpu")
+
+
 def plain_logps(case: Case, *, scale=1.0, softcap=None) -> torch.Tensor:
     """(rows, T) log-softmax of the full logits in the case's dtype, 0 where masked."""
     logits = scale * torch.nn.functional.linear(case.hidden, case.weight, case.bias)

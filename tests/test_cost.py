@@ -124,7 +124,7 @@ def host_reads(monkeypatch):
     return seen
 
 
-def test_one_host_read(host_reads):
+def test_one_host_read(host_reads, as_on_a_gpu):
     """Forward, outputs and backward: the valid count with the label range, once."""
     case = make_case()
     loss, _ = fused_asft_loss(case.hidden, case.head, case.labels, return_outputs=True)
@@ -132,7 +132,7 @@ def test_one_host_read(host_reads):
     assert host_reads == ["tolist"]
 
 
-def test_no_host_read_when_the_count_is_given(host_reads):
+def test_no_host_read_when_the_count_is_given(host_reads, as_on_a_gpu):
     case = make_case()
     loss, _ = fused_asft_loss(case.hidden, case.head, case.labels, num_valid=30, return_outputs=True)
     loss.backward()

@@ -52,16 +52,17 @@ def forward(
     exps: list[Tensor] = []
     refs: list[Tensor] = []
     chunks = _Chunks(H, weight, bias, logits, plan, cached)
+    label_entries = _LabelEntries(labels, plan)
 
-    for k, (start, _) in enumerate(plan.slices):
+    for k in range(len(plan.slices)):
         weight_k, z, slope = chunks.logits(k, ref)
-        _set_label_entries(z, labels, start, -torch.inf)
+        label_entries.set(z, k, -torch.inf)
 
         highest = z.amax(dim=1)
-        moves = highest > limit
-        moved = torch.where(moves, ref + highest, ref)
-        limit = torch.where(moves, MOVE, limit)
-        if not _known_equal(moved, ref):
+        if not _known_equal(torch.maximum(highest, limit), limit):
+            moves = highest > limit
+            limit = torch.where(moves, MOVE, limit)
+            moved = torch.where(moves, ref + highest, ref)
             shrink = torch.exp2((ref - moved).clamp_(max=0))  # a first finite logit may lie below 0
             z.sub_((moved - ref)[:, None])
             others.mul_(shrink)
@@ -82,10 +83,10 @@ def forward(
     x = (ref - z_y + others.log2()) * LN2
     logps = -(x.clamp(min=0) + torch.exp(-x.abs()).log1p())  # -softplus(x), exact at both ends
     label_entry = -others if label_slope is None else -others * label_slope
-    for (start, _), E, written_at in zip(plan.slices, exps, refs, strict=False):
+    for k, (E, written_at) in enumerate(zip(exps, refs, strict=True)):
         if not _known_equal(written_at, ref):
             E.mul_(torch.exp2(written_at - ref)[:, None])
-        _set_label_entries(E, labels, start, label_entry)
+        label_entries.set(E, k, label_entry)
     return Saved(logps, others / total, total.reciprocal(), ref, acc, exps)
 
 
@@ -127,6 +128,7 @@ def backward(
     scaled = H * -coef[:, None] if needs_weight else H
     rounds = needs_weight and weight.dtype != H.dtype
     chunks = _Chunks(H, weight, bias, logits, plan, len(saved.exps))
+    label_entries = _LabelEntries(labels, plan)
     label_entry = -not_p / saved.inv_total
     for k, (start, stop) in enumerate(plan.slices):
         if k < len(saved.exps):
@@ -136,7 +138,7 @@ def backward(
             E = z.exp2_()
             if slope is not None:
                 E.mul_(slope)
-            _set_label_entries(E, labels, start, label_entry)
+            label_entries.set(E, k, label_entry)
         if grad_weight is not None:
             # E is done with the chunk's upcast rows: their buffer takes the product.
             grad_k = torch.mm(E.T, scaled, out=chunks.upcast[: stop - start] if rounds else grad_weight[start:stop])
@@ -181,9 +183,13 @@ class _Chunks:
         return weight_k, z.sub_(ref[:, None]), slope
 
 
+def looking_is_free(x: Tensor) -> bool:
+    """Whether Python may branch on x's values: on a GPU that would stop the stream (tests set it to False)."""
+    return x.device.type == "cpu"
+
+
 def _known_equal(a: Tensor, b: Tensor) -> bool:
-    """Whether a equals b, where looking is free: on a GPU it would stop the stream, and the answer is no."""
-    return a.device.type == "cpu" and torch.equal(a, b)
+    return looking_is_free(a) and torch.equal(a, b)
 
 
 def _rows(hidden: Tensor, rows: Tensor) -> Tensor:
@@ -219,9 +225,30 @@ def _cap(u: Tensor, softcap: float, slope: Tensor) -> Tensor:
     return slope
 
 
-def _set_label_entries(E: Tensor, labels: Tensor, start: int, value: float | Tensor) -> None:
-    """E[t, y_t - start] = value[t] for the labels inside this chunk, without looking which they are."""
-    column = (labels - start).clamp_(0, E.shape[1] - 1)[:, None]
-    inside = (labels >= start) & (labels < start + E.shape[1])
-    own = E.gather(1, column)[:, 0]
-    E.scatter_(1, column, torch.where(inside, value, own)[:, None])
+class _LabelEntries:
+    """The entries (t, y_t) of one vocabulary chunk after another.
+
+    On a CPU the labels are sorted once and each chunk touches its own. On a GPU their number in a chunk would
+    have to be read back: there each chunk goes over all tokens, and writes what stood there for the others.
+    """
+
+    def __init__(self, labels: Tensor, plan: Plan) -> None:
+        self.labels, self.slices = labels, plan.slices
+        self.bounds: list[int] | None = None
+        if looking_is_free(labels):
+            sorted_labels, self.tokens = labels.sort()
+            ends = torch.tensor([stop for _, stop in plan.slices])
+            self.bounds = [0, *torch.searchsorted(sorted_labels, ends).tolist()]
+
+    def set(self, E: Tensor, k: int, value: float | Tensor) -> None:
+        """E[t, y_t - start] = value, or value[t], for the labels inside chunk k. E (N, rows)."""
+        start, stop = self.slices[k]
+        if self.bounds is not None:
+            tokens = self.tokens[self.bounds[k] : self.bounds[k + 1]]
+            own = value[tokens] if isinstance(value, Tensor) else E.new_full((), value)
+            E.index_put_((tokens, self.labels[tokens] - start), own)
+            return
+        column = (self.labels - start).clamp_(0, stop - start - 1)[:, None]
+        inside = (self.labels >= start) & (self.labels < stop)
+        own = E.gather(1, column)[:, 0]
+        E.scatter_(1, column, torch.where(inside, value, own)[:, None])
