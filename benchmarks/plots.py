@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.cases import WORKS
-from benchmarks.tables import AXES, AXIS_NAMES, BARE, MIB, OURS, Row, groups
+from benchmarks.growth import AXES, AXIS_NAMES
+from benchmarks.tables import BARE, MIB, OURS, Row, groups
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

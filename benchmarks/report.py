@@ -8,29 +8,29 @@ python -m benchmarks.report FILE … --write   # from these rows instead
 import argparse
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from benchmarks import plots
 from benchmarks.cases import WORKS
+from benchmarks.growth import AXES, AXIS_NAMES, GROWING, fixed_sizes, growth_table, log_slope, memory_table
 from benchmarks.tables import (
-    AXES,
-    AXIS_NAMES,
     BARE,
+    MIB,
     OURS,
     Row,
     accuracy_table,
     best,
+    contestant_table,
     cost_table,
     groups,
-    growth_table,
-    log_slope,
+    in_style,
     markdown,
-    memory_table,
     peers_ahead,
     shape_of,
     sources,
     verdict,
-)
+)  # fmt: skip
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench_results"
@@ -38,7 +38,6 @@ BEGIN, END = "<!-- figures: drawn by `python -m benchmarks.report --write` -->",
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 SHAPE = ("set", "model", "loss", "N", "M", "D", "V", "pairs", "dtype")
 OUR_DEFAULT = {"cpu": f"{OURS} torch", "cuda": f"{OURS} triton"}
-MIB = 2**20
 
 
 def newest_files() -> list[Path]:
@@ -55,8 +54,9 @@ def read_rows(path: Path) -> list[Row]:
     """Rows of a file; of a measurement that was repeated, the last."""
     rows = {}
     for line in path.read_text().splitlines():
-        row = json.loads(line)
-        rows[tuple(row.get(f) for f in ("kind", "case", "inputs", "work", "contestant", *SHAPE))] = row
+        with suppress(json.JSONDecodeError):  # a run that was ended may leave half a line
+            row = json.loads(line)
+            rows[tuple(row.get(f) for f in ("kind", "case", "inputs", "work", "contestant", *SHAPE))] = row
     return list(rows.values())
 
 
@@ -90,6 +90,8 @@ def report(files: list[Path]) -> str:
 def device_report(rows: list[Row], path: Path) -> list[str]:
     lines: list[str] = []
     cost = [r for r in rows if r["kind"] == "cost"]
+    if cost:
+        lines += ["", "### Contestants", "", *contestant_table(cost), "", sources(cost, path.name)]
     for (set_name,), in_set in groups((r for r in cost if r["set"] not in AXES), "set").items():
         lines += ["", f"### Cost: {set_name}"]
         for case in groups(in_set, *SHAPE).values():
@@ -110,24 +112,11 @@ def device_report(rows: list[Row], path: Path) -> list[str]:
     accuracy = [r for r in rows if r["kind"] == "accuracy"]
     if accuracy:
         lines += ["", "### Accuracy"]
-        for (inputs, source, dtype), case in groups(accuracy, "inputs", "source", "dtype").items():
-            lines += ["", f"**{inputs} inputs{f' ({source})' if source else ''}, {dtype}**", "", *accuracy_table(case)]
+        for case in groups(accuracy, "inputs", "source", "dtype", "loss").values():
+            of = f"{case[0]['inputs']} inputs" + (f" ({case[0]['source']})" if case[0]["source"] else "")
+            lines += ["", f"**{of}, {case[0]['dtype']}, loss {case[0]['loss']}**", "", *accuracy_table(case)]
             lines += ["", sources(case, path.name)]
     return lines
-
-
-# Fields that change along a growth set's axis.
-GROWING = {
-    "growth-n": ("N", "M", "pairs"),
-    "growth-v": ("V",),
-    "growth-pairs": ("N", "M", "pairs"),
-    "valid-share": ("N", "M", "pairs"),
-}
-
-
-def fixed_sizes(row: Row, set_name: str) -> str:
-    sizes = [f"{field} = {row[field]}" for field in ("N", "D", "V") if field not in GROWING[set_name]]
-    return ", ".join([*filter(None, [row["model"]]), *sizes, row["dtype"], f"loss {row['loss']}"])
 
 
 # --- README -----------------------------------------------------------------------------------------------------------
@@ -170,8 +159,8 @@ def summary_cell(row: Row | None, fastest: str | None) -> str:
         return "–"
     if row["status"] != "ok":
         return row["status"]
-    if row["contestant"] == BARE:
-        return f"{row['seconds']:#.3g} s"
+    if row["contestant"] == BARE or row["ratio"] is None:
+        return f"{in_style(row['seconds'], '#.3g')} s"
     ratio = f"{row['ratio']:.2f}"
     return f"{f'**{ratio}**' if ratio == fastest else ratio} ×, {row['extra_bytes'] / MIB:.0f} MiB"
 

@@ -108,6 +108,8 @@ def test_rate_needed_is_where_the_limit_is_met():
     assert share is not None
     assert gpu_model.predict(call, chip, share) == pytest.approx(1.2 * gpu_model.bare(call, chip), rel=1e-6)
     assert gpu_model.share_needed(call, chip, 0.99) is None
+    fastest = gpu_model.predict(call, chip, chip.library) / gpu_model.bare(call, chip)
+    assert gpu_model.share_needed(call, chip, fastest + 1e-6) == pytest.approx(chip.library, rel=1e-4)
 
 
 def test_document_has_the_tables_of_the_model():

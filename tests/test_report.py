@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import plots, report, tables
+from benchmarks import growth, plots, report, tables
 
 ABOUT = {
     "date": "2030-01-02", "commit": "abc1234", "command": "python -m benchmarks.run cpu",
@@ -37,7 +37,8 @@ MAIN = [BARE, row(), PEER, WRONG]
 
 def grown(set_name, **axis):
     (field, values), = axis.items()  # fmt: skip
-    return [row(set=set_name, **{field: x, "seconds": 1e-3 * x, "work": "trainable head"}) for x in values]
+    same = {"set": set_name, "work": "trainable head"}
+    return [row(**same, **{field: x, "M": max(x, 1024) if field == "N" else 1024}, seconds=1e-3 * x) for x in values]
 
 
 def accuracy(contestant, package, err_dw, **changes):
@@ -48,7 +49,7 @@ def accuracy(contestant, package, err_dw, **changes):
 @pytest.fixture
 def file(tmp_path) -> Path:
     rows = [*MAIN, *grown("growth-n", N=[256, 512, 1024]), *grown("growth-v", V=[8192, 32768])]
-    rows += [row(set="valid-share", M=M, work="trainable head") for M in (512, 1024, 2048)]
+    rows += [row(set="valid-share", N=N, work="trainable head") for N in (266, 512, 1024)]
     rows += [accuracy("asft_kernels torch", "asft_kernels", 1.7e-3, pairs=n) for n in (1, 64)]
     rows += [accuracy("Liger", "liger-kernel", 1e-3 * n, pairs=n) for n in (1, 64)]
     path = tmp_path / "2030-01-02-cpu.jsonl"
@@ -76,35 +77,35 @@ def test_a_wrong_answer_stands_with_its_reason_and_without_a_time():
 
 def test_peers_that_win_are_named_in_words():
     assert tables.peers_ahead(MAIN) == ["fast peer in time, frozen head (0.75 × ours)"]
-    assert tables.peers_ahead([row(), PEER | {"seconds": 3.0}]) == []
+    assert tables.peers_ahead([row(), PEER | {"seconds": 2.0}]) == []
     assert "in 1 of 1 cases:" in report.where_peers_win(MAIN)[0]
     assert report.where_peers_win([row()]) == ["In none of the 1 cases does a peer take less time or memory than ours."]
 
 
 def test_slope_is_the_exponent():
-    assert tables.log_slope([(n, 5e-9 * n**2) for n in (256, 512, 4096)]) == pytest.approx(2, abs=1e-9)
-    assert tables.log_slope([(256, 1.0), (256, 2.0)]) is None
+    assert growth.log_slope([(n, 5e-9 * n**2) for n in (256, 512, 4096)]) == pytest.approx(2, abs=1e-9)
+    assert growth.log_slope([(256, 1.0), (256, 2.0)]) is None
     assert (
-        cells(tables.growth_table(grown("growth-v", V=[8192, 32768]), "growth-v"), "asft_kernels torch")[-1] == "1.00"
+        cells(growth.growth_table(grown("growth-v", V=[8192, 32768]), "growth-v"), "asft_kernels torch")[-1] == "1.00"
     )
 
 
 def test_memory_is_fitted_beside_the_documented_formula():
     sizes = [256, 512, 1024]
     measured = [row(set="growth-n", N=n, extra_bytes=7 * 2**20 + 3 * 1024 * n) for n in sizes]
-    line = cells(tables.memory_table(measured), "asft_kernels torch")
+    line = cells(growth.memory_table(measured), "asft_kernels torch")
     assert line[4] == "7 MiB + 3.0 KiB · N"
-    documented = np.array([tables.documented_bytes(r) for r in measured], dtype=float)
+    documented = np.array([growth.documented_bytes(r) for r in measured], dtype=float)
     slope = np.polyfit(sizes, documented, 1)[0] / 1024
     assert line[7].endswith(f"{slope:.1f} KiB · N")
-    assert tables.documented_bytes(PEER) is None
+    assert growth.documented_bytes(PEER) is None
 
 
 def test_documented_memory_of_a_trainable_head():
     """By hand, for a chunk that is the whole vocabulary: 16 N D + 2 chunks + dH + dW + 4 N V."""
     small = row(N=8, M=16, D=4, V=64, work="trainable head")
-    assert tables.documented_bytes(small) == 16 * 8 * 4 + 2 * 4 * 8 * 64 + 16 * 4 * 4 + 64 * 4 * 4 + 4 * 8 * 64
-    assert tables.documented_bytes(small | {"contestant": "asft_kernels torch, cache_bytes=0"}) == (
+    assert growth.documented_bytes(small) == 16 * 8 * 4 + 2 * 4 * 8 * 64 + 16 * 4 * 4 + 64 * 4 * 4 + 4 * 8 * 64
+    assert growth.documented_bytes(small | {"contestant": "asft_kernels torch, cache_bytes=0"}) == (
         16 * 8 * 4 + 2 * 4 * 8 * 64 + 16 * 4 * 4 + 64 * 4 * 4
     )
 
@@ -121,7 +122,7 @@ def test_accuracy_table_has_the_single_rounding_and_marks_the_best():
 def test_every_table_names_its_source(file):
     text = report.report([file])
     described = text.count("<sub>Some CPU, 2 cores, AVX512, 24 GiB, 2 threads; Python 3.11.7, torch 2.13.0+cpu")
-    assert described == text.count("| --- |") - 1  # the memory table shares its source with the time above it
+    assert described == text.count("\n| --- |") - 1  # the memory table shares its source with the time above it
     assert "peer-package 9.9" in text
     assert "commit abc1234; `python -m benchmarks.run cpu`, 2030-01-02; median of 7 rounds" in text
     assert "rows in [2030-01-02-cpu.jsonl](2030-01-02-cpu.jsonl)" in text
@@ -144,9 +145,15 @@ def test_summary_stands_between_its_marks(file):
     assert report.written(once, [file]) == once
 
 
+def test_contestants_are_listed_with_their_notes():
+    table = tables.contestant_table([*MAIN, row(first_call_s=4.0), PEER | {"note": "computes all positions"}])
+    assert cells(table, "fast peer")[1:3] == ["peer-package 9.9", "computes all positions"]
+    assert cells(table, "asft_kernels torch")[3:] == ["1.0", "4.0"]
+
+
 def test_of_a_repeated_measurement_the_last_counts(file):
     with file.open("a") as out:
-        out.write(json.dumps(row(seconds=1.0)) + "\n")
+        out.write(json.dumps(row(seconds=1.0)) + "\n" + json.dumps(row())[:40])
     again = [r for r in report.read_rows(file) if r["set"] == "main" and r["package"] == "asft_kernels"]
     assert [r["seconds"] for r in again] == [1.0]
 

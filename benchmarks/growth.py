@@ -1,0 +1,104 @@
+"""How cost grows with N, V, pairs and the share of valid tokens: tables and fitted slopes."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from asft_kernels.backends.plan import DEFAULT_CACHE_BYTES, default_chunk
+from benchmarks.tables import MIB, OURS, Row, by_work, groups, in_style, markdown
+
+# What grows in each growth set.
+AXES: dict[str, Callable[[Row], float]] = {
+    "growth-n": lambda r: r["N"],
+    "growth-v": lambda r: r["V"],
+    "growth-pairs": lambda r: r["pairs"],
+    "valid-share": lambda r: round(r["N"] / r["M"], 3),
+}
+AXIS_NAMES = {
+    "growth-n": "valid tokens, N",
+    "growth-v": "vocabulary, V",
+    "growth-pairs": "pairs",
+    "valid-share": "share of valid tokens, N / M",
+}
+# Fields that change along a growth set's axis.
+GROWING = {
+    "growth-n": ("N", "M"),
+    "growth-v": ("V",),
+    "growth-pairs": ("pairs",),
+    "valid-share": ("N",),
+}
+
+
+def fixed_sizes(row: Row, set_name: str) -> str:
+    sizes = [f"{field} = {row[field]}" for field in ("N", "M", "D", "V") if field not in GROWING[set_name]]
+    return ", ".join([*filter(None, [row["model"]]), *sizes, row["dtype"], f"loss {row['loss']}"])
+
+
+def growth_table(rows: list[Row], set_name: str) -> list[str]:
+    """Seconds at each size, and the log-log slope of time: 1 is linear, 0 does not depend on it."""
+    axis = AXES[set_name]
+    sizes = sorted({axis(r) for r in rows})
+    lines = []
+    for (work, contestant), line in groups(by_work(rows), "work", "contestant").items():
+        at = {axis(r): r for r in line}
+        cells = [
+            in_style(at[x]["seconds"], "#.3g") if x in at and at[x]["status"] == "ok" else status(at.get(x))
+            for x in sizes
+        ]
+        slope = log_slope([(axis(r), r["seconds"]) for r in line if r["status"] == "ok"])
+        lines.append([work, contestant, *cells, "–" if slope is None else f"{slope:.2f}"])
+    return markdown(["gradients", "contestant", *(f"{x:g}" for x in sizes), "slope"], lines)
+
+
+def status(row: Row | None) -> str:
+    return "–" if row is None else row["status"]
+
+
+def log_slope(points: list[tuple[float, float]]) -> float | None:
+    """Exponent of the power law through the points, by least squares of the logarithms."""
+    if len({x for x, _ in points}) < 2:
+        return None
+    x, y = np.log(np.array(points, dtype=float)).T
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def memory_table(rows: list[Row]) -> list[str]:
+    """Extra memory against N: a straight line through the measurements, beside that of docs/algorithm.md's formula."""
+    lines = []
+    for (work, contestant), line in groups(by_work(rows), "work", "contestant").items():
+        right = sorted((r for r in line if r["status"] == "ok"), key=lambda r: r["N"])
+        if len({r["N"] for r in right}) < 2:
+            continue
+        formula = [documented_bytes(r) for r in right]
+        measured = [float(r["extra_bytes"]) for r in right]
+        cells = [f"{measured[0] / MIB:.0f}", f"{measured[-1] / MIB:.0f}", linear_fit(right, measured)]
+        known = [x for x in formula if x is not None]
+        if len(known) == len(right):
+            cells += [f"{known[0] / MIB:.0f}", f"{known[-1] / MIB:.0f}", linear_fit(right, known)]
+        else:
+            cells += ["–"] * 3
+        lines.append([work, contestant, *cells])
+    first, last = min(r["N"] for r in rows), max(r["N"] for r in rows)
+    ends = [f"MiB at N = {first}", f"at {last}", "fitted line"]
+    return markdown(["gradients", "contestant", *ends, *(f"formula: {name}" for name in ends)], lines)
+
+
+def linear_fit(rows: list[Row], values: list[float]) -> str:
+    slope, at_zero = np.polyfit([r["N"] for r in rows], values, 1)
+    return f"{at_zero / MIB:.0f} MiB + {slope / 1024:.1f} KiB · N"
+
+
+def documented_bytes(row: Row) -> float | None:
+    """What docs/algorithm.md says of the torch backend on a CPU, gradients included; None for other contestants."""
+    cache = {f"{OURS} torch": DEFAULT_CACHE_BYTES, f"{OURS} torch, cache_bytes=0": 0}.get(row["contestant"])
+    if cache is None or row["device"] != "cpu":
+        return None
+    N, D, V = row["N"], row["D"], row["V"]
+    itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}[row["dtype"]]
+    chunk = min(default_chunk(N, D, exp_bytes=4, device_type="cpu"), V)
+    total = 16 * N * D + 2 * 4 * N * chunk + (0 if itemsize == 4 else 16 * MIB)
+    if row["work"] != "no gradient":
+        total += row["M"] * D * itemsize
+    if row["work"] == "trainable head":
+        total += V * D * itemsize + min(4 * N * V, cache)
+    return total
