@@ -186,6 +186,25 @@ def test_vocabulary_entries_switched_off(cache_bytes):
     assert not logps.isnan().any()
 
 
+@pytest.mark.parametrize("levels", [(-300.0, -300.0, -300.0), (-300.0, 50.0, 0.0), (40.0, -300.0, 50.0)], ids=str)
+@pytest.mark.parametrize("cache_bytes", [0, None])
+def test_impossible_labels(levels, cache_bytes):
+    """A label of logit -inf lends no reference: the first chunks' own logits do, however low they lie."""
+    case = make_case(rows=4, T=9, D=12, V=60, bias=True)
+    with torch.no_grad():
+        case.bias[:] = torch.tensor(levels).repeat_interleave(20)
+        case.bias[7] = -torch.inf
+        case.labels[case.labels >= 0] = 7
+    exact = case.to(torch.float64)
+    mine = fused_linear_logps(case.hidden, case.head, case.labels, chunk_size=20, cache_bytes=cache_bytes)
+    truth = plain_logps(exact)
+    assert (mine[case.labels[:, 1:].ne(IGNORE).nonzero(as_tuple=True)] == -torch.inf).all()
+    grads = torch.autograd.grad(mine, case.leaves, torch.ones_like(mine))
+    truths = torch.autograd.grad(truth, exact.leaves, torch.ones_like(truth))
+    for got, right in zip(grads, truths, strict=True):
+        assert relative_error(got, right) <= fp32_bound(300)
+
+
 def test_far_references_overflow_nothing():
     """5,000 logits 75 nats above the label: exp(75) is finite in fp32, 5,000 of them times a large head are not."""
     hidden = torch.ones(2, 3, 2, requires_grad=True)
