@@ -20,6 +20,8 @@ MODELS = {  # vocabulary, hidden size
     "Gemma-3": (262144, 2560),
 }
 OURS = ("bare products", "asft_kernels torch", "asft_kernels triton")
+# Without torch's F.linear_cross_entropy, whose default is plain torch again and whose chunks cost twice as much.
+MAIN_PEERS = ("plain torch", "cut-cross-entropy torch_compile", "TRL ChunkedLogProbFunction")
 UNCACHED = ("asft_kernels torch, cache_bytes=0", "asft_kernels triton, cache_bytes=0")
 
 
@@ -105,24 +107,22 @@ def scaled(model: str, hidden_size: int) -> dict:
     return {"model": name, "V": V, "D": hidden_size}
 
 
-def growth(device: str, dtype: str, D: int, V: int, pairs_N: int, scale: int) -> list[Case]:
-    """Cost against N, V and pairs, one at a time. scale: tokens are that many times those of the CPU."""
+def growth(device: str, dtype: str, D: int, V: int, N: int) -> list[Case]:
+    """Cost against N, V and pairs, one at a time, from the point (N, V, 2 pairs) or near it."""
     shape = {"D": D, "device": device, "dtype": dtype, "rounds": 3}
-    tokens = [256, 512, 1024, 2048, 4096, 8192]
-    vocabularies = [8192, 16384, 32768, 65536, 131072, 262144]
     against_n = [
-        Case("growth-n", work, N, N, V=V, contestants=(*OURS, *UNCACHED, "plain torch"), **shape)
+        Case("growth-n", work, tokens, tokens, V=V, contestants=(*OURS, *UNCACHED, "plain torch"), **shape)
         for work in (FROZEN, TRAINABLE)
-        for N in tokens
+        for tokens in (256, 512, 1024, 2048, 4096, 8192)
     ]
     against_v = [
-        Case("growth-v", TRAINABLE, 512 * scale, 512 * scale, V=vocab, contestants=(*OURS, "plain torch"), **shape)
-        for vocab in vocabularies
+        Case("growth-v", TRAINABLE, N // 2, N // 2, V=vocab, contestants=(*OURS, "plain torch"), **shape)
+        for vocab in (8192, 16384, 32768, 65536, 131072, 262144)
     ]
     against_pairs = [
         Case(
-            "growth-pairs", TRAINABLE, pairs_N, pairs_N, V=V, loss="simpo", pairs=pairs,
-            contestants=(*OURS, "plain torch", "Liger-Kernel SimPO"), **shape,
+            "growth-pairs", TRAINABLE, N, N, V=V, loss="simpo", pairs=pairs,
+            contestants=(*OURS, "Liger-Kernel SimPO"), **shape,
         )
         for pairs in (1, 2, 4, 8, 16, 32, 64)
     ]  # fmt: skip
@@ -130,23 +130,24 @@ def growth(device: str, dtype: str, D: int, V: int, pairs_N: int, scale: int) ->
 
 
 def cpu_cases() -> list[Case]:
-    """What `make bench` runs: under 20 minutes on two cores at 200 GFLOP/s (a test holds the estimate)."""
-    models = [("SmolLM2-135M", 576, 512), ("Llama-3-8B", 512, 256), ("Qwen3", 512, 256), ("Gemma-3", 320, 256)]
-    main = [Case("main", work, N, 2 * N, **scaled(name, D)) for name, D, N in models for work in WORKS]
-    share = [
-        Case("valid-share", work, N, 1024, **scaled("SmolLM2-135M", 576), rounds=3)
-        for N in (266, 512, 1024)
-        for work in (FROZEN, TRAINABLE)
-    ]
+    """What `make bench` runs before the accuracy: about 15 minutes on two cores at 200 GFLOP/s (a test holds it)."""
+    few = {"rounds": 3, "contestants": (*OURS, *MAIN_PEERS)}
+    smollm2 = scaled("SmolLM2-135M", 576)
+    main = [Case("main", work, 512, 1024, **smollm2, rounds=3) for work in WORKS]
+    large = [("Qwen3", 384, WORKS), ("Llama-3-8B", 384, WORKS[1:]), ("Gemma-3", 256, WORKS[1:])]
+    main += [Case("main", work, 256, 512, **scaled(name, D), **few) for name, D, works in large for work in works]
+    share = [Case("valid-share", TRAINABLE, N, 512, **smollm2, **few) for N in (133, 256, 512)]
     low = [Case("dtypes", work, 256, 256, 512, 32000, dtype="bfloat16", rounds=3) for work in WORKS]
     losses = [
-        Case("losses", work, 512, 1024, **scaled("SmolLM2-135M", 576), loss=loss, rounds=3)
-        for loss in ("simpo", "dpo", "orpo")
-        for work in (FROZEN, TRAINABLE)
-    ]
-    # The logits' log-softmax and two gradients of its size are 24 GiB in plain torch, before anything else.
-    beyond = Case("beyond-plain", TRAINABLE, 8192, 8192, 64, 262144, rounds=1, contestants=(*OURS, "plain torch"))
-    return [*main, *share, *low, *losses, *growth("cpu", "float32", 256, 16384, 1024, 1), beyond]
+        Case(
+            "losses", TRAINABLE, 256, 512, **smollm2, loss=loss, rounds=3,
+            contestants=(*OURS, *MAIN_PEERS, f"Liger-Kernel {name}"),
+        )
+        for loss, name in (("simpo", "SimPO"), ("dpo", "DPO"), ("orpo", "ORPO"))
+    ]  # fmt: skip
+    # In plain torch the log-softmax of M V logits and two gradients of its size are 24 GiB, before anything else.
+    beyond = Case("beyond-plain", TRAINABLE, 4096, 8192, 64, 262144, rounds=1, contestants=(*OURS, "plain torch"))
+    return [*main, *share, *low, *losses, *growth("cpu", "float32", 256, 8192, 512), beyond]
 
 
 def gpu_cases() -> list[Case]:
@@ -169,7 +170,7 @@ def gpu_cases() -> list[Case]:
     # N * V passes 2**31, where 32-bit offsets would wrap; plain torch's fp32 log-softmax would be 37 GiB and more.
     large = [full("large", "Qwen3", work, 65536, 65536, rounds=3, contestants=(*OURS, "plain torch")) for work in WORKS]
     single = [full("dtypes", "Llama-3-8B", work, 2048, 2048, dtype="float32", rounds=3) for work in WORKS]
-    return [*main, *share, *losses, *large, *single, *growth("cuda", "bfloat16", 4096, 128256, 8192, 16)]
+    return [*main, *share, *losses, *large, *single, *growth("cuda", "bfloat16", 4096, 128256, 8192)]
 
 
 def smoke_cases() -> list[Case]:

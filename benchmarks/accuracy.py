@@ -1,0 +1,159 @@
+"""Errors of loss, dH and dW against float64, for every contestant, on random inputs and on real text.
+
+    python -m benchmarks.accuracy                        # the package's own demo pairs
+    python -m benchmarks.accuracy --data pairs.jsonl.gz  # in one of the formats of asft_kernels.data
+
+fp32 and bf16, 1 to 64 pairs. Real inputs are the hidden states of SmolLM2-135M over the responses, with its head; bf16
+rounds both first, and float64 starts from the rounded ones. As in benchmarks.run a contestant has a process of its
+own, rows are written as cases end, and a run that was cut off goes on.
+"""
+
+import argparse
+import sys
+import tempfile
+from dataclasses import replace
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from asft_kernels.demo import DATA
+from benchmarks.cases import TRAINABLE, Case, Inputs, make_inputs
+from benchmarks.contestants import Contestant, contestants_of
+from benchmarks.losses import IGNORE
+from benchmarks.machine import about, device_slug
+from benchmarks.run import append, key, rows_of
+from benchmarks.runner import Prepared, check_case
+from benchmarks.worker import WorkerFailed
+
+PAIRS = (1, 4, 16, 64)
+PROMPT, RESPONSE = 8, 24  # positions of a row at most: what comes before a response matters little, its length costs
+
+
+def random_case(pairs: int, **fields) -> Case:
+    """As many tokens a pair as the real ones, a vocabulary and a hidden size of the same kind."""
+    rows = 2 * pairs
+    return Case("accuracy", TRAINABLE, RESPONSE * rows, (PROMPT + RESPONSE) * rows, 576, 32000, pairs=pairs, **fields)
+
+
+def real_inputs(case: Case, source: Path) -> Inputs:
+    """The first pairs of the states that `hidden_states` left, in the case's dtype."""
+    stored = torch.load(source)
+    chosen, rejected = (stored["hidden"].chunk(2)[side][: case.pairs] for side in (0, 1))
+    labels = torch.cat([part[: case.pairs] for part in stored["labels"].chunk(2)])
+    return Inputs(torch.cat([chosen, rejected]).to(case.torch_dtype), stored["weight"].to(case.torch_dtype), labels)
+
+
+def hidden_states(data: Path, pairs: int, target: Path) -> None:
+    """SmolLM2's states and shifted labels, PROMPT positions before the response and its first RESPONSE, to a file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from asft_kernels.data import PairCollator, load_pairs
+    from asft_kernels.integrations.hf_model import PreferenceModel
+    from asft_kernels.integrations.smollm2 import smollm2_path
+
+    model_folder = smollm2_path()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    dataset, _ = load_pairs(data, tokenizer, max_length=512, max_prompt_length=256)
+    if len(dataset) < pairs:
+        raise SystemExit(f"--data: got {len(dataset)} usable pairs in {data}, need {pairs}; give a longer file")
+    collate = PairCollator(tokenizer.pad_token_id)
+    model = PreferenceModel(AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)).eval()
+    sides: tuple[list, list] = [], []
+    for index in range(pairs):  # one by one: the longest dialogue sets no other's length
+        batch = collate([dataset[index]])
+        with torch.no_grad():
+            states = model.hidden_states(batch["input_ids"], batch["attention_mask"])
+        labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
+        for row, side in enumerate(sides):
+            first = int((labels[row] != IGNORE).nonzero()[0])
+            side.append(_window(states[row], labels[row], first))
+    hidden, shifted = zip(*(sides[0] + sides[1]), strict=True)
+    weight = model.lm_head.weight.detach()
+    torch.save({"hidden": torch.stack(hidden), "labels": torch.stack(shifted), "weight": weight}, target)
+
+
+def _window(states: torch.Tensor, labels: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(PROMPT + RESPONSE) positions from PROMPT before the response's first, padded where the text is shorter."""
+    part = slice(max(0, first - PROMPT), first + RESPONSE)
+    missing = PROMPT + RESPONSE - len(labels[part])
+    pad = torch.nn.functional.pad
+    return pad(states[part], (0, 0, 0, missing)), pad(labels[part], (0, missing), value=IGNORE)
+
+
+def accuracy_cases(stored: dict[str, torch.Tensor] | None, device: str) -> list[tuple[Case, str]]:
+    """(case, "random" or "real"): the sizes of a real case are those of the text."""
+    cases = []
+    for loss in ("asft", "simpo"):
+        for dtype in ("float32", "bfloat16"):
+            for pairs in PAIRS:
+                case = random_case(pairs, loss=loss, dtype=dtype, device=device)
+                cases.append((case, "random"))
+                if stored is not None:
+                    labels = torch.cat([side[:pairs] for side in stored["labels"].chunk(2)])
+                    V, D = stored["weight"].shape
+                    valid = int((labels != IGNORE).sum())
+                    cases.append((replace(case, model="SmolLM2-135M", N=valid, M=labels.numel(), D=D, V=V), "real"))
+    return cases
+
+
+def answering(case: Case) -> list[Contestant]:
+    """All that answer on ASFT; of the other loss Liger-Kernel's alone, and ours beside it."""
+    beside = ("Liger-Kernel", "asft_kernels")
+    return [c for c in contestants_of(case) if c.checked and (case.loss == "asft" or c.name.startswith(beside))]
+
+
+def measure(case: Case, prepared: Prepared, limit: float) -> list[dict]:
+    """A row for every contestant that answers; those outside the tolerance keep their errors."""
+    contestants = answering(case)
+    rounding: dict[str, float | None] = dict.fromkeys(("rounding_dh", "rounding_dw"))
+    try:
+        folder = prepared.folder_of(case)
+        exact = torch.load(folder / "exact.pt", map_location="cpu")
+        entries = check_case(case, contestants, folder, limit=limit, memory_limit=None, keep=False)
+    except WorkerFailed as failure:
+        raise SystemExit(f"{case.id}: no exact answer: {failure}") from None
+    for name, grad in (("rounding_dh", exact["grad_hidden"]), ("rounding_dw", exact["grad_weight"])):
+        rounding[name] = ((grad.to(case.torch_dtype).double() - grad).norm() / grad.double().norm()).item()
+    errors = dict.fromkeys(("err_loss", "err_dh", "err_dw", "tol_loss", "tol_grad"))
+    return [
+        {
+            "kind": "accuracy", **case.row, "contestant": entry.contestant.name, "package": entry.contestant.package,
+            "version": entry.contestant.version, "note": entry.contestant.note, "status": entry.status,
+            "reason": "", "gemms": entry.contestant.products(case), **errors, **entry.facts, **rounding,
+        }
+        for entry in entries
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA / "train.jsonl", help="pairs (default: the demo's)")
+    parser.add_argument("--random-only", action="store_true", help="no language model, random inputs alone")
+    parser.add_argument("--out", type=Path, help="file of rows (default: bench_results/DATE-DEVICE.jsonl)")
+    parser.add_argument("--limit", type=float, default=300, help="seconds that one call may take (default 300)")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = args.out or Path("bench_results") / f"{date.today()}-{device_slug(device)}.jsonl"
+    facts = about(device, "benchmarks.accuracy", sys.argv[1:])
+    done = {key(row) for row in rows_of(path)}
+    with tempfile.TemporaryDirectory(prefix="asft-accuracy-") as folder:
+        file, stored = Path(folder) / "states.pt", None
+        if not args.random_only:
+            print(f"hidden states of SmolLM2-135M over the first {PAIRS[-1]} pairs of {args.data}", flush=True)
+            hidden_states(args.data, PAIRS[-1], file)
+            stored = torch.load(file)
+        makers = {"random": make_inputs, "real": partial(real_inputs, source=file)}
+        for case, inputs in tqdm(accuracy_cases(stored, device), unit="case"):
+            if all((facts["commit"], "accuracy", case.set, case.id, c.name) in done for c in answering(case)):
+                continue
+            prepared = Prepared(makers[inputs])
+            try:
+                rows = measure(case, prepared, args.limit)
+            finally:
+                prepared.close()
+            source = "" if inputs == "random" else f"SmolLM2-135M over {args.data.name}, first {RESPONSE} tokens"
+            extra = {"inputs": inputs, "source": source, "about": facts}
+            append(path, [row for row in (r | extra for r in rows) if key(row) not in done])

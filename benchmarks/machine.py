@@ -1,0 +1,90 @@
+"""What stands in every row about where it was measured."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+import torch
+
+GIB = 2**30
+
+
+def about(device: str, module: str, arguments: list[str]) -> dict:
+    """Date, commit, command, machine, versions. module, arguments: of the command that is running."""
+    facts = {
+        "date": str(date.today()),
+        "commit": commit(),
+        "command": " ".join(["python -m", module, *arguments]),
+        "machine": _cpu(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "memory_gib": round(_total_memory() / GIB, 1),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {
+            "machine": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_gib": round(properties.total_memory / GIB, 1),
+            "cuda": torch.version.cuda or f"ROCm {torch.version.hip}",
+            "driver": _driver(),
+        }
+    return facts
+
+
+def device_slug(device: str) -> str:
+    """The part of a result file's name: "cpu", or the GPU's name in lower case."""
+    if device == "cpu":
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
+
+
+def commit() -> str:
+    """Of the tree the package is in, with "-dirty" where it has changes; "unknown" outside git."""
+    root = Path(__file__).parent
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def available_memory(device: str) -> int:
+    """Bytes that can still be taken."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except OSError:
+        return _total_memory()
+
+
+def import_seconds(module: str) -> float | None:
+    """In a process of its own, torch aside; None where it is missing."""
+    code = f"import time, torch; began = time.perf_counter(); import {module}; print(time.perf_counter() - began)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+
+
+def _cpu() -> str:
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        name = names[0] if names else name
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _total_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _driver() -> str:
+    if not shutil.which("nvidia-smi"):
+        return "unknown"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.strip().partition("\n")[0] or "unknown"

@@ -1,0 +1,185 @@
+"""One case: every contestant checked, its memory measured, then all timed in turn, round by round."""
+
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.cases import WORKS, Case, Inputs, make_inputs
+from benchmarks.contestants import BARE, Contestant
+from benchmarks.machine import available_memory, import_seconds
+from benchmarks.measure import GemmRate
+from benchmarks.worker import Contender, Preparation, Worker, WorkerFailed
+
+GIB = 2**30
+MEMORY_LIMIT = 24 * GIB  # of a worker: what "plain torch cannot hold" means
+RESTING = GIB // 2  # bytes of a worker between its calls, inputs aside
+NO_ERRORS = dict.fromkeys(("err_loss", "err_dh", "err_dw", "tol_loss", "tol_grad"))
+
+
+class Prepared:
+    """Inputs and exact answers of one case at a time, on disk, for as long as the following cases share them."""
+
+    def __init__(self, make: Callable[[Case], Inputs] = make_inputs):
+        self.make, self.case, self.folder = make, None, None
+
+    def folder_of(self, case: Case) -> Path:
+        if self.folder is None or self.case != case.same_inputs:
+            self.close()
+            self.folder = tempfile.TemporaryDirectory(prefix="asft-benchmark-")
+            worker = Worker(Preparation, case, Path(self.folder.name), self.make)
+            try:
+                worker.ask("run", limit=1800)
+            finally:
+                worker.close()
+            self.case = case.same_inputs
+        return Path(self.folder.name)
+
+    def close(self) -> None:
+        if self.folder is not None:
+            self.folder.cleanup()
+            self.folder = self.case = None
+
+
+@dataclass
+class Entry:
+    """A contestant in a case: its worker while there is one, and what is known of it."""
+
+    contestant: Contestant
+    worker: Worker | None = None
+    status: str = "ok"
+    facts: dict[str, Any] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+
+    def close(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+            self.worker = None
+
+    def fail(self, reason: str, status: str = "failed") -> None:
+        self.status, self.seconds = status, []
+        self.facts["reason"] = reason
+        self.close()
+
+
+@lru_cache
+def gemm_rate(device: str, dtype: str) -> float:
+    """Measured once a run, in a process of its own."""
+    worker = Worker(GemmRate, device, dtype)
+    try:
+        return worker.ask("run")
+    finally:
+        worker.close()
+
+
+package_import_seconds = lru_cache(import_seconds)
+
+
+def check_case(
+    case: Case, contestants: list[Contestant], folder: Path, *, limit: float, memory_limit: int | None, keep: bool
+) -> list[Entry]:
+    """Each contestant's first call, answer and memory, one after another; keep: the workers stay for the rounds."""
+    entries = []
+    try:
+        for contestant in contestants:
+            entry = Entry(contestant)
+            entries.append(entry)
+            try:
+                entry.worker = Worker(Contender, contestant, case, folder, memory_limit=memory_limit)
+                entry.facts["first_call_s"] = entry.worker.ask("start", limit=limit)
+                entry.facts |= entry.worker.ask("check", limit=limit)
+                if entry.facts.get("reason"):
+                    entry.fail(entry.facts["reason"], "refused")
+                elif keep:
+                    entry.facts["extra_bytes"] = entry.worker.ask("memory", limit=limit)
+            except WorkerFailed as failure:
+                entry.fail(str(failure))
+            if not keep:
+                entry.close()
+    except BaseException:
+        for entry in entries:
+            entry.close()
+        raise
+    return entries
+
+
+def measure_case(case: Case, contestants: list[Contestant], prepared: Prepared, *, limit: float = 300) -> list[dict]:
+    """The rows of a case, but for what is the same in all rows of a run."""
+    available = available_memory(case.device)
+    memory_limit = min(MEMORY_LIMIT, int(0.8 * available)) if case.device == "cpu" else None
+    inputs_bytes = (case.M + case.V) * case.D * case.torch_dtype.itemsize
+    # Where idle workers would take more than the fifth that a working one leaves, each round starts its own.
+    together = len(contestants) * (inputs_bytes + RESTING) < 0.2 * available
+    try:
+        folder = prepared.folder_of(case)
+    except WorkerFailed as failure:
+        return [_row(case, _unprepared(c, failure), None) for c in contestants]
+    entries = check_case(case, contestants, folder, limit=limit, memory_limit=memory_limit, keep=True)
+    try:
+        for entry in entries:
+            if not together:
+                entry.close()
+        for _ in range(case.rounds):
+            for entry in entries:
+                if entry.status == "ok":
+                    with suppress(WorkerFailed):
+                        _time(entry, case, folder, memory_limit, limit, together)
+    finally:
+        for entry in entries:
+            entry.close()
+    bare = next((median(e.seconds) for e in entries if e.contestant.name == BARE and e.seconds), None)
+    return [_row(case, entry, bare) for entry in entries]
+
+
+def _unprepared(contestant: Contestant, failure: WorkerFailed) -> Entry:
+    entry = Entry(contestant)
+    entry.fail(f"no inputs or exact answers: {failure}")
+    return entry
+
+
+def _time(entry: Entry, case: Case, folder: Path, memory_limit: int | None, limit: float, together: bool) -> None:
+    try:
+        if entry.worker is None:
+            entry.worker = Worker(Contender, entry.contestant, case, folder, memory_limit=memory_limit)
+            entry.worker.ask("start", limit=limit)
+            entry.worker.ask("time", limit=limit)  # compiles and warms, not counted
+        entry.seconds.append(entry.worker.ask("time", limit=limit))
+        if not together:
+            entry.close()
+    except WorkerFailed as failure:
+        entry.fail(str(failure))
+        raise
+
+
+def _row(case: Case, entry: Entry, bare: float | None) -> dict:
+    contestant, seconds = entry.contestant, entry.seconds
+    middle = median(seconds) if seconds else None
+    rate = gemm_rate(case.device, case.dtype)
+    flops = (1 + WORKS.index(case.work)) * 2 * case.N * case.V * case.D
+    return {
+        "kind": "cost",
+        **case.row,
+        "contestant": contestant.name,
+        "package": contestant.package,
+        "version": contestant.version,
+        "note": contestant.note,
+        "gemms": contestant.products(case),
+        "status": entry.status,
+        "reason": "",
+        "first_call_s": None,
+        "extra_bytes": None,
+        **NO_ERRORS,
+        **entry.facts,
+        "import_s": package_import_seconds(contestant.module),
+        "seconds": middle,
+        "seconds_min": min(seconds, default=None),
+        "seconds_max": max(seconds, default=None),
+        "rounds": len(seconds),
+        "ratio": middle / bare if middle and bare else None,
+        "gemm_share": flops / middle / rate if middle else None,
+        "gemm_flops_per_s": rate,
+    }
