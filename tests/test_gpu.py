@@ -1,31 +1,102 @@
-"""What only a GPU can show: no hidden synchronisation, sizes past 2**31 elements, peak memory."""
+"""What only a GPU can show: parity at real sizes, CUDA graphs, no synchronisation, offsets, repeatability, memory."""
 
 import pytest
 import torch
 
-from asft_kernels import fused_asft_loss, fused_linear_logps
-from bounds import relative_error, rounded_once
-from cases import make_case
+from asft_kernels import fused_asft_loss, fused_linear_logps, reference
+from bounds import fp32_bound, relative_error, rounded_once
+from cases import Case, make_case
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
 ]
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BACKENDS = ["torch", "triton"]
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+def on_gpu(**sizes) -> Case:
+    return make_case(**sizes).on("cuda")
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parity_at_real_sizes(dtype, backend, softcap):
+    """Whole tiles and partial ones, several chunks, some recomputed. The bounds are tests/test_functional.py's."""
+    case = on_gpu(rows=4, T=520, D=1032, V=40_003, dtype=dtype, peaked=True)
+    exact = case.to(torch.float64)
+    loss = fused_asft_loss(
+        case.hidden, case.head, case.labels, softcap=softcap, backend=backend, chunk_size=15_000, cache_bytes=2**26
+    )
+    truth = reference.fused_asft_loss(exact.hidden, exact.head, exact.labels, softcap=softcap)
+    assert relative_error(loss, truth) <= fp32_bound(32)
+    grads = torch.autograd.grad(loss, case.leaves)
+    for got, right in zip(grads, torch.autograd.grad(truth, exact.leaves), strict=True):
+        bound = fp32_bound(32)
+        if dtype != torch.float32:
+            factor = 1.9 if backend == "triton" and dtype == torch.bfloat16 else 1.1
+            bound = factor * rounded_once(right, dtype)
+        assert relative_error(got, right) <= bound
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_synchronisation(backend, dtype):
     """With num_valid given nothing waits for the device, through the return of backward."""
-    case = make_case(rows=8, T=64, D=128, V=1000, dtype=dtype)
-    hidden, weight = (x.detach().cuda().requires_grad_() for x in (case.hidden, case.weight))
-    labels = case.labels.cuda()
-    fused_asft_loss(hidden, weight, labels, backend=backend).backward()  # compiles
+    case = on_gpu(rows=8, T=64, D=128, V=1000, dtype=dtype)
+    fused_asft_loss(case.hidden, case.head, case.labels, backend=backend).backward()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        fused_asft_loss(hidden, weight, labels, backend=backend, num_valid=500).backward()
+        fused_asft_loss(case.hidden, case.head, case.labels, backend=backend, num_valid=500).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cuda_graph(backend, dtype):
+    """Captured once with num_valid given, replayed with other hidden states, labels and counts: the same as a plain
+    call, but for the order in which cuBLAS may sum: two roundings of the result."""
+    first, second = (on_gpu(rows=8, T=64, D=128, V=1000, dtype=dtype, valid=v, seed=s) for v, s in ((0.5, 0), (0.7, 1)))
+    case = on_gpu(rows=8, T=64, D=128, V=1000, dtype=dtype, valid=0.3, seed=2)
+
+    def step(case: Case) -> list[torch.Tensor]:
+        loss = fused_asft_loss(case.hidden, case.head, case.labels, backend=backend, num_valid=480)
+        return [loss.detach(), *torch.autograd.grad(loss, case.leaves)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(case)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(case)
+    for new in (first, second, first):
+        with torch.no_grad():
+            for old, x in zip((*case.leaves, case.labels), (*new.leaves, new.labels), strict=True):
+                old.copy_(x)
+        graph.replay()
+        for got, right in zip(captured, step(new), strict=True):
+            assert relative_error(got, right) <= max(2 * torch.finfo(got.dtype).eps, fp32_bound(1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repeats_bit_by_bit(backend, dtype):
+    """Three calls with allocations in between; labels occur many times, so their sums would show an atomic order."""
+    case = on_gpu(rows=8, T=512, D=1024, V=32_000, dtype=dtype)
+    case.labels.clamp_(max=50)
+    results, between = [], []
+    for _ in range(3):
+        loss = fused_asft_loss(case.hidden, case.head, case.labels, backend=backend, cache_bytes=2**27)
+        results.append([loss.detach(), *torch.autograd.grad(loss, case.leaves)])
+        between.append(torch.empty(10_000_019, device="cuda"))
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
 
 
 def test_more_than_2_31_exponentials():
@@ -43,3 +114,25 @@ def test_more_than_2_31_exponentials():
     p[torch.arange(64), labels[0, -64:]] -= 1
     truth = -(p[:, -1000:].T @ hidden[0, -64:].double())
     assert relative_error(grad[-1000:], truth) <= 1.5 * rounded_once(truth, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("trainable", "limit"), [(False, 512), (True, 4096)], ids=["frozen head", "trainable head"])
+def test_peak_memory(trainable, limit):
+    """N=8192, D=4096, V=151936 in bf16: what one call and its backward take beside the inputs, gradients included."""
+    N, D, V, MIB = 8192, 4096, 151_936, 2**20
+    if torch.cuda.get_device_properties(0).total_memory < 12 * 2**30:
+        pytest.skip("needs 12 GiB of GPU memory")
+    hidden = torch.randn(2, N // 2, D, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(V, D, device="cuda", dtype=torch.bfloat16).div_(D**0.5).requires_grad_(trainable)
+    labels = torch.randint(V, (2, N // 2), device="cuda")
+
+    def step() -> None:
+        fused_asft_loss(hidden, weight, labels, shift=False).backward()
+        hidden.grad = weight.grad = None
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    assert (torch.cuda.max_memory_allocated() - before) / MIB <= limit

@@ -1,0 +1,123 @@
+#!/usr/bin/env bash
+# The first minutes on a GPU: is it all there, is it right, is it fast. From the repository's root:
+#
+#   benchmarks/gpu.sh                      results in bench_results/, or in the folder that OUT names
+#   DRY_RUN=1 benchmarks/gpu.sh            every step on a CPU, interpreted, with small shapes, in a copy
+#   PYTHON=python3.12 BUDGET=1800 ...      another interpreter (default .venv's, else python3), more seconds
+#
+# Steps come in the order of their worth: parity and the headline end within 8 minutes, all within BUDGET
+# (25). Each has a limit of its own and a log in $OUT/gpu-logs; one that fails or runs out of time is
+# reported, and the next begins. Rows are written as they are measured, and a second run goes on from them.
+# Needs torch, triton and pytest; tries `pip install` for what is missing, once, and says what stays missing
+# (PIP_NO_INDEX=1 PIP_FIND_LINKS=folder serves it without a network).
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 2
+
+OUT=$(mkdir -p "${OUT:-bench_results}" && cd "${OUT:-bench_results}" && pwd) || exit 2
+BUDGET=${BUDGET:-1500}
+DRY_RUN=${DRY_RUN:-}
+LOGS=$OUT/gpu-logs
+SUMMARY=$LOGS/summary.txt
+mkdir -p "$LOGS" && : > "$SUMMARY"
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python3
+    [ -x .venv/bin/python ] && PYTHON=$PWD/.venv/bin/python
+fi
+if [ -n "$DRY_RUN" ]; then
+    export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
+    copy=$(mktemp -d) && trap 'rm -rf "$copy"' EXIT
+    cp -r asft_kernels benchmarks bench_results docs tests ./*.md ./*.toml ./*.txt setup.py "$copy" && cd "$copy" || exit 2
+fi
+export ASFT_KERNELS_TUNED=0  # the table's first tiles, until a step says otherwise
+failed=0
+
+step() {  # step NAME LIMIT COMMAND...: at most LIMIT seconds, and never past BUDGET
+    local name=$1 limit=$2 log=$LOGS/$1.log began=$SECONDS code result
+    shift 2
+    [ $((BUDGET - SECONDS)) -lt "$limit" ] && limit=$((BUDGET - SECONDS))
+    printf '\n== %s (at most %s s): %s\n' "$name" "$limit" "$*"
+    if [ "$limit" -lt 5 ]; then
+        result="not run: BUDGET is used up"
+    else
+        timeout -s INT -k 10 "$limit" "$@" 2>&1 | tee "$log"
+        code=${PIPESTATUS[0]}
+        case $code in
+            0) result=ok ;;
+            124 | 137) result="stopped at its limit of $limit s" ;;
+            *) result="FAILED with code $code" ;;
+        esac
+    fi
+    [ "$result" = ok ] || failed=$((failed + 1))
+    printf '%-14s %5s s  %s\n' "$name" $((SECONDS - began)) "$result" >> "$SUMMARY"
+    [ "$result" = ok ]
+}
+
+have() { "$PYTHON" - "$@" <<'END'
+import importlib.util, sys
+missing = [m for m in sys.argv[1:] if importlib.util.find_spec(m) is None]
+print("missing:", *missing) if missing else print("all found:", *sys.argv[1:])
+sys.exit(bool(missing))
+END
+}
+
+environment() {
+    nvidia-smi || rocm-smi || echo "neither nvidia-smi nor rocm-smi answers"
+    "$PYTHON" -m pip list 2> /dev/null | grep -iE '^(torch|triton|liger|cut-cross|trl|transformers|pytest|numpy)'
+    have torch triton pytest hypothesis tqdm numpy matplotlib || echo "-> tests, benchmarks or pictures will fail"
+    have liger_kernel cut_cross_entropy trl || echo "-> these peers will be left out of the benchmark"
+    "$PYTHON" - <<'END'
+import os, sys, torch
+print("python", sys.version.split()[0], "torch", torch.__version__, "cuda", torch.version.cuda, "hip", torch.version.hip)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    sys.exit("no CUDA or ROCm device is used") if torch.cuda.is_available() else print("dry run: no device is asked for")
+elif not torch.cuda.is_available():
+    sys.exit("torch finds no CUDA or ROCm device: everything below will be skipped or fail")
+else:
+    print(torch.cuda.get_device_properties(0))
+END
+}
+
+tests() { "$PYTHON" -m pytest -q -rs -W default -p no:cacheprovider "$@"; }
+measure() { "$PYTHON" -m benchmarks.run --out "$ROWS" --limit 60 "$@"; }
+tuned() { ASFT_KERNELS_TUNED=1 "$PYTHON" -m benchmarks.run --out "$LOGS/tuned.jsonl" --contestants triton -- "$@"; }
+report() {
+    "$PYTHON" -m benchmarks.report "$ROWS" --write || return
+    [ bench_results -ef "$OUT" ] || cp bench_results/REPORT.md bench_results/*.png "$OUT"
+}
+export -f have environment tests measure tuned report
+export PYTHON LOGS OUT
+
+step environment 30 bash -c environment
+if ! have torch triton pytest hypothesis tqdm matplotlib liger_kernel cut_cross_entropy trl > /dev/null; then
+    step install 90 "$PYTHON" -m pip install -q --retries 1 --timeout 10 -c constraints.txt -e ".[test,bench]"
+    have torch triton pytest hypothesis tqdm matplotlib liger_kernel cut_cross_entropy trl | tee -a "$SUMMARY"
+fi
+slug=$("$PYTHON" -c "import torch
+from benchmarks.machine import device_slug
+print(device_slug('cuda' if torch.cuda.is_available() else 'cpu'))" 2> /dev/null || echo unknown)
+ROWS=$OUT/$(date +%F)-$slug.jsonl
+export ROWS
+
+if [ -z "$DRY_RUN" ]; then
+    key=(tests/test_gpu.py -k "parity and not float16")
+    rest=(tests/test_gpu.py -k "not parity or float16")
+    kernels=(tests/test_kernels.py tests/test_triton_backend.py tests/test_autotune.py tests/test_functional.py)
+    headline=main suite=gpu shape=(--hidden-size 4096 --vocab 151936 --tokens 2048 8192)
+else
+    key=(tests/test_kernels.py -k "with_each_tile and float32")
+    rest=(tests/test_gpu.py)
+    kernels=(tests/test_triton_backend.py -k "no_tokens or smallest")
+    headline=smoke suite=smoke shape=(--hidden-size 24 --vocab 70 --tokens 16 33)
+fi
+step parity 150 bash -c 'tests "$@"' - "${key[@]}"
+step headline 210 bash -c 'measure "$@"' - "$headline"
+step device-tests 240 bash -c 'tests "$@"' - "${rest[@]}"
+step kernel-tests 240 bash -c 'tests "$@"' - "${kernels[@]}"
+step autotune 90 "$PYTHON" -m asft_kernels.autotune "${shape[@]}" --dtype bfloat16
+step tuned 90 bash -c 'tuned "$@"' - "$headline"
+step suite $((BUDGET - SECONDS - 60)) bash -c 'measure "$@"' - "$suite"
+step report 60 bash -c report
+
+printf '\n== %s steps not ok; rows in %s, logs in %s\n' "$failed" "$ROWS" "$LOGS"
+cat "$SUMMARY"
+[ "$failed" -eq 0 ]
