@@ -1,5 +1,6 @@
 # make demo   fine-tune a small model on the package's own pairs, and compare with the plain path
 # make test   the whole test suite, one summary at the end
+# make bench  time, memory and accuracy beside the other packages: 20 minutes on a CPU; results in bench_results/
 # make lint   ruff and pyright
 # Each first makes .venv with what it needs from the package index, once: again only when setup.py
 # or constraints.txt has changed. All share that folder, so the second one has little to install.
@@ -17,7 +18,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 KEY := $(shell { pwd; cat setup.py constraints.txt; } | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint venv clean
+.PHONY: help demo test bench lint venv clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -31,6 +32,13 @@ test: venv
 	@echo "== fetching a small real language model, which some tests use (93 MB, once)"
 	@$(PY) -m asft_kernels.integrations.smollm2 || echo "== going on without it: those tests say that they skip"
 	$(PY) tests/run.py $(ARGS)
+
+# A run that was cut off goes on when started again.
+bench: venv
+	@$(call install,bench)
+	$(PY) -m benchmarks.run $(ARGS)
+	$(PY) -m benchmarks.accuracy
+	$(PY) -m benchmarks.report --write
 
 lint: venv
 	@$(call install,dev,test)

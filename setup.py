@@ -47,7 +47,14 @@ setup(
     install_requires=["torch>=2.11", TRITON],
     extras_require={
         "train": TRAIN,
-        "bench": ["cut-cross-entropy>=25.1"],
+        "bench": [
+            *TRAIN,  # real hidden states, pictures
+            # The peers that are measured beside ours.
+            "cut-cross-entropy>=25.1",
+            "liger-kernel>=0.8.5",
+            "tqdm>=4.66",
+            "trl>=1.16",
+        ],
         "test": [
             *TRAIN,  # the trainer's tests
             "hypothesis>=6.100",

@@ -8,6 +8,7 @@ import gc
 import importlib
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import time
@@ -91,6 +92,7 @@ def _serve(connection: Connection, make: Callable[..., Any], args: tuple, memory
 
 def _reason(error: Exception) -> str:
     text = (str(error).strip() or "no message").splitlines()[0]
+    text = re.sub(r"^\[enforce fail at [^]]*\] err == 0\. ", "", text)  # of torch's CPU allocator
     memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
     return f"out of memory: {text}" if memory else f"{type(error).__name__}: {text}"
 

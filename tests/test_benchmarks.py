@@ -1,0 +1,284 @@
+"""The benchmark's machinery: wrong answers have no speed, nothing that a contestant does stops a run."""
+
+import json
+import os
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from asft_kernels import reference
+from benchmarks import estimate, run
+from benchmarks.calls import gradients, ours, per_token, plain_torch
+from benchmarks.cases import FROZEN, NO_GRADIENT, TRAINABLE, WORKS, Case, cpu_cases, gpu_cases, make_inputs, smoke_cases
+from benchmarks.contestants import BARE, CONTESTANTS, Contestant, contestants_of
+from benchmarks.losses import IGNORE, LOSSES
+from benchmarks.measure import extra_memory
+from benchmarks.oracle import compare, exact_answer, refusal, tolerance
+from benchmarks.runner import Prepared, measure_case
+
+CASE = Case("test", TRAINABLE, N=40, M=64, D=16, V=200, rounds=2)
+MIB = 2**20
+COUNTED = MIB  # Linux counts resident pages per CPU and adds them up in batches: either reading is off by some dozens
+
+
+def right(case, inputs):
+    return per_token(plain_torch, case, inputs)
+
+
+def without_mask(case, inputs):
+    labels = inputs.labels.clamp(min=0)
+    return per_token(plain_torch, case, inputs._replace(labels=labels))
+
+
+def scaled_gradient(case, inputs):
+    loss, grad_hidden, grad_weight = right(case, inputs)
+    return loss, grad_hidden, grad_weight * (1 + 1e-4)
+
+
+def nan_in_one_place(case, inputs):
+    loss, grad_hidden, grad_weight = right(case, inputs)
+    grad_hidden[0, 0, 0] = torch.nan
+    return loss, grad_hidden, grad_weight
+
+
+def raises(case, inputs):
+    raise RuntimeError("no such kernel\nand a long story")
+
+
+def dies(case, inputs):
+    os._exit(3)
+
+
+def hangs(case, inputs):
+    time.sleep(60)
+
+
+def takes_64_mib(case, inputs):
+    torch.ones(16 * MIB)
+    return right(case, inputs)
+
+
+def takes_too_much(case, inputs):
+    torch.empty(2**50, dtype=torch.uint8)
+
+
+def named(function) -> Contestant:
+    return Contestant(function.__name__, "torch", function)
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    monkeypatch.setattr("benchmarks.runner.gemm_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr("benchmarks.runner.package_import_seconds", lambda module: 0.0)
+    inputs = Prepared()
+    yield inputs
+    inputs.close()
+
+
+def test_what_fails_has_its_reason_and_no_time_and_the_rest_goes_on(prepared):
+    """One case, all kinds of contestants, in processes of their own."""
+    functions = [right, without_mask, scaled_gradient, nan_in_one_place, raises, dies, takes_64_mib, takes_too_much]
+    rows = {r["contestant"]: r for r in measure_case(CASE, [named(f) for f in functions], prepared)}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "right": "ok", "without_mask": "refused", "scaled_gradient": "refused", "nan_in_one_place": "refused",
+        "raises": "failed", "dies": "failed", "takes_64_mib": "ok", "takes_too_much": "failed",
+    }  # fmt: skip
+    for row in rows.values():
+        assert (row["seconds"] is not None) == (row["status"] == "ok") == (row["reason"] == "") == (row["rounds"] == 2)
+    assert rows["without_mask"]["reason"].startswith("loss is off by")
+    assert rows["scaled_gradient"]["err_dw"] == pytest.approx(1e-4, rel=1e-2)
+    assert rows["raises"]["reason"] == "RuntimeError: no such kernel"
+    assert rows["dies"]["reason"] == "the process died: exit status 3"
+    assert rows["takes_too_much"]["reason"].startswith("out of memory: ")
+    few = 8 * MIB  # the call's own small tensors, and code that is paged in
+    assert 64 * MIB - COUNTED <= rows["takes_64_mib"]["extra_bytes"] <= 64 * MIB + few
+    assert rows["right"]["extra_bytes"] <= few
+
+
+def test_a_call_that_never_ends_is_given_up(prepared):
+    (row,) = measure_case(CASE, [named(hangs)], prepared, limit=2)
+    assert (row["status"], row["reason"]) == ("failed", "no answer within 2 s")
+
+
+def test_ratios_are_to_the_bare_products(prepared):
+    bare = next(c for c in CONTESTANTS if c.name == BARE)
+    rows = measure_case(CASE, [bare, named(right)], prepared)
+    assert rows[0]["ratio"] == 1.0
+    assert rows[1]["ratio"] == rows[1]["seconds"] / rows[0]["seconds"]
+    flops = 3 * 2 * CASE.N * CASE.V * CASE.D
+    assert rows[1]["gemm_share"] == pytest.approx(flops / rows[1]["seconds"] / 1e9)
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    """What has a row at this commit is not measured again; a line that was cut off does not count as one."""
+    measured = []
+
+    def fake(case, contestants, prepared, *, limit):
+        measured.append((case.id, [c.name for c in contestants]))
+        return [
+            {"kind": "cost", **case.row, "contestant": c.name, "status": "failed", "reason": "fake"}
+            for c in contestants
+        ]
+
+    monkeypatch.setattr(run, "measure_case", fake)
+    monkeypatch.setattr(run, "gemm_rate", lambda device, dtype: 1e9)
+    cases = [replace(CASE, contestants=(BARE, "plain torch")), replace(CASE, N=48, contestants=(BARE, "plain torch"))]
+    path, facts = tmp_path / "rows.jsonl", {"commit": "abc"}
+    run.run(cases, [], path, facts, limit=1)
+    complete = path.read_text()
+    assert [row["contestant"] for row in map(json.loads, complete.splitlines())] == [BARE, "plain torch"] * 2
+    path.write_text(complete[:-20])  # killed while it wrote the last row
+
+    measured.clear()
+    run.run(cases, [], path, facts, limit=1)
+    assert measured == [(cases[1].id, [BARE, "plain torch"])]  # with the yardstick, which the ratio needs
+    assert len(run.rows_of(path)) == 4
+    run.run(cases, [], path, facts, limit=1)
+    assert len(measured) == 1
+    run.run(cases, [], path, {"commit": "def"}, limit=1)
+    assert len(measured) == 3
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_oracle(loss):
+    """ASFT against the package's own reference; of the other losses the gradients against autograd on full logits."""
+    case = replace(CASE, loss=loss)
+    inputs = make_inputs(case)
+    hidden, weight = (x.double().requires_grad_() for x in inputs[:2])
+    value: Any
+    if loss == "asft":
+        value = reference.fused_asft_loss(hidden, weight, inputs.labels, shift=False)
+    else:
+        logps = reference.fused_linear_logps(hidden, weight, inputs.labels, shift=False)
+        value = LOSSES[loss](logps, inputs.labels)
+    grad_hidden, grad_weight = torch.autograd.grad(value, (hidden, weight))
+    errors = compare((value, grad_hidden, grad_weight), exact_answer(case, inputs))
+    assert max(e for e in errors if e is not None) < 1e-13  # both are float64: some hundred roundings
+
+
+def test_losses_by_hand():
+    """Two pairs with averages (-1, -2) and (-0.5, -0.5), lengths 2 and 1."""
+    labels = torch.tensor([[1, 1], [1, IGNORE], [1, 1], [1, IGNORE]])
+    logps = torch.tensor([[-1.5, -0.5], [-0.5, 0.0], [-2.5, -1.5], [-0.5, 0.0]])
+
+    def sigmoid(x):
+        return torch.tensor(x, dtype=torch.float64).sigmoid().log()
+
+    odds = 1.0 - torch.log(-torch.expm1(torch.tensor(-1.0))) + torch.log(-torch.expm1(torch.tensor(-2.0)))
+    expected = {
+        "simpo": -(sigmoid(0.1 * 1.0 - 0.5) + sigmoid(-0.5)) / 2,
+        "dpo": -(sigmoid(0.1 * 2.0) + sigmoid(0.0)) / 2,
+        "orpo": 2.5 / 3 - 0.1 * (sigmoid(odds.item()) + sigmoid(0.0)) / 2,
+    }
+    for name, value in expected.items():
+        assert LOSSES[name](logps, labels).item() == pytest.approx(value.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_installed_contestants_pass_the_gate(loss, dtype):
+    """Those that need no compiler; the others go through the whole runner in `benchmarks.run smoke`."""
+    pytest.importorskip("trl", reason="trl is not installed: pip install -e '.[bench]'")
+    for work in WORKS:
+        case = replace(CASE, work=work, loss=loss, dtype=dtype)
+        inputs = make_inputs(case)
+        exact = exact_answer(case, inputs)
+        allowed = tolerance(case, exact)
+        for contestant in contestants_of(case):
+            if contestant.checked and not contestant.compiles:
+                result = contestant.run(case, inputs)
+                assert [x is not None for x in result] == [True, work != NO_GRADIENT, work == TRAINABLE]
+                assert refusal(compare(result, exact), allowed) == "", contestant.name
+
+
+@pytest.mark.parametrize("name", ["SimPO", "DPO", "ORPO"])
+def test_liger_computes_the_losses_written_here(name, monkeypatch):
+    chunked_loss = pytest.importorskip("liger_kernel.chunked_loss", reason="pip install -e '.[bench]'")
+    monkeypatch.setattr(torch, "compile", lambda function: function)  # it is the mathematics that is compared
+    assert chunked_loss
+    contestant = next(c for c in CONTESTANTS if c.name == f"Liger-Kernel {name}")
+    for work, pairs in ((FROZEN, 2), (TRAINABLE, 4)):
+        case = replace(CASE, work=work, pairs=pairs, loss=name.lower())
+        inputs = make_inputs(case)
+        exact = exact_answer(case, inputs)
+        assert refusal(compare(contestant.run(case, inputs), exact), tolerance(case, exact)) == ""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_token_too_many_is_refused(dtype):
+    case = replace(CASE, dtype=dtype)
+    inputs = make_inputs(case)
+    exact = exact_answer(case, inputs)
+    labels = inputs.labels.clone()
+    labels[0, 0] = 5
+    assert inputs.labels[0, 0] == IGNORE
+    result = partial(ours, backend="torch")(case, inputs._replace(labels=labels))
+    assert "dH is off" in refusal(compare(result, exact), tolerance(case, exact))
+
+
+def test_inputs_have_the_tokens_that_the_case_says():
+    for case in (CASE, replace(CASE, N=41, pairs=4), replace(CASE, N=64)):
+        inputs = make_inputs(case)
+        assert (inputs.labels != IGNORE).sum() == case.N
+        assert (inputs.labels != IGNORE).any(1).all()
+        assert inputs.hidden.shape == (2 * case.pairs, case.M // (2 * case.pairs), case.D)
+        assert all(torch.equal(a, b) for a, b in zip(inputs, make_inputs(case), strict=True))
+
+
+def test_cpu_suite_fits_into_its_time():
+    """20 minutes for `make bench`, of which accuracy and report take a few."""
+    assert sum(estimate.seconds(case) for case in cpu_cases()) < 17 * 60
+
+
+def test_suites_are_whole():
+    for suite in (cpu_cases(), gpu_cases(), smoke_cases()):
+        assert len({(case.set, case.id) for case in suite}) == len(suite)
+        names = {contestant.name for contestant in CONTESTANTS}
+        for case in suite:
+            assert set(case.contestants) <= names
+            assert contestants_of(case)[0].name == BARE
+
+
+def test_memory_is_that_of_the_call_alone():
+    kept = torch.ones(32 * MIB // 4)
+
+    def call():
+        return torch.ones(48 * MIB // 4)
+
+    assert kept.sum() == len(kept)
+    measured = extra_memory(call, "cpu")
+    assert measured is None or abs(measured - 48 * MIB) <= COUNTED
+
+
+def test_gradients_follow_the_work():
+    inputs = make_inputs(CASE)
+    for work, expected in zip(WORKS, ((False, False), (True, False), (True, True)), strict=True):
+        _, *grads = gradients(replace(CASE, work=work), inputs, lambda h, w: h.sum() + w.sum())
+        assert tuple(g is not None for g in grads) == expected
+
+
+def test_accuracy_measures_random_and_given_states(tmp_path, prepared, monkeypatch):
+    accuracy = pytest.importorskip("benchmarks.accuracy")
+    monkeypatch.setattr("benchmarks.accuracy.answering", lambda case: [named(right)])
+    inputs = make_inputs(replace(CASE, pairs=4, N=64))
+    stored = dict(zip(("hidden", "weight", "labels"), inputs, strict=True))
+    file = Path(tmp_path) / "states.pt"
+    torch.save(stored, file)
+    monkeypatch.setattr(accuracy, "PAIRS", (2,))
+    cases = [case for case, kind in accuracy.accuracy_cases(stored, "cpu") if kind == "real"]
+    case = next(c for c in cases if c.dtype == "bfloat16" and c.loss == "asft")
+    real = Prepared(partial(accuracy.real_inputs, source=file))
+    try:
+        (row,) = accuracy.measure(case, real, limit=60)
+    finally:
+        real.close()
+    assert ((inputs.labels[[0, 1, 4, 5]] != IGNORE).sum(), CASE.D, CASE.V) == (case.N, case.D, case.V)
+    assert row["status"] == "ok"
+    # One rounding to bf16: 0 to u, evenly spread over the binades: 1.65e-3 in the mean square.
+    assert row["rounding_dw"] == pytest.approx(1.65e-3, rel=0.1)
+    assert row["rounding_dw"] < row["err_dw"] < 4 * row["rounding_dw"]
