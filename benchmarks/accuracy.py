@@ -5,7 +5,7 @@
 
 fp32 and bf16, 1 to 64 pairs. Real inputs are the hidden states of SmolLM2-135M over the responses, with its head; bf16
 rounds both first, and float64 starts from the rounded ones. As in benchmarks.run a contestant has a process of its
-own, rows are written as cases end, and a run that was cut off goes on.
+own (here one for all cases), rows are written as cases end, and a run that was cut off goes on.
 """
 
 import argparse
@@ -24,12 +24,13 @@ from benchmarks.cases import TRAINABLE, Case, Inputs, make_inputs
 from benchmarks.contestants import Contestant, contestants_of
 from benchmarks.losses import IGNORE
 from benchmarks.machine import about, device_slug
+from benchmarks.oracle import relative_error
 from benchmarks.run import append, key, rows_of
-from benchmarks.runner import Prepared, check_case
-from benchmarks.worker import WorkerFailed
+from benchmarks.runner import NO_ERRORS, Prepared
+from benchmarks.worker import EXACT, Contender, Worker, WorkerFailed
 
 PAIRS = (1, 4, 16, 64)
-PROMPT, RESPONSE = 8, 24  # positions of a row at most: what comes before a response matters little, its length costs
+PROMPT, RESPONSE = 4, 16  # positions of a row at most: what comes before a response matters little, its length costs
 
 
 def random_case(pairs: int, **fields) -> Case:
@@ -100,31 +101,53 @@ def accuracy_cases(stored: dict[str, torch.Tensor] | None, device: str) -> list[
 
 
 def answering(case: Case) -> list[Contestant]:
-    """All that answer on ASFT; of the other loss Liger-Kernel's alone, and ours beside it."""
-    beside = ("Liger-Kernel", "asft_kernels")
-    return [c for c in contestants_of(case) if c.checked and (case.loss == "asft" or c.name.startswith(beside))]
+    """On ASFT all that answer, but for torch's default, which is plain torch; else Liger-Kernel, and ours beside it."""
+    answer = [c for c in contestants_of(case) if c.checked and c.name != "torch F.linear_cross_entropy"]
+    return [c for c in answer if case.loss == "asft" or c.name.startswith(("Liger-Kernel", "asft_kernels"))]
 
 
-def measure(case: Case, prepared: Prepared, limit: float) -> list[dict]:
+class Workers:
+    """One a contestant, over all cases: nothing is timed here, and imports and compilation take longest."""
+
+    def __init__(self, limit: float):
+        self.limit, self.by_name = limit, {}
+
+    def check(self, contestant: Contestant, case: Case, folder: Path) -> dict:
+        """status, reason and errors; a worker that failed is replaced at its next case."""
+        worker = self.by_name.pop(contestant.name, None)
+        try:
+            if worker is None:
+                worker = Worker(Contender, contestant, case, folder)
+                worker.ask("start", limit=self.limit)
+            worker.ask("load", case, folder, limit=self.limit)
+            facts = worker.ask("check", limit=self.limit)
+        except WorkerFailed as failure:
+            return NO_ERRORS | {"status": "failed", "reason": str(failure)}
+        self.by_name[contestant.name] = worker
+        return facts | {"status": "refused" if facts["reason"] else "ok"}
+
+    def close(self) -> None:
+        for worker in self.by_name.values():
+            worker.close()
+
+
+def rounding(case: Case, folder: Path) -> dict[str, float]:
+    """What rounding the exact gradients once to the case's dtype does to them: no answer in that dtype is better."""
+    exact = torch.load(folder / EXACT, map_location=case.device)
+    grads = {"rounding_dh": exact["grad_hidden"], "rounding_dw": exact["grad_weight"]}
+    return {name: relative_error(grad.to(case.torch_dtype), grad) for name, grad in grads.items()}
+
+
+def measure(case: Case, prepared: Prepared, workers: Workers) -> list[dict]:
     """A row for every contestant that answers; those outside the tolerance keep their errors."""
-    contestants = answering(case)
-    rounding: dict[str, float | None] = dict.fromkeys(("rounding_dh", "rounding_dw"))
-    try:
-        folder = prepared.folder_of(case)
-        exact = torch.load(folder / "exact.pt", map_location="cpu")
-        entries = check_case(case, contestants, folder, limit=limit, memory_limit=None, keep=False)
-    except WorkerFailed as failure:
-        raise SystemExit(f"{case.id}: no exact answer: {failure}") from None
-    for name, grad in (("rounding_dh", exact["grad_hidden"]), ("rounding_dw", exact["grad_weight"])):
-        rounding[name] = ((grad.to(case.torch_dtype).double() - grad).norm() / grad.double().norm()).item()
-    errors = dict.fromkeys(("err_loss", "err_dh", "err_dw", "tol_loss", "tol_grad"))
+    folder = prepared.folder_of(case)
+    once = rounding(case, folder)
     return [
         {
-            "kind": "accuracy", **case.row, "contestant": entry.contestant.name, "package": entry.contestant.package,
-            "version": entry.contestant.version, "note": entry.contestant.note, "status": entry.status,
-            "reason": "", "gemms": entry.contestant.products(case), **errors, **entry.facts, **rounding,
+            "kind": "accuracy", **case.row, "contestant": c.name, "package": c.package, "version": c.version,
+            "note": c.note, "gemms": c.products(case), **workers.check(c, case, folder), **once,
         }
-        for entry in entries
+        for c in answering(case)
     ]  # fmt: skip
 
 
@@ -146,14 +169,26 @@ def main() -> None:
             hidden_states(args.data, PAIRS[-1], file)
             stored = torch.load(file)
         makers = {"random": make_inputs, "real": partial(real_inputs, source=file)}
-        for case, inputs in tqdm(accuracy_cases(stored, device), unit="case"):
-            if all((facts["commit"], "accuracy", case.set, case.id, c.name) in done for c in answering(case)):
-                continue
-            prepared = Prepared(makers[inputs])
-            try:
-                rows = measure(case, prepared, args.limit)
-            finally:
-                prepared.close()
-            source = "" if inputs == "random" else f"SmolLM2-135M over {args.data.name}, first {RESPONSE} tokens"
-            extra = {"inputs": inputs, "source": source, "about": facts}
-            append(path, [row for row in (r | extra for r in rows) if key(row) not in done])
+        workers = Workers(args.limit)
+        try:
+            for case, inputs in tqdm(accuracy_cases(stored, device), unit="case"):
+                if all((facts["commit"], "accuracy", case.set, case.id, c.name) in done for c in answering(case)):
+                    continue
+                prepared = Prepared(makers[inputs])
+                try:
+                    rows = measure(case, prepared, workers)
+                finally:
+                    prepared.close()
+                source = "" if inputs == "random" else f"SmolLM2-135M over {args.data.name}, first {RESPONSE} tokens"
+                extra = {"inputs": inputs, "source": source, "about": facts}
+                append(path, [row for row in (r | extra for r in rows) if key(row) not in done])
+        except WorkerFailed as failure:
+            sys.exit(f"no exact answer: {failure}")
+        except KeyboardInterrupt:
+            sys.exit(f"\nstopped; the rows so far are in {path}, and the same command goes on")
+        finally:
+            workers.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -18,7 +18,9 @@ CHUNK_BYTES = 2**28  # of float64 logits
 
 class Exact(NamedTuple):
     """noise_loss, noise_grad: what rounding each token's log-probability and its logits to the case's dtype does to the
-    loss (absolute) and, through g, to the gradients (relative): the standard deviation, by random draws."""
+    loss (absolute) and, through g, to the gradients (relative): the standard deviation, by random draws.
+    condition: |dz| |W| over |dz W| in norm, for the first chunk of tokens: what cancels in the sum over the vocabulary.
+    """
 
     loss: float
     grad_hidden: Tensor  # (2B, T, D)
@@ -26,6 +28,7 @@ class Exact(NamedTuple):
     logit_rms: float
     noise_loss: float
     noise_grad: float
+    condition: float
 
 
 class Errors(NamedTuple):
@@ -59,18 +62,20 @@ def exact_answer(case: Case, inputs: Inputs) -> Exact:
     (g,) = torch.autograd.grad(loss, logp)
 
     grad_rows, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+    condition = 0.0
     for part in chunks:
         dz = (hidden[part] @ weight.T).softmax(1).neg_()
         dz[torch.arange(len(dz)), labels[part]] += 1
         dz *= g[mask][part, None]
         torch.mm(dz, weight, out=grad_rows[part])
+        condition = condition or ((dz.abs() @ weight.abs()).norm() / grad_rows[part].norm()).item()
         grad_weight.addmm_(dz.T, hidden[part])
     kept = torch.float64 if case.dtype == "float32" else torch.float32
     grad_hidden = torch.zeros(inputs.hidden.shape, dtype=kept, device=hidden.device)
     grad_hidden[mask] = grad_rows.to(kept)
     logit_rms = (squares / (len(labels) * len(weight))) ** 0.5
     noise_loss, noise_grad = _noise(case, logp.detach(), inputs.labels, loss.item(), g, logit_rms)
-    return Exact(loss.item(), grad_hidden, grad_weight.to(kept), logit_rms, noise_loss, noise_grad)
+    return Exact(loss.item(), grad_hidden, grad_weight.to(kept), logit_rms, noise_loss, noise_grad, condition)
 
 
 def _noise(
@@ -102,12 +107,14 @@ def tolerance(case: Case, exact: Exact) -> Tolerance:
       u sqrt(pairs) / 2 a sum kept in the dtype, added to once a pair: partial sums j / k of the whole, 0.42 u rms each
       4 noise           the log-probabilities, rounded, move g: four standard deviations
     and the loss by four standard deviations of its noise and by its own rounding. In fp32 the sums are what counts: n
-    terms err by u sqrt(n) (random signs; Higham, section 4.2), n up to the vocabulary, the tokens and D, in three
-    products one after another. One token too many moves the gradients by 1 / sqrt(N), a masked share by its root.
+    terms added one by one err by u sqrt(n) of the sum of their sizes (random signs; Higham, section 4.2), n up to the
+    vocabulary, the tokens and D; four standard deviations of it, in three products one after another. Where terms
+    cancel, as label and softmax do in a calibrated model, that is `condition` times as much of the result. One token
+    too many moves the gradients by 1 / sqrt(N), a masked share by its root.
     """
     u = _roundoff(case)
     grad = u * (3 + exact.logit_rms + case.pairs**0.5 / 2) + 4 * exact.noise_grad
-    sums = 3 * 2**-24 * max(case.V, case.N, case.D) ** 0.5
+    sums = 3 * 4 * 2**-24 * max(case.V, case.N, case.D) ** 0.5 * max(exact.condition, 1)
     loss = 4 * exact.noise_loss / abs(exact.loss) + u
     return Tolerance(loss + sums, grad + sums)
 

@@ -79,32 +79,18 @@ def gemm_rate(device: str, dtype: str) -> float:
 package_import_seconds = lru_cache(import_seconds)
 
 
-def check_case(
-    case: Case, contestants: list[Contestant], folder: Path, *, limit: float, memory_limit: int | None, keep: bool
-) -> list[Entry]:
-    """Each contestant's first call, answer and memory, one after another; keep: the workers stay for the rounds."""
-    entries = []
+def _check(entry: Entry, case: Case, folder: Path, memory_limit: int | None, limit: float) -> None:
+    """First call, answer and memory; the worker stays for the rounds."""
     try:
-        for contestant in contestants:
-            entry = Entry(contestant)
-            entries.append(entry)
-            try:
-                entry.worker = Worker(Contender, contestant, case, folder, memory_limit=memory_limit)
-                entry.facts["first_call_s"] = entry.worker.ask("start", limit=limit)
-                entry.facts |= entry.worker.ask("check", limit=limit)
-                if entry.facts.get("reason"):
-                    entry.fail(entry.facts["reason"], "refused")
-                elif keep:
-                    entry.facts["extra_bytes"] = entry.worker.ask("memory", limit=limit)
-            except WorkerFailed as failure:
-                entry.fail(str(failure))
-            if not keep:
-                entry.close()
-    except BaseException:
-        for entry in entries:
-            entry.close()
-        raise
-    return entries
+        entry.worker = Worker(Contender, entry.contestant, case, folder, memory_limit=memory_limit)
+        entry.facts["first_call_s"] = entry.worker.ask("start", limit=limit)
+        entry.facts |= entry.worker.ask("check", limit=limit)
+        if entry.facts.get("reason"):
+            entry.fail(entry.facts["reason"], "refused")
+        else:
+            entry.facts["extra_bytes"] = entry.worker.ask("memory", limit=limit)
+    except WorkerFailed as failure:
+        entry.fail(str(failure))
 
 
 def measure_case(case: Case, contestants: list[Contestant], prepared: Prepared, *, limit: float = 300) -> list[dict]:
@@ -118,9 +104,10 @@ def measure_case(case: Case, contestants: list[Contestant], prepared: Prepared, 
         folder = prepared.folder_of(case)
     except WorkerFailed as failure:
         return [_row(case, _unprepared(c, failure), None) for c in contestants]
-    entries = check_case(case, contestants, folder, limit=limit, memory_limit=memory_limit, keep=True)
+    entries = [Entry(contestant) for contestant in contestants]
     try:
         for entry in entries:
+            _check(entry, case, folder, memory_limit, limit)
             if not together:
                 entry.close()
         for _ in range(case.rounds):

@@ -130,8 +130,12 @@ class Contender:
         self.contestant.run(tiny, inputs)
         wait(self.case.device)
         seconds = time.perf_counter() - began
-        self.inputs = load_inputs(self.folder, self.case.device)
+        self.load(self.case, self.folder)
         return seconds
+
+    def load(self, case: Case, folder: Path) -> None:
+        """Go over to a case whose inputs are in a folder."""
+        self.case, self.folder, self.inputs = case, folder, load_inputs(folder, case.device)
 
     def call(self) -> Result:
         return self.contestant.run(self.case, self.inputs)

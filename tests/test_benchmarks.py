@@ -37,11 +37,13 @@ def without_mask(case, inputs):
 
 def scaled_gradient(case, inputs):
     loss, grad_hidden, grad_weight = right(case, inputs)
+    assert grad_weight is not None
     return loss, grad_hidden, grad_weight * (1 + 1e-4)
 
 
 def nan_in_one_place(case, inputs):
     loss, grad_hidden, grad_weight = right(case, inputs)
+    assert grad_hidden is not None
     grad_hidden[0, 0, 0] = torch.nan
     return loss, grad_hidden, grad_weight
 
@@ -272,11 +274,13 @@ def test_accuracy_measures_random_and_given_states(tmp_path, prepared, monkeypat
     monkeypatch.setattr(accuracy, "PAIRS", (2,))
     cases = [case for case, kind in accuracy.accuracy_cases(stored, "cpu") if kind == "real"]
     case = next(c for c in cases if c.dtype == "bfloat16" and c.loss == "asft")
+    workers = accuracy.Workers(limit=60)
     real = Prepared(partial(accuracy.real_inputs, source=file))
     try:
-        (row,) = accuracy.measure(case, real, limit=60)
+        (row,) = accuracy.measure(case, real, workers)
     finally:
         real.close()
+        workers.close()
     assert ((inputs.labels[[0, 1, 4, 5]] != IGNORE).sum(), CASE.D, CASE.V) == (case.N, case.D, case.V)
     assert row["status"] == "ok"
     # One rounding to bf16: 0 to u, evenly spread over the binades: 1.65e-3 in the mean square.
