@@ -77,7 +77,7 @@ def run(cases: list[Case], names: list[str], path: Path, facts: dict, limit: flo
     )
     bad = 0
     prepared = Prepared()
-    bar = tqdm(total=round(total), unit="s", bar_format="{l_bar}{bar}| {elapsed}, about {remaining} left")
+    bar = tqdm(total=round(total), disable=None, bar_format="{l_bar}{bar}| {elapsed}, about {remaining} left")
     try:
         for case, left, seconds in plan:
             bar.write(f"{case.set}: {case.id}")
