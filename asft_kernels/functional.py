@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from asft_kernels import checks
 from asft_kernels.backends import Logits, choose_backend
-from asft_kernels.backends.plan import DEFAULT_CACHE_BYTES
+from asft_kernels.backends.plan import default_cache_bytes
 from asft_kernels.batch import TokenBatch, pack
 from asft_kernels.linear_logps import linear_logps
 from asft_kernels.objectives import ASFT, Objective, get_objective
@@ -28,8 +28,8 @@ class Options:
     ignore_index: label of places that carry no loss, default -100.
     logit_scale, softcap: z = softcap * tanh(logit_scale * (h.W + b) / softcap); defaults 1.0, None (no cap).
     backend: "torch", "triton" or None (default): triton on CUDA and ROCm, torch elsewhere and for float64.
-    cache_bytes: exponentials kept for the head's gradient, in bytes; None (default) is 1 GiB, 0 keeps none
-        and pays one more matrix product.
+    cache_bytes: exponentials kept for the head's gradient, in bytes; None (default) is 1 GiB on a CPU and 2.5 GiB
+        on a GPU; 0 keeps none and pays one more matrix product.
     chunk_size: rows of the vocabulary held at a time, None (default) chooses.
     num_valid: a bound on the number of valid labels (those of nll_labels included), if you know one: spares
         the call's one read of the device. Under torch.compile without it every position is computed, masked
@@ -277,7 +277,7 @@ def _token_logps(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, batch.rows, batch.labels, backend=backend,
         logits=Logits(float(o.logit_scale), None if o.softcap is None else float(o.softcap)),
         chunk_size=o.chunk_size, padded=batch.padded,
-        cache_bytes=DEFAULT_CACHE_BYTES if o.cache_bytes is None else o.cache_bytes,
+        cache_bytes=default_cache_bytes(hidden.device.type) if o.cache_bytes is None else o.cache_bytes,
     )  # fmt: skip
     return logps, batch, backend
 

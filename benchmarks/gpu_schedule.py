@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
-from asft_kernels.backends.plan import DEFAULT_CACHE_BYTES, Plan, make_plan
+from asft_kernels.backends.plan import Plan, default_cache_bytes, make_plan, weight_slice
 from asft_kernels.kernels.configs import Tile
+from asft_kernels.kernels.label_rows import PROGRAMS
 from benchmarks.cases import FROZEN, NO_GRADIENT, TRAINABLE
 
 BF16 = 2  # bytes of an element of H, W, E' and the gradients; sums and O are fp32
@@ -23,7 +24,7 @@ class Call:
     V: int
     D: int
     work: str
-    cache_bytes: int = DEFAULT_CACHE_BYTES
+    cache_bytes: int = default_cache_bytes("cuda")
 
     @property
     def plan(self) -> Plan:
@@ -85,13 +86,16 @@ def schedule(call: Call, tile: Tile) -> Iterator[Step]:
         return
     yield Step(2, "scaled_hidden", bytes=2 * hidden)
     yield Step(2, "sort", bytes=64 * N)
+    step = weight_slice(plan.chunk, D)
     for k, (start, stop) in enumerate(plan.slices):
         width = stop - start
         if k >= plan.cached:
             yield exponentials(2, width, sums=False)
-        yield Step(2, "product", 2 * N * width * D, BF16 * N * width + hidden + 4 * width * D)
-        yield Step(2, "label_rows", bytes=(hidden + 2 * acc) * width / V, programs=N * ceil(D / 1024))
-        yield Step(2, "copy", bytes=(4 + BF16) * width * D)
+        for first in range(0, width, step):
+            rows = min(step, width - first)
+            yield Step(2, "product", 2 * N * rows * D, BF16 * N * rows + hidden + 4 * rows * D)
+            yield Step(2, "label_rows", bytes=(hidden + 2 * acc) * rows / V, programs=min(N, PROGRAMS) * ceil(D / 1024))
+            yield Step(2, "copy", bytes=(4 + BF16) * rows * D)
 
 
 def extra_bytes(call: Call) -> int:
@@ -107,6 +111,6 @@ def extra_bytes(call: Call) -> int:
         return vectors + max(acc + chunk + tile_sums, acc + grad_hidden)
     cached = BF16 * N * sum(stop - start for start, stop in plan.slices[: plan.cached])
     workspace = chunk if plan.cached < len(plan.slices) else 0
-    scaled, scratch = BF16 * N * D, 4 * plan.chunk * D
+    scaled, scratch = BF16 * N * D, 4 * weight_slice(plan.chunk, D) * D
     grads = grad_hidden + BF16 * V * D
     return vectors + cached + workspace + acc + max(tile_sums, grads + scaled + scratch)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from asft_kernels.backends.plan import DEFAULT_CACHE_BYTES, default_chunk
+from asft_kernels.backends.plan import default_cache_bytes, default_chunk
 from benchmarks.tables import MIB, OURS, Row, by_work, groups, in_style, markdown
 
 # What grows in each growth set.
@@ -90,7 +90,7 @@ def linear_fit(rows: list[Row], values: list[float]) -> str:
 
 def documented_bytes(row: Row) -> float | None:
     """What docs/algorithm.md says of the torch backend on a CPU, gradients included; None for other contestants."""
-    cache = {f"{OURS} torch": DEFAULT_CACHE_BYTES, f"{OURS} torch, cache_bytes=0": 0}.get(row["contestant"])
+    cache = {f"{OURS} torch": default_cache_bytes("cpu"), f"{OURS} torch, cache_bytes=0": 0}.get(row["contestant"])
     if cache is None or row["device"] != "cpu":
         return None
     N, D, V = row["N"], row["D"], row["V"]

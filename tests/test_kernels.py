@@ -503,11 +503,11 @@ def test_scaled_hidden(N, V, D, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("N", "D", "first", "stop"),
-    both([(1, 1, 0, 9), (40, 67, 0, 9), (40, 1030, 3, 7), (23, 5, 9, 12)], [(20, 67, 3, 9)]),
+    both([(1, 1, 0, 9), (40, 67, 0, 9), (40, 1030, 3, 7), (23, 5, 9, 12), (600, 5, 1, 9)], [(20, 67, 3, 9)]),
 )
 def test_label_rows(N, D, first, stop, dtype, device):
     """A run of m tokens with one label: m products and m additions onto what is there already.
-    Labels are few, so runs have every length up to 12 and cross the kernel's blocks."""
+    Labels are few, so runs have every length up to 12 and cross the kernel's blocks; 600 are more than its programs."""
     gen = torch.Generator().manual_seed(N)
     x = Inputs(N, 9, D, dtype, device)
     labels = torch.randint(9, (N,), generator=gen)
@@ -517,7 +517,8 @@ def test_label_rows(N, D, first, stop, dtype, device):
     results = []
     for _ in range(2):
         out = there.clone().to(device)
-        arguments = (x.rows, sorted_labels, order, pull)
+        bounds = torch.searchsorted(sorted_labels, torch.tensor([first, stop]))
+        arguments = (x.rows, sorted_labels, order, pull, bounds)
         label_rows(out, x.hidden, *(a.to(device) for a in arguments), first=first)
         results.append(out.cpu())
     assert torch.equal(*results), "the order of the sums is fixed"

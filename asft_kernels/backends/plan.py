@@ -2,13 +2,17 @@
 
 from dataclasses import dataclass
 
-GIB = 2**30
-DEFAULT_CACHE_BYTES = GIB  # a constant, never "what happens to be free": results must repeat
-CHUNK_BYTES = {"cpu": 8 * 2**20}  # measured: larger fresh buffers cost page faults, smaller ones GEMM speed
-CHUNK_BYTES_GPU = 256 * 2**20
-MIN_CHUNK = 64
-TYPICAL_TOKENS = {"cpu": 1024}  # stands for N where a trace must not depend on it
-TYPICAL_TOKENS_GPU = 8192
+MIB = 2**20
+# Bytes of E that are kept unless the caller says otherwise. Constants, never "what happens to be free": results must
+# repeat. On a GPU 8192 tokens of a vocabulary of 151,936 fit in bf16.
+CACHE_BYTES, CACHE_BYTES_GPU = {"cpu": 1024 * MIB}, 2560 * MIB
+# Bytes of one chunk of E. On a CPU smaller ones cost GEMM speed, larger ones stay in no cache (docs/algorithm.md).
+CHUNK_BYTES, CHUNK_BYTES_GPU = {"cpu": 4 * MIB}, 256 * MIB
+# Below this many vocabulary rows a chunk costs more in passes over the (N, D) accumulator than it saves.
+MIN_CHUNK, MIN_CHUNK_GPU = {"cpu": 512}, 4096
+TYPICAL_TOKENS, TYPICAL_TOKENS_GPU = {"cpu": 1024}, 8192  # stand for N where a trace must not depend on it
+SLICE_BYTES = 32 * MIB  # of dW in fp32, before it is rounded
+MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,25 @@ def make_plan(
     return Plan(vocab, chunk, cached)
 
 
-def default_chunk(n_tokens: int, hidden_size: int, *, exp_bytes: int, device_type: str) -> int:
-    """Vocabulary rows for which a chunk's E stays within CHUNK_BYTES and its fp32 (rows, D) scratch within twice that.
+def default_cache_bytes(device_type: str) -> int:
+    """What cache_bytes=None stands for."""
+    return CACHE_BYTES.get(device_type, CACHE_BYTES_GPU)
 
-    Never below MIN_CHUNK: from N = CHUNK_BYTES / (4 * MIN_CHUNK) on (32,768 on a CPU) a chunk grows with N.
+
+def default_chunk(n_tokens: int, hidden_size: int, *, exp_bytes: int, device_type: str) -> int:
+    """Vocabulary rows for which a chunk's E stays within CHUNK_BYTES and its (rows, D) of W in fp32 within twice that.
+
+    Never below MIN_CHUNK: from N = CHUNK_BYTES / (exp_bytes * MIN_CHUNK) on a chunk of E grows with N.
     """
     budget = CHUNK_BYTES.get(device_type, CHUNK_BYTES_GPU)
     fit = min(budget // (exp_bytes * max(n_tokens, 1)), 2 * budget // (4 * hidden_size))
-    return max(fit // MIN_CHUNK * MIN_CHUNK, MIN_CHUNK)
+    return max(fit // MULTIPLE * MULTIPLE, MIN_CHUNK.get(device_type, MIN_CHUNK_GPU))
+
+
+def weight_slice(chunk: int, hidden_size: int) -> int:
+    """Rows of dW that are summed in fp32 at a time: the chunk in equal parts of SLICE_BYTES at most."""
+    parts = -(-chunk * hidden_size * 4 // SLICE_BYTES)
+    return -(-chunk // parts)
 
 
 def traced_chunk(hidden_size: int, *, exp_bytes: int, device_type: str) -> int:

@@ -10,8 +10,8 @@
     close            close_statistics               logp, 1 - p, 1/total (N,); fixup of cached chunks
     row factors      label_logits, row_factors      c_y with a softcap; pull, push (N,)
     dH               grad_hidden                    (M, D)
-    per chunk:       torch: E'^T Hs, label_rows     dW_k, summed in fp32 and rounded once
-                     grad_bias                      db_k
+    per chunk:       grad_bias                      db_k
+      per slice:     torch: E'^T Hs, label_rows     dW, summed in fp32 and rounded once
 
 E' stands relative to the final r of its row when phase 1 ends, so phase 2 has one factor a row.
 Products: fp32 operands as they are; bf16 ones with fp32 output (CUDA, ROCm), which a CPU does not
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from asft_kernels.backends import Logits, Saved, exp_dtype
-from asft_kernels.backends.plan import Plan
+from asft_kernels.backends.plan import Plan, weight_slice
 from asft_kernels.kernels.fixup import fixup
 from asft_kernels.kernels.grad_bias import grad_bias
 from asft_kernels.kernels.grad_hidden import grad_hidden
@@ -132,14 +132,10 @@ def backward(
 
         scaled = scaled_hidden(hidden, rows, push, dtype=exp_dtype("triton", hidden.dtype)) if needs_weight else None
         tile = _tile(hidden, weight, rows, logits)
-        scratch = workspace = tokens = None
-        if needs_weight:
-            dW = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-            if weight.dtype != torch.float32:
-                scratch = torch.empty((plan.chunk, D), dtype=torch.float32, device=weight.device)
+        workspace = tokens = None
+        dW = _WeightGradient(weight, plan, hidden, rows, labels, pull, scaled) if scaled is not None else None
         if needs_bias and bias is not None:
             db = torch.empty_like(bias)
-        sorted_labels, order = torch.sort(labels, stable=True)
         for k, (start, stop) in enumerate(plan.slices):
             if k < len(saved.exps):
                 E = saved.exps[k]
@@ -152,15 +148,43 @@ def backward(
                     None if bias is None else bias[start:stop], rows, labels, saved.ref,
                     first=start, sums=False, tile=tile, **transform,
                 )  # fmt: skip
-            if dW is not None and scaled is not None:
-                dW_k = dW[start:stop] if scratch is None else scratch[: stop - start]
-                _add_product(E.t(), scaled, out=dW_k, fresh=True)
-                label_rows(dW_k, hidden, rows, sorted_labels, order, pull, first=start)
-                if scratch is not None:
-                    dW[start:stop].copy_(dW_k)  # the one rounding
+            if dW is not None:
+                dW.add(k, E)
             if db is not None:
                 grad_bias(db[start:stop], E, labels, pull, push, first=start)
-    return dH, dW, db
+    return dH, None if dW is None else dW.out, db
+
+
+class _WeightGradient:
+    """dW, chunk by chunk of E', in slices that are summed in fp32 and rounded once."""
+
+    def __init__(
+        self, weight: Tensor, plan: Plan, hidden: Tensor, rows: Tensor, labels: Tensor, pull: Tensor, scaled: Tensor
+    ) -> None:
+        self.out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        self.hidden, self.rows, self.pull, self.scaled = hidden, rows, pull, scaled
+        self.slices, D = plan.slices, weight.shape[1]
+        rounds = weight.dtype != torch.float32
+        self.step = weight_slice(plan.chunk, D) if rounds else plan.chunk
+        self.scratch = torch.empty((self.step, D), dtype=torch.float32, device=weight.device) if rounds else None
+        # Where each slice's labels begin and end in sorted order, without a number from or to the host.
+        self.sorted_labels, self.order = torch.sort(labels, stable=True)
+        chunks = torch.arange(len(self.slices), device=labels.device) * plan.chunk
+        steps = torch.arange(-(-plan.chunk // self.step) + 1, device=labels.device) * self.step
+        self.bounds = torch.searchsorted(self.sorted_labels, chunks[:, None] + steps.clamp(max=plan.chunk))
+
+    def add(self, k: int, E: Tensor) -> None:
+        first, last = self.slices[k]
+        for part, start in enumerate(range(first, last, self.step)):
+            stop = min(start + self.step, last)
+            dW = self.out[start:stop] if self.scratch is None else self.scratch[: stop - start]
+            _add_product(E[:, start - first : stop - first].t(), self.scaled, out=dW, fresh=True)
+            label_rows(
+                dW, self.hidden, self.rows, self.sorted_labels, self.order, self.pull,
+                self.bounds[k, part : part + 2], first=start,
+            )  # fmt: skip
+            if self.scratch is not None:
+                self.out[start:stop].copy_(dW)  # the one rounding
 
 
 def _exps(hidden: Tensor, N: int, width: int) -> Tensor:
