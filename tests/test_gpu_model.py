@@ -92,14 +92,14 @@ def test_time_of_a_step_by_hand():
 
 
 def test_memory_by_hand():
-    """Qwen3, N = 8192: chunks of 16384 rows, whose E is 256 MiB; O is 128 MiB, dH and Hs 64 each, dW 1187 and its slice 32."""
+    """Qwen3, N = 8192: chunks of 16384 rows, whose E is 256 MiB; O 128, dH and Hs 64 each, dW 1187, its slice 32."""
     mib = 2**20
     frozen = extra_bytes(Call(8192, 151936, 4096, FROZEN))
     assert frozen == (256 + 128 + 8) * mib + 64 * 8192
     kept = extra_bytes(Call(8192, 151936, 4096, TRAINABLE, 2**40))
     assert kept == 2 * 8192 * 151936 + (128 + 64 + 64 + 32 + 1187) * mib + 64 * 8192
     bounded = extra_bytes(Call(8192, 151936, 4096, TRAINABLE, 2**30))
-    assert bounded == (1024 + 256 + 128 + 64 + 64 + 256 + 1187) * mib + 64 * 8192
+    assert bounded == (1024 + 256 + 128 + 64 + 64 + 32 + 1187) * mib + 64 * 8192
 
 
 def test_rate_needed_is_where_the_limit_is_met():

@@ -109,7 +109,7 @@ def backward(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    N, D = rows.shape[0], hidden.shape[1]
+    N = rows.shape[0]
     dH = dW = db = None
     if N == 0:
         dH = _zeros_for(hidden) if needs_hidden else None

@@ -13,11 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
 PROGRAMS = 256  # enough to fill a GPU; a slice of 2048 rows rarely has as many labels
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "programs"])
 def label_rows_kernel(
     # data
     out_ptr,  # (width, D) fp32 contiguous: rows of labels that occur are added to
@@ -30,12 +29,13 @@ def label_rows_kernel(
     # shapes and strides
     D,
     first,  # the vocabulary row that the slice starts with
+    programs,  # in the grid's first dimension
     stride_hm,
     # constants
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program (p, j) adds to out[label, j*BLOCK_D : (j+1)*BLOCK_D] for runs that start at bounds[0] + p + any * P."""
+    """Program (p, j): columns j*BLOCK_D onwards, runs that start at bounds[0] + p + a multiple of programs."""
     begin = tl.load(bounds_ptr)
     end = tl.load(bounds_ptr + 1)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -60,7 +60,7 @@ def label_rows_kernel(
             i += BLOCK_T
             going = tl.load(sorted_ptr + i, mask=i < end, other=-1) == label
         tl.store(out_ptr + at, acc, mask=mine)
-        start += tl.num_programs(0)
+        start += programs
 
 
 def label_rows(
@@ -82,7 +82,8 @@ def label_rows(
     assert out.is_contiguous(), "backend bug: needs a contiguous slice of dW"
     assert out.dtype == torch.float32, "backend bug: the label part is added before dW's rounding"
     BLOCK_D = min(triton.next_power_of_2(D), 1024)
-    label_rows_kernel[(min(N, PROGRAMS), triton.cdiv(D, BLOCK_D))](
+    programs = min(N, PROGRAMS)
+    label_rows_kernel[(programs, triton.cdiv(D, BLOCK_D))](
         out, hidden, rows, sorted_labels, order, pull, bounds,
-        D, first, hidden.stride(0), BLOCK_T=4, BLOCK_D=BLOCK_D, num_warps=4,
+        D, first, programs, hidden.stride(0), BLOCK_T=4, BLOCK_D=BLOCK_D, num_warps=4,
     )  # fmt: skip
