@@ -150,6 +150,14 @@ def cpu_cases() -> list[Case]:
     return [*main, *share, *low, *losses, *growth("cpu", "float32", 256, 8192, 512), beyond]
 
 
+def floor_cases() -> list[Case]:
+    """How near our schedule comes to its own products: both corners of N and V at an ordinary hidden size, 6 minutes."""
+    shapes = [(256, 32000, 5), (256, 262144, 5), (1024, 131072, 3), (8192, 32000, 3)]
+    return [
+        Case("floor", work, N, N, 1024, V, rounds=rounds, contestants=OURS) for N, V, rounds in shapes for work in WORKS
+    ]
+
+
 def gpu_cases() -> list[Case]:
     """Full shapes in bf16, the headline first."""
     place = {"device": "cuda", "dtype": "bfloat16", "pairs": 4}
@@ -184,11 +192,11 @@ def smoke_cases() -> list[Case]:
     ]
 
 
-SUITES = {"cpu": cpu_cases, "gpu": gpu_cases, "smoke": smoke_cases}
+SUITES = {"cpu": cpu_cases, "gpu": gpu_cases, "floor": floor_cases, "smoke": smoke_cases}
 
 
 def select(names: list[str], device: str) -> list[Case]:
-    """The cases of suites (cpu, gpu, smoke) and of single sets (main, growth-n, ...) of the device's suite."""
+    """The cases of suites (cpu, gpu, floor, smoke) and of single sets (main, growth-n, ...) of the device's suite."""
     cases = []
     own = SUITES["gpu" if device == "cuda" else "cpu"]()
     sets = list(dict.fromkeys(case.set for case in own))

@@ -131,7 +131,7 @@ def summary(files: list[Path]) -> str:
         device = rows[0]["device"]
         seen.add(device)
         lines += [f"**{DEVICES[device]}: {rows[0]['about']['machine']}**", ""]
-        main = [r for r in rows if r["kind"] == "cost" and r["set"] == "main"]
+        main = [r for r in rows if r["kind"] == "cost" and r["set"] in ("main", "floor")]
         for case in groups(main, *SHAPE).values():
             if case[0]["loss"] == "asft":
                 lines += [f"{shape_of(case[0])}; time in units of the bare products, and extra MiB:", ""]

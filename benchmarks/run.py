@@ -2,6 +2,7 @@
 
     python -m benchmarks.run                   # the suite of the device that is here: cpu or gpu
     python -m benchmarks.run main growth-n     # some of its sets
+    python -m benchmarks.run floor             # ours beside its own products alone, on a CPU
     python -m benchmarks.run smoke             # everything once, tiny: does it all work here?
 
 Each contestant of a case runs in a process of its own. After a first tiny call (imports and compilation, reported
