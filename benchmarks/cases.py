@@ -151,7 +151,7 @@ def cpu_cases() -> list[Case]:
 
 
 def floor_cases() -> list[Case]:
-    """How near our schedule comes to its own products: both corners of N and V at an ordinary hidden size, 6 minutes."""
+    """How near our schedule comes to its own products: corners of N and V at an ordinary hidden size, 6 minutes."""
     shapes = [(256, 32000, 5), (256, 262144, 5), (1024, 131072, 3), (8192, 32000, 3)]
     return [
         Case("floor", work, N, N, 1024, V, rounds=rounds, contestants=OURS) for N, V, rounds in shapes for work in WORKS

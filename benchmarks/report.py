@@ -45,7 +45,7 @@ def newest_files() -> list[Path]:
     newest: dict[str, Path] = {}
     for path in sorted(RESULTS.glob("*.jsonl")):
         named = re.fullmatch(r"\d{4}-\d\d-\d\d-(.+)", path.stem)
-        if named and named[1] != "cpu-ratios":  # rows of benchmarks.ratios, of another form
+        if named:
             newest[named[1]] = path
     return list(newest.values())
 

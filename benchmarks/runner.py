@@ -110,8 +110,9 @@ def measure_case(case: Case, contestants: list[Contestant], prepared: Prepared, 
             _check(entry, case, folder, memory_limit, limit)
             if not together:
                 entry.close()
-        for _ in range(case.rounds):
-            for entry in entries:
+        for turn in range(case.rounds):
+            # Back and forth: nobody always comes after the one that leaves the caches or the clock at their worst.
+            for entry in entries if turn % 2 == 0 else reversed(entries):
                 if entry.status == "ok":
                     with suppress(WorkerFailed):
                         _time(entry, case, folder, memory_limit, limit, together)
