@@ -51,9 +51,9 @@ def make_plan(
     if chunk_size is None:
         chunk_size = default_chunk(n_tokens, hidden_size, exp_bytes=exp_bytes, device_type=device_type)
     chunk = min(chunk_size, vocab)
-    per_chunk = exp_bytes * max(n_tokens, 1) * chunk
+    per_row = exp_bytes * max(n_tokens, 1)
     # By comparisons, not by a division: torch.compile then guards on an inequality and not on n_tokens itself.
-    cached = sum(kept * per_chunk <= cache_bytes for kept in range(1, -(-vocab // chunk) + 1))
+    cached = sum(min(kept * chunk, vocab) * per_row <= cache_bytes for kept in range(1, -(-vocab // chunk) + 1))
     return Plan(vocab, chunk, cached)
 
 
@@ -73,9 +73,10 @@ def default_chunk(n_tokens: int, hidden_size: int, *, exp_bytes: int, device_typ
 
 
 def weight_slice(chunk: int, hidden_size: int) -> int:
-    """Rows of dW that are summed in fp32 at a time: the chunk in equal parts of SLICE_BYTES at most."""
-    parts = -(-chunk * hidden_size * 4 // SLICE_BYTES)
-    return -(-chunk // parts)
+    """Rows of dW that are summed in fp32 at a time, SLICE_BYTES of them: a multiple, so that the columns of E that
+    they are multiplied from begin where the fast products want them to."""
+    fit = SLICE_BYTES // (4 * hidden_size) // MULTIPLE * MULTIPLE
+    return min(max(fit, MULTIPLE), chunk)
 
 
 def traced_chunk(hidden_size: int, *, exp_bytes: int, device_type: str) -> int:

@@ -170,15 +170,13 @@ class _Chunks:
         z = self.H.new_empty(shape) if k < self.cached else self.workspace[: math.prod(shape)].view(shape)
         factor = _product_factor(self.transform)
         bias_k = None if self.bias is None else self.bias[start:stop].to(z.dtype) * factor
-        if self.transform.softcap is not None:
-            z.copy_(bias_k) if bias_k is not None else z.zero_()
-        elif bias_k is not None:
-            torch.sub(bias_k, ref[:, None], out=z)
-        else:
-            z.copy_(-ref[:, None])
-        torch.addmm(z, self.H, weight_k.T, alpha=factor, out=z)
         if self.transform.softcap is None:
+            z.copy_(-ref[:, None]) if bias_k is None else torch.sub(bias_k, ref[:, None], out=z)
+            torch.addmm(z, self.H, weight_k.T, alpha=factor, out=z)
             return weight_k, z, None
+        if bias_k is not None:
+            z.copy_(bias_k)
+        torch.addmm(z, self.H, weight_k.T, beta=bias_k is not None, alpha=factor, out=z)  # beta 0 does not read z
         slope = _cap(z, self.transform.softcap, self.slope[: math.prod(shape)].view(shape))
         return weight_k, z.sub_(ref[:, None]), slope
 

@@ -1,0 +1,59 @@
+"""How the vocabulary is cut: every row once, what is kept within its bytes, sizes that the products like."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asft_kernels.backends.plan import default_cache_bytes, default_chunk, make_plan, weight_slice
+
+DEVICES = st.sampled_from(["cpu", "cuda"])
+
+
+@given(
+    n=st.integers(0, 10_000), vocab=st.integers(1, 300_000), hidden_size=st.integers(1, 8192),
+    exp_bytes=st.sampled_from([2, 4, 8]), chunk=st.none() | st.integers(64, 400_000), cache=st.integers(0, 2**34),
+    device=DEVICES,
+)  # fmt: skip
+def test_every_row_once_and_the_cache_within_its_bytes(n, vocab, hidden_size, exp_bytes, chunk, cache, device):
+    plan = make_plan(
+        n, vocab, hidden_size, exp_bytes=exp_bytes, chunk_size=chunk, cache_bytes=cache, device_type=device
+    )
+    borders = [0, *(stop for _, stop in plan.slices)]
+    assert [start for start, _ in plan.slices] == borders[:-1]
+    assert borders[-1] == vocab
+    assert all(0 < stop - start <= plan.chunk for start, stop in plan.slices)
+    row = exp_bytes * max(n, 1)
+    assert row * borders[plan.cached] <= cache
+    if plan.cached < len(plan.slices):
+        assert row * borders[plan.cached + 1] > cache, "one more chunk would have fitted"
+
+
+def test_a_cache_of_exactly_all_exponentials_keeps_them():
+    """The last chunk is narrower: it costs what it is, not a whole one."""
+    sizes = {"exp_bytes": 4, "chunk_size": 1000, "device_type": "cpu"}
+    assert make_plan(512, 2500, 64, cache_bytes=4 * 512 * 2500, **sizes).cached == 3
+    assert make_plan(512, 2500, 64, cache_bytes=4 * 512 * 2500 - 1, **sizes).cached == 2
+
+
+@given(n=st.integers(1, 100_000), hidden_size=st.integers(1, 16384), device=DEVICES)
+def test_chunks_by_default(n, hidden_size, device):
+    """Multiples of 64 rows; E within CHUNK_BYTES unless the floor of rows is more."""
+    rows = default_chunk(n, hidden_size, exp_bytes=4, device_type=device)
+    budget, floor = {"cpu": (4 * 2**20, 512), "cuda": (256 * 2**20, 4096)}[device]
+    assert rows % 64 == 0
+    assert rows >= floor
+    assert rows == floor or (4 * n * rows <= budget and 4 * hidden_size * rows <= 2 * budget)
+
+
+@given(chunk=st.integers(1, 40_000), hidden_size=st.sampled_from([64, 576, 2560, 3072, 3584, 4096, 5120, 8192, 2**20]))
+def test_slices_of_the_weights_gradient(chunk, hidden_size):
+    """Within 32 MiB of fp32, or 64 rows; whole chunks or multiples of 64 rows, so that columns of E stay aligned."""
+    rows = weight_slice(chunk, hidden_size)
+    assert 1 <= rows <= chunk
+    assert rows == chunk or rows % 64 == 0
+    assert 4 * hidden_size * rows <= 32 * 2**20 or rows <= 64
+
+
+@pytest.mark.parametrize(("device", "mib"), [("cpu", 1024), ("cuda", 2560), ("hip", 2560)])
+def test_default_cache(device, mib):
+    assert default_cache_bytes(device) == mib * 2**20
