@@ -41,6 +41,7 @@ def test_parity_at_real_sizes(dtype, backend, softcap):
         assert relative_error(got, right) <= bound
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_synchronisation(backend, dtype):

@@ -68,9 +68,15 @@ def assume_architecture(name: str) -> Iterator[None]:
         _assumed.pop()
 
 
+@cache  # one read, and one warning, for each device: every call of the package asks
 def stored_times(device: torch.device) -> dict[str, dict[str, float]]:
     """For each problem the milliseconds of each tile that was measured on this device."""
-    return _read(cache_file(device), tuple(_identity(device).items()))
+    try:
+        path = cache_file(device)
+        text = path.read_bytes()
+    except (OSError, RuntimeError):  # no file, no home, or a folder that this user may not enter
+        return {}
+    return _parse(path, text, _identity(device))
 
 
 def store_times(device: torch.device, problem: Problem, milliseconds: dict[str, float]) -> Path:
@@ -80,7 +86,7 @@ def store_times(device: torch.device, problem: Problem, milliseconds: dict[str, 
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
         json.dump({**_identity(device), "milliseconds": problems}, file, indent=1)
     os.replace(file.name, path)  # whole or not at all, whoever reads meanwhile
-    _read.cache_clear()
+    stored_times.cache_clear()
     return path
 
 
@@ -101,18 +107,15 @@ def _identity(device: torch.device) -> dict[str, str]:
     }
 
 
-@cache  # one read, and one warning, for a process
-def _read(path: Path, identity: tuple[tuple[str, str], ...]) -> dict[str, dict[str, float]]:
-    if not path.exists():
-        return {}
+def _parse(path: Path, text: bytes, identity: dict[str, str]) -> dict[str, dict[str, float]]:
     try:
-        found = json.loads(path.read_text())
-        other = [f"{key} {found[key]!r}, here {value!r}" for key, value in identity if found[key] != value]
+        found = json.loads(text)
+        other = [f"{key} {found[key]!r}, here {value!r}" for key, value in identity.items() if found[key] != value]
         times = {str(p): {str(t): float(ms) for t, ms in of.items()} for p, of in found["milliseconds"].items()}
         if not other:
             return times
         reason = "measured with " + "; ".join(other)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"not readable as stored tile times ({type(error).__name__}: {error})"
     warnings.warn(
         f"asft_kernels: {path} is ignored: {reason}. Run `python -m asft_kernels.autotune` again, or delete the file",
