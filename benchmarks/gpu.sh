@@ -2,20 +2,22 @@
 # The first minutes on a GPU: is it all there, is it right, is it fast. From the repository's root:
 #
 #   benchmarks/gpu.sh                      results in bench_results/, or in the folder that OUT names
-#   DRY_RUN=1 benchmarks/gpu.sh            every step on a CPU, interpreted, with small shapes, in a copy
+#   DRY_RUN=1 benchmarks/gpu.sh            every step on a CPU, interpreted, with small shapes, in a copy;
+#                                          results in OUT, else in a new folder under /tmp
 #   PYTHON=python3.12 BUDGET=1800 ...      another interpreter (default .venv's, else python3), more seconds
 #
 # Steps come in the order of their worth: parity and the headline end within 8 minutes, all within BUDGET
 # (25). Each has a limit of its own and a log in $OUT/gpu-logs; one that fails or runs out of time is
 # reported, and the next begins. Rows are written as they are measured, and a second run goes on from them.
-# Needs torch, triton and pytest; tries `pip install` for what is missing, once, and says what stays missing
-# (PIP_NO_INDEX=1 PIP_FIND_LINKS=folder serves it without a network).
+# Needs torch, triton and pytest; tries `pip install` for what is missing, one by one, never replaces a torch or
+# Triton that is there, and says what stays missing (PIP_NO_INDEX=1 PIP_FIND_LINKS=folder: without a network).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
+DRY_RUN=${DRY_RUN:-}
+[ -n "$DRY_RUN" ] && OUT=${OUT:-$(mktemp -d)}  # its rows measure nothing
 OUT=$(mkdir -p "${OUT:-bench_results}" && cd "${OUT:-bench_results}" && pwd) || exit 2
 BUDGET=$((${BUDGET:-1500} - 60))  # the last minute is the report's
-DRY_RUN=${DRY_RUN:-}
 LOGS=$OUT/gpu-logs
 SUMMARY=$LOGS/summary.txt
 mkdir -p "$LOGS" && : > "$SUMMARY"
@@ -78,19 +80,39 @@ END
 }
 
 tests() { "$PYTHON" -m pytest -q -rs -W default -p no:cacheprovider "$@"; }
-measure() { "$PYTHON" -m benchmarks.run --out "$ROWS" --limit 60 "$@"; }
+# A first call compiles: 2 minutes, of which a hung contestant may take no more.
+measure() { "$PYTHON" -m benchmarks.run --out "$ROWS" --limit 120 "$@"; }
 tuned() { ASFT_KERNELS_TUNED=1 "$PYTHON" -m benchmarks.run --out "$LOGS/tuned.jsonl" --contestants triton -- "$@"; }
 report() {
-    "$PYTHON" -m benchmarks.report "$ROWS" --write || return
+    local files=()
+    if ! [ bench_results -ef "$OUT" ]; then  # beside the newest rows of each device that are already there
+        mapfile -t files < <("$PYTHON" -c 'from benchmarks.report import newest_files
+for path in newest_files(): print(path)')
+        [ -s "$ROWS" ] && files+=("$ROWS")
+    fi
+    "$PYTHON" -m benchmarks.report "${files[@]}" --write || return
     [ bench_results -ef "$OUT" ] || cp bench_results/REPORT.md bench_results/*.png "$OUT"
 }
-export -f have environment tests measure tuned report
-export PYTHON LOGS OUT
+# WANTED by module, which pip takes for the package. The versions are those of constraints.txt, but for what is here.
+install() {
+    {
+        "$PYTHON" -m pip list --format=freeze 2> /dev/null | grep -iE '^(torch|triton|pytorch-triton[a-z-]*)=='
+        grep -vE '^(torch|triton)==' constraints.txt
+    } > "$LOGS/pins.txt"
+    local module result=0
+    for module in $WANTED; do
+        have "$module" > /dev/null && continue
+        "$PYTHON" -m pip install -q --retries 1 --timeout 10 -c "$LOGS/pins.txt" "$module" || result=1
+    done
+    return $result
+}
+export -f have environment tests measure tuned report install
+export PYTHON LOGS OUT WANTED="torch triton pytest hypothesis tqdm numpy matplotlib liger_kernel cut_cross_entropy trl"
 
 step environment 30 bash -c environment
-if ! have torch triton pytest hypothesis tqdm matplotlib liger_kernel cut_cross_entropy trl > /dev/null; then
-    step install 90 "$PYTHON" -m pip install -q --retries 1 --timeout 10 -c constraints.txt -e ".[test,bench]"
-    have torch triton pytest hypothesis tqdm matplotlib liger_kernel cut_cross_entropy trl | tee -a "$SUMMARY"
+if ! have $WANTED > /dev/null; then
+    step install 90 bash -c install
+    have $WANTED | tee -a "$SUMMARY"
 fi
 slug=$("$PYTHON" -c "import torch
 from benchmarks.machine import device_slug
@@ -102,7 +124,7 @@ if [ -z "$DRY_RUN" ]; then
     key=(tests/test_gpu.py -k "parity and (bfloat16 or float32)")
     rest=(tests/test_gpu.py -k "not (parity and (bfloat16 or float32))")
     kernels=(tests/test_kernels.py tests/test_triton_backend.py tests/test_autotune.py tests/test_functional.py)
-    headline=main suite=gpu shape=(--hidden-size 4096 --vocab 151936 --tokens 2048 8192)
+    headline=headline suite=gpu shape=(--hidden-size 4096 --vocab 151936 --tokens 2048 8192)
 else
     key=(tests/test_kernels.py -k "with_each_tile and float32")
     rest=(tests/test_gpu.py)
