@@ -66,7 +66,7 @@ def memory_table(rows: list[Row]) -> list[str]:
     """Extra memory against N: a straight line through the measurements, beside that of docs/algorithm.md's formula."""
     lines = []
     for (work, contestant), line in groups(by_work(rows), "work", "contestant").items():
-        right = sorted((r for r in line if r["status"] == "ok"), key=lambda r: r["N"])
+        right = sorted((r for r in line if r["status"] == "ok" and r["extra_bytes"] is not None), key=lambda r: r["N"])
         if len({r["N"] for r in right}) < 2:
             continue
         formula = [documented_bytes(r) for r in right]
@@ -96,7 +96,7 @@ def documented_bytes(row: Row) -> float | None:
     N, D, V = row["N"], row["D"], row["V"]
     itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}[row["dtype"]]
     chunk = min(default_chunk(N, D, exp_bytes=4, device_type="cpu"), V)
-    total = 16 * N * D + 2 * 4 * N * chunk + (0 if itemsize == 4 else 16 * MIB)
+    total = 16 * N * D + 2 * 4 * N * chunk + (0 if itemsize == 4 else 4 * chunk * D)  # upcast rows of W
     if row["work"] != "no gradient":
         total += row["M"] * D * itemsize
     if row["work"] == "trainable head":

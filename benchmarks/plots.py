@@ -1,6 +1,5 @@
 """Pictures of benchmark rows, as PNG: growth of time and memory, and the share of the GEMM rate achieved."""
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +16,16 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 DRAWN = [name for name in AXES if name != "growth-pairs"]  # the panels, left to right
 
 
-def names(rows: list[Row], file: Path) -> list[str]:
-    """The pictures that these rows give, each named after the device that the file of rows is named after."""
-    device = re.sub(r"^\d{4}-\d\d-\d\d-", "", file.stem)
+def names(rows: list[Row], device: str) -> list[str]:
+    """The pictures that these rows give, each named after the device."""
     works = [work for work in WORKS if any(r["set"] in DRAWN and r["work"] == work for r in timed(rows))]
     growth = [f"{device}-growth-{work.replace(' ', '-')}.png" for work in works]
     return growth + ([f"{device}-gemm-share.png"] if roofs(rows) else [])
 
 
-def draw(rows: list[Row], file: Path, folder: Path) -> list[Path]:
+def draw(rows: list[Row], device: str, folder: Path) -> list[Path]:
     """Writes the pictures and returns their paths; equal rows give equal bytes."""
-    paths = [folder / name for name in names(rows, file)]
+    paths = [folder / name for name in names(rows, device)]
     for path in paths:
         work = next((w for w in WORKS if path.stem.endswith(w.replace(" ", "-"))), None)
         figure = growth(rows, work) if work else gemm_share(rows)
@@ -69,7 +67,9 @@ def growth(rows: list[Row], work: str) -> "Figure":
             x = [AXES[name](r) for r in line]
             look = {"label": contestant, "markersize": 5, "linewidth": 1.4, **styles[contestant]}
             axes[0, column].plot(x, [r["seconds"] for r in line], **look)
-            axes[1, column].plot(x, [r["extra_bytes"] / MIB for r in line], **look)
+            known = [(AXES[name](r), r["extra_bytes"] / MIB) for r in line if r["extra_bytes"] is not None]
+            if known:
+                axes[1, column].plot(*zip(*known, strict=True), **look)
         for panel in axes[:, column]:
             panel.set_yscale("log")
             if name != "valid-share":

@@ -1,8 +1,8 @@
 """Tables and pictures of what was measured, drawn from the rows under bench_results/.
 
-python -m benchmarks.report                  # prints the report of the newest rows of each device
+python -m benchmarks.report                  # prints the report of the newest rows of each device and set
 python -m benchmarks.report --write          # README's summary, bench_results/REPORT.md and its pictures
-python -m benchmarks.report FILE … --write   # from these rows instead
+python -m benchmarks.report FILE … --write   # with these rows, too
 """
 
 import argparse
@@ -15,20 +15,19 @@ from benchmarks import plots
 from benchmarks.cases import WORKS
 from benchmarks.growth import AXES, AXIS_NAMES, GROWING, fixed_sizes, growth_table, log_slope, memory_table
 from benchmarks.tables import (
-    BARE,
-    MIB,
-    OURS,
+    OUR_DEFAULT,
+    SHAPE,
     Row,
     accuracy_table,
-    best,
     contestant_table,
     cost_table,
     groups,
-    in_style,
     markdown,
+    peer_table,
     peers_ahead,
     shape_of,
     sources,
+    twin_table,
     verdict,
 )  # fmt: skip
 
@@ -36,28 +35,34 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench_results"
 BEGIN, END = "<!-- figures: drawn by `python -m benchmarks.report --write` -->", "<!-- /figures -->"
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
-SHAPE = ("set", "model", "loss", "N", "M", "D", "V", "pairs", "dtype")
-OUR_DEFAULT = {"cpu": f"{OURS} torch", "cuda": f"{OURS} triton"}
+SUMMARY_SETS = ("headline", "main", "floor")
 
 
-def newest_files() -> list[Path]:
-    """The last file of rows of each device, by the date that its name begins with."""
-    newest: dict[str, Path] = {}
-    for path in sorted(RESULTS.glob("*.jsonl")):
-        named = re.fullmatch(r"\d{4}-\d\d-\d\d-(.+)", path.stem)
-        if named:
-            newest[named[1]] = path
-    return list(newest.values())
+def row_files(more: list[Path] | None = None) -> list[Path]:
+    """The files of rows in bench_results/ and others, the oldest first, by the date that their names begin with."""
+    found = {path.resolve(): path for path in [*RESULTS.glob("*.jsonl"), *(more or [])]}
+    return sorted(found.values(), key=lambda path: path.name)
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of a file; of a measurement that was repeated, the last."""
+    """Rows of a file, each with the file's name; of a measurement that was repeated, the last."""
     rows = {}
     for line in path.read_text().splitlines():
         with suppress(json.JSONDecodeError):  # a run that was ended may leave half a line
             row = json.loads(line)
-            rows[tuple(row.get(f) for f in ("kind", "case", "inputs", "work", "contestant", *SHAPE))] = row
+            fields = ("kind", "set", "case", "inputs", "work", "contestant", *SHAPE)
+            rows[tuple(row.get(f) for f in fields)] = row | {"file": path.name}
     return list(rows.values())
+
+
+def newest_rows(files: list[Path]) -> dict[str, list[Row]]:
+    """Rows by the device that their files are named after: each set of each kind from the newest file that has it."""
+    newest: dict[str, dict[tuple, list[Row]]] = {}
+    for path in files:
+        device = re.sub(r"^\d{4}-\d\d-\d\d-", "", path.stem)
+        newest.setdefault(device, {}).update(groups(read_rows(path), "kind", "set"))
+    by_device = {device: [row for rows in sets.values() for row in rows] for device, sets in newest.items()}
+    return {device: rows for device, rows in by_device.items() if rows}
 
 
 def report(files: list[Path]) -> str:
@@ -74,29 +79,29 @@ def report(files: list[Path]) -> str:
         "- Extra memory is the peak of one call over what was there before it, the gradients that it returns included.",
         "- Errors are relative (Frobenius norm) to float64 on the same inputs.",
     ]
-    by_device: dict[str, list[Path]] = {device: [] for device in DEVICES}
-    for path in files:
-        for device in dict.fromkeys(row["device"] for row in read_rows(path)):
-            by_device[device].append(path)
-    for device, paths in by_device.items():
-        for path in paths:
-            rows = [row for row in read_rows(path) if row["device"] == device]
-            lines += ["", f"## {DEVICES[device]}: {rows[0]['about']['machine']}", *device_report(rows, path)]
-        if not paths:
-            lines += ["", f"## {DEVICES[device]}", "", f"No {DEVICES[device]}: not measured yet."]
+    measured = newest_rows(files)
+    for kind, title in DEVICES.items():
+        of_kind = {name: rows for name, rows in measured.items() if rows[0]["device"] == kind}
+        for name, rows in of_kind.items():
+            lines += ["", f"## {title}: {rows[0]['about']['machine']}", *device_report(rows, name)]
+        if not of_kind:
+            lines += ["", f"## {title}", "", f"No {title}: not measured yet."]
     return "\n".join(lines) + "\n"
 
 
-def device_report(rows: list[Row], path: Path) -> list[str]:
+def device_report(rows: list[Row], device: str) -> list[str]:
     lines: list[str] = []
     cost = [r for r in rows if r["kind"] == "cost"]
     if cost:
-        lines += ["", "### Contestants", "", *contestant_table(cost), "", sources(cost, path.name)]
+        lines += ["", "### Contestants", "", *contestant_table(cost), "", sources(cost)]
     for (set_name,), in_set in groups((r for r in cost if r["set"] not in AXES), "set").items():
         lines += ["", f"### Cost: {set_name}"]
         for case in groups(in_set, *SHAPE).values():
             lines += ["", f"**{shape_of(case[0])}, loss {case[0]['loss']}**", "", *cost_table(case)]
-            lines += ["", verdict(case), "", sources(case, path.name)]
+            lines += ["", verdict(case), "", sources(case)]
+        twins = twin_table(in_set)
+        if twins:
+            lines += ["", f"bf16 against fp32 time, {set_name}:", "", *twins, "", sources(in_set)]
     for set_name in (s for s in AXES if any(r["set"] == s for r in cost)):
         in_set = [r for r in cost if r["set"] == set_name]
         lines += ["", f"### Growth: {AXIS_NAMES[set_name]}"]
@@ -106,16 +111,17 @@ def device_report(rows: list[Row], path: Path) -> list[str]:
             if set_name == "growth-n":
                 lines += ["Extra memory; the formula is that of [docs/algorithm.md](../docs/algorithm.md#memory):", ""]
                 lines += [*memory_table(case), ""]
-            lines.append(sources(case, path.name))
+            lines.append(sources(case))
     if cost:
-        lines += ["", "### Pictures", "", *(f"![{name}]({name})" for name in plots.names(rows, path))]
+        lines += ["", "### Where a peer wins", "", *where_peers_win(rows)]
+        lines += ["", "### Pictures", "", *(f"![{name}]({name})" for name in plots.names(rows, device))]
     accuracy = [r for r in rows if r["kind"] == "accuracy"]
     if accuracy:
         lines += ["", "### Accuracy"]
         for case in groups(accuracy, "inputs", "source", "dtype", "loss").values():
             of = f"{case[0]['inputs']} inputs" + (f" ({case[0]['source']})" if case[0]["source"] else "")
             lines += ["", f"**{of}, {case[0]['dtype']}, loss {case[0]['loss']}**", "", *accuracy_table(case)]
-            lines += ["", sources(case, path.name)]
+            lines += ["", sources(case)]
     return lines
 
 
@@ -123,51 +129,59 @@ def device_report(rows: list[Row], path: Path) -> list[str]:
 
 
 def summary(files: list[Path]) -> str:
-    """The README's part: the main shapes, where a peer wins, how it grows, and what is not measured."""
+    """The README's part: our time over the bare products', peers' over ours, how it grows, what is not measured."""
     lines: list[str] = []
-    seen = set()
-    for path in files:
-        rows = read_rows(path)
+    measured = newest_rows(files)
+    for rows in sorted(measured.values(), key=lambda rows: list(DEVICES).index(rows[0]["device"])):
         device = rows[0]["device"]
-        seen.add(device)
         lines += [f"**{DEVICES[device]}: {rows[0]['about']['machine']}**", ""]
-        main = [r for r in rows if r["kind"] == "cost" and r["set"] in ("main", "floor")]
-        for case in groups(main, *SHAPE).values():
-            if case[0]["loss"] == "asft":
-                lines += [f"{shape_of(case[0])}; time in units of the bare products, and extra MiB:", ""]
-                lines += [*summary_table(case), ""]
-        lines += [*where_peers_win(rows), "", growth_sentence(rows, device), ""]
-        lines += [sources(main or rows, f"bench_results/{path.name}"), ""]
+        cost = [r for r in rows if r["kind"] == "cost"]
+        main = [r for name in SUMMARY_SETS for r in cost if r["set"] == name and r["loss"] == "asft"]
+        if main:
+            lines += [f"Time of `{OUR_DEFAULT[device]}` over that of the bare products, ASFT loss:", ""]
+            lines += [*shape_table(main), ""]
+        compared = [r for r in cost if not r["set"].startswith("growth-")]
+        if compared:
+            low = "In bf16 peers use the CPU's bf16 units, where it has them; ours upcasts to fp32."
+            upcasts = device == "cpu" and any(r["dtype"] == "bfloat16" for r in compared)
+            lines += [
+                "Time and extra memory of peers over ours, least to most of all cases; below 1, bold, a peer wins. "
+                + low * upcasts,
+                "",
+                *peer_table(compared),
+                "",
+                f"{where_peers_win(rows)[0].rstrip(':.')}. {growth_sentence(rows, device)}",
+                "",
+                sources(compared, "bench_results/"),
+                "",
+            ]
+    missing = DEVICES.keys() - {rows[0]["device"] for rows in measured.values()}
     predicted = {"cuda": "; [docs/gpu-model.md](docs/gpu-model.md) says what is predicted"}
-    lines += [f"{DEVICES[d]}: not measured yet{predicted.get(d, '')}.\n" for d in DEVICES if d not in seen]
+    lines += [f"{DEVICES[d]}: not measured yet{predicted.get(d, '')}.\n" for d in DEVICES if d in missing]
     more = "[bench_results/REPORT.md](bench_results/REPORT.md) has every shape, dtype and peer, accuracy and pictures"
     return "\n".join([*lines, f"{more}; `make bench` measures them again.", ""])
 
 
-def summary_table(rows: list[Row]) -> list[str]:
-    works = [work for work in WORKS if any(r["work"] == work for r in rows)]
-    fastest = {work: best([r for r in rows if r["work"] == work], lambda r: r["ratio"], ".2f") for work in works}
+def shape_table(rows: list[Row]) -> list[str]:
+    """Our default over the bare products: a line a shape, a column for each of the gradients wanted."""
+    ours = [r for r in rows if r["contestant"] == OUR_DEFAULT[r["device"]]]
     lines = []
-    for (contestant,), line in groups(rows, "contestant").items():
-        at = {r["work"]: r for r in line}
-        lines.append([contestant, *(summary_cell(at.get(work), fastest[work]) for work in works)])
-    return markdown(["contestant", *works], lines, words=1)
+    for line in groups(ours, *SHAPE).values():
+        at = {r["work"]: r for r in reversed(line)}  # a shape of two sets: the first one's
+        lines.append([shape_of(line[0]), *(ratio_cell(at.get(work)) for work in WORKS)])
+    return markdown(["shape", *WORKS], lines, words=1)
 
 
-def summary_cell(row: Row | None, fastest: str | None) -> str:
-    if row is None:
-        return "–"
-    if row["status"] != "ok":
-        return row["status"]
-    if row["contestant"] == BARE or row["ratio"] is None:
-        return f"{in_style(row['seconds'], '#.3g')} s"
-    ratio = f"{row['ratio']:.2f}"
-    return f"{f'**{ratio}**' if ratio == fastest else ratio} ×, {row['extra_bytes'] / MIB:.0f} MiB"
+def ratio_cell(row: Row | None) -> str:
+    if row is None or row["status"] != "ok":
+        return "–" if row is None else row["status"]
+    return "–" if row["ratio"] is None else f"{row['ratio']:.2f}"
 
 
 def where_peers_win(rows: list[Row]) -> list[str]:
     """One line a case, of all that were measured but the growth sets."""
-    cases = groups((r for r in rows if r["kind"] == "cost" and r["set"] not in AXES), *SHAPE)
+    compared = (r for r in rows if r["kind"] == "cost" and not r["set"].startswith("growth-"))
+    cases = groups(compared, "set", *SHAPE)
     found = [
         f"- {shape_of(case[0])}, loss {case[0]['loss']}: {'; '.join(peers_ahead(case))}"
         for case in cases.values()
@@ -198,10 +212,10 @@ def written(readme: str, files: list[Path]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="rows (default: each device's newest)")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="rows beside those of bench_results/")
     parser.add_argument("--write", action="store_true", help="into README.md and bench_results/ instead of printing")
     args = parser.parse_args()
-    files = args.files or newest_files()
+    files = row_files(args.files)
     if not files:
         parser.error(f"{RESULTS} holds no rows; measure first: make bench")
     if not args.write:
@@ -210,8 +224,8 @@ def main() -> None:
     readme = ROOT / "README.md"
     readme.write_text(written(readme.read_text(), files))
     (RESULTS / "REPORT.md").write_text(report(files))
-    for path in files:
-        plots.draw(read_rows(path), path, RESULTS)
+    for device, rows in newest_rows(files).items():
+        plots.draw(rows, device, RESULTS)
 
 
 if __name__ == "__main__":

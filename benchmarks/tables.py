@@ -7,9 +7,11 @@ from benchmarks.cases import WORKS
 
 Row = dict[str, Any]
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 BARE = "bare products"
 OURS = "asft_kernels"
+SHAPE = ("model", "loss", "N", "M", "D", "V", "pairs", "dtype")
+OUR_DEFAULT = {"cpu": f"{OURS} torch", "cuda": f"{OURS} triton"}
 
 
 def groups(rows: Iterable[Row], *fields: str) -> dict[tuple, list[Row]]:
@@ -26,8 +28,8 @@ def markdown(header: list[str], lines: Iterable[list[str]], *, words: int = 2) -
     return [f"| {' | '.join(cells)} |" for cells in (header, rule, *lines)]
 
 
-def sources(rows: list[Row], file: str) -> str:
-    """Machine, versions, commit, command, rounds and file of the rows that a table is made of."""
+def sources(rows: list[Row], folder: str = "") -> str:
+    """Machine, versions, commit, command, rounds and files of the rows that a table is made of."""
 
     def of(field: str) -> str:
         return ", ".join(dict.fromkeys(str(r["about"][field]) for r in rows if r["about"].get(field)))
@@ -47,7 +49,11 @@ def sources(rows: list[Row], file: str) -> str:
     rounds = sorted({r["rounds"] for r in rows if r.get("rounds")})
     if rounds:
         parts.append(f"median of {' to '.join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))} rounds")
-    return f"<sub>{'; '.join(filter(None, parts))}; rows in [{file}]({file}).</sub>"
+    limits = [f"{x / GIB:.1f}" for x in sorted({r["memory_limit"] for r in rows if r.get("memory_limit")})]
+    if limits:
+        parts.append(f"a contestant may take {' to '.join(dict.fromkeys((limits[0], limits[-1])))} GiB")
+    files = ", ".join(f"[{file}]({folder}{file})" for file in sorted({r["file"] for r in rows}))
+    return f"<sub>{'; '.join(filter(None, parts))}; rows in {files}.</sub>"
 
 
 def contestant_table(rows: list[Row]) -> list[str]:
@@ -122,15 +128,69 @@ def one_line(reason: str | None) -> str:
 
 
 def peers_ahead(rows: list[Row]) -> list[str]:
-    """Where a peer's time or memory is below that of our best, at one shape, in words."""
+    """Where a peer's time or memory is below that of our default call, at one shape, in words."""
     found = []
     for (work,), contestants in groups(by_work(rows), "work").items():
-        right = [r for r in contestants if r["status"] == "ok" and r["contestant"] != BARE]
+        ours = {r["contestant"]: r for r in contestants if r["package"] == OURS}
+        default = ours.pop(OUR_DEFAULT[rows[0]["device"]], None)
+        if default is None:
+            continue
+        peers = [r for r in contestants if r["status"] == "ok" and r["package"] != OURS and r["contestant"] != BARE]
         for what, field in (("time", "seconds"), ("memory", "extra_bytes")):
-            ours = min((r[field] for r in right if r["package"] == OURS), default=0)
-            peers = sorted((r[field], r["contestant"]) for r in right if r["package"] != OURS)
-            found += [f"{name} in {what}, {work} ({x / ours:.2f} × ours)" for x, name in peers if x < 0.995 * ours]
+            for peer in sorted((r for r in peers if r[field] is not None), key=lambda r: r[field]):
+                if default["status"] != "ok":
+                    found.append(f"{peer['contestant']} in {what}, {work} (ours: {default['status']})")
+                elif default[field] is not None and peer[field] < 0.995 * default[field]:
+                    shares = [f"{peer[field] / default[field]:.2f} × ours"]
+                    shares += [
+                        f"{peer[field] / r[field]:.2f} × {name.removeprefix(f'{OURS} ')}"
+                        for name, r in ours.items()
+                        if r["status"] == "ok" and r[field]
+                    ]
+                    found.append(f"{peer['contestant']} in {what}, {work} ({'; '.join(shares)})")
     return found
+
+
+def peer_table(rows: list[Row]) -> list[str]:
+    """Time and memory of each peer over our default's in the same case, least to most over the cases."""
+    ours = {case_of(r): r for r in rows if r["contestant"] == OUR_DEFAULT[r["device"]] and r["status"] == "ok"}
+    lines = []
+    peers = [r for r in rows if r["package"] != OURS and r["contestant"] != BARE and case_of(r) in ours]
+    by_dtype = sorted(peers, key=lambda r: r["dtype"] != "float32")
+    for (dtype, contestant), line in groups(by_dtype, "dtype", "contestant").items():
+        right = [(r, ours[case_of(r)]) for r in line if r["status"] == "ok"]
+        cells = [span([r["seconds"] / o["seconds"] for r, o in right if r["work"] == work]) for work in WORKS]
+        memory = [r["extra_bytes"] / o["extra_bytes"] for r, o in right if r["extra_bytes"] and o["extra_bytes"]]
+        lines.append([dtype, contestant, *cells, span(memory), f"{len(right)} of {len(line)}"])
+    return markdown(["dtype", "peer", *(f"time, {work}" for work in WORKS), "memory", "right"], lines)
+
+
+def case_of(row: Row) -> tuple:
+    return tuple(row[field] for field in ("set", *SHAPE, "work"))
+
+
+def span(ratios: list[float]) -> str:
+    """Least to most; bold where the least is below 1."""
+    if not ratios:
+        return "–"
+    text = "–".join(dict.fromkeys(f"{x:.2f}" for x in (min(ratios), max(ratios))))
+    return f"**{text}**" if min(ratios) < 0.995 else text
+
+
+def twin_table(rows: list[Row]) -> list[str]:
+    """Our time in bf16 over that in fp32, where the same shape was measured in both; none: no lines."""
+    fields = [field for field in SHAPE if field != "dtype"]
+    lines = []
+    right = [r for r in rows if r["package"] == OURS and r["status"] == "ok"]
+    for (contestant, work, *_), line in groups(right, "contestant", "work", *fields).items():
+        at = {r["dtype"]: r for r in line}
+        if {"float32", "bfloat16"} <= at.keys():
+            single, low = at["float32"]["seconds"], at["bfloat16"]["seconds"]
+            shape = f"N = {line[0]['N']}, D = {line[0]['D']}, V = {line[0]['V']}"
+            lines.append(
+                [shape, contestant, work, in_style(single, "#.3g"), in_style(low, "#.3g"), f"{low / single:.2f}"]
+            )
+    return markdown(["shape", "contestant", "gradients", "fp32, s", "bf16, s", "ratio"], lines, words=3) * bool(lines)
 
 
 def verdict(rows: list[Row]) -> str:

@@ -56,18 +56,19 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("work", [NO_GRADIENT, FROZEN, TRAINABLE])
-def test_launches_are_the_backend_s(work, monkeypatch):
+def test_launches_are_the_backend_s(work, monkeypatch, device):
     call, recorder = Small(N=33, V=100, D=16, work=work), Recorder()
     for name in LAUNCHES:
         monkeypatch.setattr(triton_fused, name, recorder.counted(name, getattr(triton_fused, name)))
-    hidden, weight = torch.randn(call.N, call.D).bfloat16(), torch.randn(call.V, call.D).bfloat16()
-    inputs = (hidden, weight, None, torch.arange(call.N), torch.randint(call.V, (call.N,)))
+    hidden, weight = (torch.randn(n, call.D, device=device).bfloat16() for n in (call.N, call.V))
+    labels = torch.randint(call.V, (call.N,), device=device)
+    inputs = (hidden, weight, None, torch.arange(call.N, device=device), labels)
     needs = {"needs_acc": work != NO_GRADIENT, "needs_exps": work == TRAINABLE}
     with recorder:
         saved = triton_fused.forward(*inputs, Logits(), call.plan, **needs)
         if work != NO_GRADIENT:
             triton_fused.backward(
-                torch.ones(call.N), *inputs, saved, Logits(), call.plan,
+                torch.ones(call.N, device=device), *inputs, saved, Logits(), call.plan,
                 needs_hidden=True, needs_weight=work == TRAINABLE, needs_bias=False,
             )  # fmt: skip
     assert recorder.seen == Counter(step.name for step in schedule(call, TILE))

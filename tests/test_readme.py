@@ -14,9 +14,10 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def test_figures_are_drawn_from_the_rows():
-    files = report.newest_files()
+    files = report.row_files()
     if not files:
         pytest.skip("bench_results/ has no rows yet: make bench")
+    assert report.newest_rows(files), f"no rows in {', '.join(path.name for path in files)}"
     text = README.read_text()
     assert report.written(text, files) == text, "run `python -m benchmarks.report --write`"
     full = report.RESULTS / "REPORT.md"

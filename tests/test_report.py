@@ -23,7 +23,8 @@ def row(contestant="asft_kernels torch", package="asft_kernels", **changes):
         "contestant": contestant, "package": package, "version": "1.0", "gemms": 2, "status": "ok", "reason": None,
         "seconds": 2.0, "seconds_min": 1.9, "seconds_max": 2.2, "rounds": 7, "first_call_s": 3.0, "import_s": 1.0,
         "ratio": 1.02, "gemm_share": 0.9, "gemm_flops_per_s": 2e11, "extra_bytes": 20 * 2**20, "err_loss": 1e-7,
-        "err_dh": 3e-7, "err_dw": None, "tol_loss": 1e-5, "tol_grad": 1e-5, "about": ABOUT, **changes,
+        "err_dh": 3e-7, "err_dw": None, "tol_loss": 1e-5, "tol_grad": 1e-5, "file": "2030-01-02-cpu.jsonl",
+        "about": ABOUT, **changes,
     }  # fmt: skip
 
 
@@ -79,6 +80,9 @@ def test_peers_that_win_are_named_in_words():
     assert tables.peers_ahead(MAIN) == ["fast peer in time, frozen head (0.75 × ours)"]
     assert tables.peers_ahead([row(), PEER | {"seconds": 2.0}]) == []
     assert "in 1 of 1 cases:" in report.where_peers_win(MAIN)[0]
+    shares = [r | {"set": "valid-share"} for r in MAIN]
+    assert "in 1 of 1 cases:" in report.where_peers_win(shares)[0]
+    assert "none of the 0" in report.where_peers_win([r | {"set": "growth-n"} for r in MAIN])[0]
     assert report.where_peers_win([row()]) == ["In none of the 1 cases does a peer take less time or memory than ours."]
 
 
@@ -135,12 +139,13 @@ def test_a_device_without_rows_is_said_to_be_unmeasured(file):
 
 
 def test_summary_stands_between_its_marks(file):
-    readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    readme = f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n"
     once = report.written(readme, [file])
     assert once.startswith(f"before\n{report.BEGIN}\n")
     assert once.endswith(f"{report.END}\nafter\n")
-    assert "old" not in once
-    assert "| fast peer | **0.79** ×, 90 MiB |" in once
+    assert "stale" not in once
+    assert "| float32 | fast peer | – | **0.75** | – | 4.50 | 1 of 1 |" in once
+    assert "4 pairs, float32 | – | 1.02 | – |" in once
     assert "With a trainable head our time grows as N^1.00, V^1.00." in once
     assert report.written(once, [file]) == once
 
@@ -158,19 +163,73 @@ def test_of_a_repeated_measurement_the_last_counts(file):
     assert [r["seconds"] for r in again] == [1.0]
 
 
-def test_newest_file_of_each_device(tmp_path, monkeypatch):
+def test_peers_are_held_against_our_default_and_other_settings_stand_beside_it():
+    """A setting that is faster does not hide that a peer beats the default, nor does one that takes less memory."""
+    saving = row("asft_kernels torch, cache_bytes=0", seconds=1.0, extra_bytes=10 * 2**20)
+    assert tables.peers_ahead([row(), saving, PEER]) == [
+        "fast peer in time, frozen head (0.75 × ours; 1.50 × torch, cache_bytes=0)"
+    ]
+    failed = row(status="failed", seconds=None, extra_bytes=None)
+    assert tables.peers_ahead([failed, PEER])[0] == "fast peer in time, frozen head (ours: failed)"
+
+
+def test_each_set_comes_from_the_newest_file_that_has_it(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    for name in ("2030-01-02-cpu", "2030-01-10-cpu", "2030-01-01-nvidia-h100-80gb-hbm3", "notes"):
-        (tmp_path / f"{name}.jsonl").write_text("")
-    found = [path.stem for path in report.newest_files()]
-    assert sorted(found) == ["2030-01-01-nvidia-h100-80gb-hbm3", "2030-01-10-cpu"]
+
+    def write(name, *rows):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        return path
+
+    write("2030-01-02-cpu", row(seconds=9.0), row(set="floor", D=1024), accuracy("Liger", "liger-kernel", 1e-3))
+    write("2030-01-10-cpu", row(seconds=1.0))
+    rows = report.newest_rows(report.row_files())["cpu"]
+    assert [(r["kind"], r["set"], r["file"]) for r in rows] == [
+        ("cost", "main", "2030-01-10-cpu.jsonl"),
+        ("cost", "floor", "2030-01-02-cpu.jsonl"),
+        ("accuracy", "accuracy", "2030-01-02-cpu.jsonl"),
+    ]
+    (tmp_path / "elsewhere").mkdir()
+    gpu = write("elsewhere/2030-01-01-nvidia-h100", row("asft_kernels triton", device="cuda", set="headline"))
+    readme = report.written(f"{report.BEGIN}{report.END}", report.row_files([gpu]))
+    assert "**CPU: " in readme
+    assert "**GPU: " in readme
+    assert "not measured yet;" not in readme
+    assert report.row_files([gpu, tmp_path / "2030-01-10-cpu.jsonl"]) == report.row_files([gpu])
+
+
+def test_unknown_memory_is_a_dash(file):
+    rows = report.read_rows(file)
+    unknown = [r | {"extra_bytes": None} for r in rows]
+    file.write_text("".join(json.dumps(r) + "\n" for r in unknown))
+    assert cells(tables.cost_table([PEER | {"extra_bytes": None}]), "fast peer")[4] == "–"
+    assert "| float32 | fast peer | – | **0.75** | – | – | 1 of 1 |" in report.summary([file])
+    assert "in memory" not in report.report([file]).split("### Where a peer wins")[1]
+    assert plots.draw(report.read_rows(file), "cpu", file.parent)
+
+
+def test_bf16_stands_beside_fp32_where_both_were_measured():
+    low = row(set="dtypes", dtype="bfloat16", seconds=2.5)
+    assert cells(tables.twin_table([row(set="dtypes"), low]), "asft_kernels torch")[3:] == ["2.00", "2.50", "1.25"]
+    assert tables.twin_table([low, row(set="dtypes", N=256), PEER]) == []
+
+
+def test_memory_limit_is_named():
+    limits = [row(memory_limit=int(x * 2**30)) for x in (15.2, 24)] + [row(memory_limit=None)]
+    assert "a contestant may take 15.2 to 24.0 GiB" in tables.sources(limits)
+    assert "may take" not in tables.sources([row()])
+
+
+def test_documented_memory_of_a_low_precision_head_has_its_upcast_rows():
+    small = row(N=8, M=16, D=4, V=64, dtype="bfloat16")
+    assert growth.documented_bytes(small) == 16 * 8 * 4 + 2 * 4 * 8 * 64 + 4 * 64 * 4 + 16 * 4 * 2
 
 
 def test_pictures_are_written_and_repeat(file, tmp_path):
     rows = report.read_rows(file)
-    paths = plots.draw(rows, file, tmp_path)
+    paths = plots.draw(rows, "cpu", tmp_path)
     assert [p.name for p in paths] == ["cpu-growth-trainable-head.png", "cpu-gemm-share.png"]
     first = [p.read_bytes() for p in paths]
     assert all(data.startswith(b"\x89PNG") for data in first)
-    assert [p.read_bytes() for p in plots.draw(rows, file, tmp_path)] == first
+    assert [p.read_bytes() for p in plots.draw(rows, "cpu", tmp_path)] == first
     assert all(f"]({p.name})" in report.report([file]) for p in paths)
