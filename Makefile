@@ -37,8 +37,7 @@ test: venv
 bench: venv
 	@$(call install,bench)
 	$(PY) -m benchmarks.run $(ARGS)
-	$(PY) -m benchmarks.accuracy
-	$(PY) -m benchmarks.report --write
+	$(PY) -m benchmarks.accuracy; code=$$?; $(PY) -m benchmarks.report --write && exit $$code
 
 lint: venv
 	@$(call install,dev,test)

@@ -55,6 +55,7 @@ def bare_products(case: Case, inputs: Inputs) -> Result:
     """
     computed = torch.float32 if case.device == "cpu" else case.torch_dtype
     hidden = inputs.hidden.flatten(0, 1)[: case.N].to(computed)
+    converts = computed != case.torch_dtype
     plan = make_plan(
         case.N, case.V, case.D, exp_bytes=stored_dtype(case).itemsize, chunk_size=None, cache_bytes=0,
         device_type=case.device,
@@ -63,9 +64,12 @@ def bare_products(case: Case, inputs: Inputs) -> Result:
     acc = torch.empty(case.N, case.D, device=case.device)
     wider: dict[str, Any] = {} if computed == acc.dtype else {"out_dtype": acc.dtype}
     workspace = hidden.new_empty(0 if keeps else case.N, plan.chunk)
+    wide = hidden.new_empty(plan.chunk if converts else 0, case.D)  # rows of W, then of dW
     kept = []
     for k, (start, stop) in enumerate(plan.slices):
-        rows = inputs.weight[start:stop].to(computed)
+        rows = inputs.weight[start:stop]
+        if converts:
+            rows = wide[: stop - start].copy_(rows)
         E = hidden.new_empty(case.N, stop - start) if keeps else workspace[:, : stop - start]
         torch.mm(hidden, rows.T, out=E)
         if case.work != NO_GRADIENT:
@@ -75,10 +79,9 @@ def bare_products(case: Case, inputs: Inputs) -> Result:
     if keeps:
         grad = torch.empty_like(inputs.weight)
         for (start, stop), E in zip(plan.slices, kept, strict=True):
-            if grad.dtype == computed:
-                torch.mm(E.T, hidden, out=grad[start:stop])
-            else:
-                grad[start:stop] = torch.mm(E.T, hidden)
+            rows = torch.mm(E.T, hidden, out=wide[: stop - start] if converts else grad[start:stop])
+            if converts:
+                grad[start:stop] = rows
     return None, None, None
 
 
@@ -98,16 +101,15 @@ def plain_torch(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 def torch_fused(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunked: bool) -> Tensor:
     options = torch.nn.LinearCrossEntropyOptions() if chunked else None
-    nll = F.linear_cross_entropy(
-        hidden.flatten(0, 1), weight, labels.flatten(), reduction="none", ignore_index=IGNORE, options=options
-    )
-    return -nll.view_as(labels)
+    mask = labels != IGNORE
+    nll = F.linear_cross_entropy(hidden[mask], weight, labels[mask], reduction="none", options=options)
+    return nll.new_zeros(labels.shape).masked_scatter(mask, -nll)
 
 
-def cce(hidden: Tensor, weight: Tensor, labels: Tensor, *, impl: str) -> Tensor:
+def cce(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
-    return -linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORE, reduction="none", impl=impl)
+    return -linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORE, reduction="none", **options)
 
 
 def trl_chunked(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

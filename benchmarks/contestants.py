@@ -8,14 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import asft_kernels
-from asft_kernels.backends.plan import default_cache_bytes
+from asft_kernels.backends import exp_dtype
+from asft_kernels.backends.plan import default_cache_bytes, make_plan
 from benchmarks import calls
 from benchmarks.cases import TRAINABLE, WORKS, Case, Inputs
 from benchmarks.losses import LOSSES
 
 BARE = "bare products"
+EVERYTHING = 2**62  # cache_bytes that no E passes
 MODULES = {
     "cut-cross-entropy": "cut_cross_entropy",
     "liger-kernel": "liger_kernel.chunked_loss",
@@ -49,7 +52,7 @@ class Contestant:
         here = case.device in self.devices or ("triton" in self.name and _interpreted(case))
         return named and here and case.work in self.works and case.loss in self.losses and case.dtype in self.dtypes
 
-    def products(self, case: Case) -> int:
+    def products(self, case: Case) -> float:
         """Of 2 N V D operations each, or 2 M V D where it computes all positions."""
         return self.gemms[WORKS.index(case.work)]
 
@@ -73,36 +76,47 @@ def _interpreted(case: Case) -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" and case.N * case.V * case.D <= 2**20
 
 
+@dataclass(frozen=True)
 class Ours(Contestant):
-    """The default schedule keeps so many bytes of E; where E is larger its rest is computed once more."""
+    """What of E exceeds cache_bytes (None: the default) is computed once more."""
+
+    backend: str = "torch"
+    cache_bytes: int | None = None
 
     def takes(self, case: Case) -> bool:
-        redundant = self.name.endswith("all E kept") and _default_keeps_all(case)
+        redundant = self.cache_bytes == EVERYTHING and self._kept_rows(case, None) == case.V
         return super().takes(case) and not redundant
 
-    def products(self, case: Case) -> int:
-        recomputes = case.work == TRAINABLE and not (_default_keeps_all(case) or self.name.endswith("all E kept"))
-        return 4 if recomputes else super().products(case)
+    def products(self, case: Case) -> float:
+        if case.work != TRAINABLE:
+            return super().products(case)
+        return 4 - self._kept_rows(case, self.cache_bytes) / case.V
 
-
-def _default_keeps_all(case: Case) -> bool:
-    return case.N * case.V * calls.stored_dtype(case).itemsize <= default_cache_bytes(case.device)
+    def _kept_rows(self, case: Case, cache_bytes: int | None) -> int:
+        """Of the vocabulary: those whose exponentials are kept."""
+        plan = make_plan(
+            case.N, case.V, case.D, exp_bytes=exp_dtype(self.backend, case.torch_dtype).itemsize, chunk_size=None,
+            cache_bytes=default_cache_bytes(case.device) if cache_bytes is None else cache_bytes,
+            device_type=case.device,
+        )  # fmt: skip
+        return min(plan.cached * plan.chunk, case.V)
 
 
 def _ours(backend: str, devices: tuple[str, ...]) -> list[Contestant]:
-    default = partial(calls.ours, backend=backend)
-    name, trainable = f"asft_kernels {backend}", (TRAINABLE,)
+    name = f"asft_kernels {backend}"
+
+    def with_cache(suffix: str, cache_bytes: int | None, **fields) -> Ours:
+        run = partial(calls.ours, backend=backend, cache_bytes=cache_bytes)
+        own: dict[str, Any] = {"backend": backend, "cache_bytes": cache_bytes, "devices": devices}
+        return Ours(name + suffix, "asft_kernels", run, **own, **fields)
+
     return [
-        Ours(name, "asft_kernels", default, devices=devices),
-        Ours(
-            f"{name}, cache_bytes=0", "asft_kernels", partial(default, cache_bytes=0), gemms=(1, 2, 4),
-            works=trainable, devices=devices,
+        with_cache("", None),
+        with_cache(", cache_bytes=0", 0, works=(TRAINABLE,)),
+        with_cache(
+            ", all E kept", EVERYTHING, works=(TRAINABLE,), note="cache_bytes as large as E, where E passes the default"
         ),
-        Ours(
-            f"{name}, all E kept", "asft_kernels", partial(default, cache_bytes=2**62), works=trainable,
-            devices=devices, note="cache_bytes as large as E, where E passes the default",
-        ),
-    ]  # fmt: skip
+    ]
 
 
 def _per_token(name: str, package: str, logps_of: calls.LogpsOf, **fields) -> Contestant:
@@ -110,17 +124,17 @@ def _per_token(name: str, package: str, logps_of: calls.LogpsOf, **fields) -> Co
 
 
 ALL = "logits of all M positions"
+COMPACTED = "given the valid tokens"
+HALF = ("bfloat16", "float16")
 CONTESTANTS = [
     Contestant(BARE, "torch", calls.bare_products, checked=False, note="our schedule's products alone, all of E kept"),
     *_ours("torch", ("cpu", "cuda")),
     *_ours("triton", ("cuda",)),
     _per_token("plain torch", "torch", calls.plain_torch, positions="all", note=ALL),
-    _per_token(
-        "torch F.linear_cross_entropy", "torch", partial(calls.torch_fused, chunked=False), positions="all", note=ALL
-    ),
+    _per_token("torch F.linear_cross_entropy", "torch", partial(calls.torch_fused, chunked=False), note=COMPACTED),
     _per_token(
         "torch F.linear_cross_entropy, chunked", "torch", partial(calls.torch_fused, chunked=True), gemms=(1, 3, 4),
-        positions="all", note=f"{ALL}, computed again in backward, as a loss per token needs",
+        note=f"{COMPACTED}; logits computed again in backward, as a loss per token needs",
     ),
     _per_token(
         "cut-cross-entropy torch_compile", "cut-cross-entropy", partial(calls.cce, impl="torch_compile"),
@@ -128,11 +142,16 @@ CONTESTANTS = [
     ),
     _per_token(
         "cut-cross-entropy cce", "cut-cross-entropy", partial(calls.cce, impl="cce"), gemms=(1, 3, 4),
-        devices=("cuda",), dtypes=("bfloat16", "float16"), note="its gradient filter at its default",
+        devices=("cuda",), dtypes=HALF, note="its gradient filter at its default, which drops small probabilities",
+    ),
+    _per_token(
+        "cut-cross-entropy cce, filter_eps=None", "cut-cross-entropy",
+        partial(calls.cce, impl="cce", filter_eps=None), gemms=(1, 3, 4), devices=("cuda",), dtypes=HALF,
+        note="nothing filtered",
     ),
     _per_token(
         "TRL ChunkedLogProbFunction", "trl", calls.trl_chunked, gemms=(1, 3, 4),
-        note="given the valid tokens, as TRL does on GPUs (on a CPU its trainers compute all positions)",
+        note=f"{COMPACTED}, as TRL does on GPUs (on a CPU its trainers compute all positions)",
     ),
     *(
         Contestant(

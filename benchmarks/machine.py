@@ -1,5 +1,6 @@
 """What stands in every row about where it was measured."""
 
+import hashlib
 import os
 import platform
 import re
@@ -47,10 +48,23 @@ def device_slug(device: str) -> str:
 
 
 def commit() -> str:
-    """Of the tree the package is in, with "-dirty" where it has changes; "unknown" outside git."""
-    root = Path(__file__).parent
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    """Of the tree the package is in; where its sources have changes, or outside git, with a digest of them."""
+    root = Path(__file__).parents[1]
+    sources = [root / "asft_kernels", root / "benchmarks"]
+    described = _git(root, "describe", "--always")
+    if described and not _git(root, "status", "--porcelain", "--", *map(str, sources)):
+        return described
+    digest = hashlib.sha256()
+    for file in sorted(file for folder in sources for file in folder.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return f"{described + '-dirty' if described else 'unknown'}-{digest.hexdigest()[:8]}"
+
+
+def _git(root: Path, *arguments: str) -> str:
+    """What git answers; "" where it is missing or this is no repository."""
+    if not shutil.which("git"):
+        return ""
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
 
 
 def available_memory(device: str) -> int:

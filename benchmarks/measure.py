@@ -15,6 +15,12 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def release(device: str) -> None:
+    """Give the device back what this process holds and does not use: others share it."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
 def seconds_of_call(call: Callable[[], object], device: str) -> float:
     """Of one call; on a GPU the mean of as many as fill GPU_SECONDS, by events, after one unmeasured."""
     if device == "cpu":
@@ -31,7 +37,7 @@ def seconds_of_call(call: Callable[[], object], device: str) -> float:
         call()
     stop.record()
     wait(device)
-    torch.cuda.empty_cache()  # the other contestants' processes share the device
+    release(device)
     return start.elapsed_time(stop) / 1000 / repeats
 
 
@@ -41,11 +47,12 @@ def extra_memory(call: Callable[[], object], device: str) -> int | None:
     On a GPU by torch's allocator; on a CPU the resident set's, once the C library has given back what it kept.
     """
     if device == "cuda":
-        torch.cuda.empty_cache()
+        release(device)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
         wait(device)
+        release(device)
         return torch.cuda.max_memory_allocated() - before
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -63,7 +70,7 @@ def _resident(field: str) -> int:
 
 
 class GemmRate:
-    """Operations a second of torch.mm on square matrices, in the dtype or in fp32 where that is faster."""
+    """Operations a second of torch.mm on random square matrices, in the dtype or in fp32 where that is faster."""
 
     def __init__(self, device: str, dtype: str):
         self.device, self.dtypes = device, {getattr(torch, dtype), torch.float32}
@@ -74,7 +81,7 @@ class GemmRate:
     def _rate(self, dtype: torch.dtype) -> float:
         size = 8192 if self.device == "cuda" else 512
         while True:
-            a = torch.ones(size, size, dtype=dtype, device=self.device)
+            a = torch.randn(size, size, device=self.device).to(dtype)
             torch.mm(a, a)
             seconds = min(seconds_of_call(lambda a=a: torch.mm(a, a), self.device) for _ in range(3))
             # Larger ones until a product takes a while: a CPU that emulates the dtype stays at the first.

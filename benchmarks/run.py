@@ -7,8 +7,9 @@
 
 Each contestant of a case runs in a process of its own. After a first tiny call (imports and compilation, reported
 apart) its answer is checked against float64: a wrong one has no time. Then its extra memory is measured, and then the
-contestants take turns, a call each round; the figure is the median. Rows are written as cases end. A run that was cut
-off goes on where it stopped when started again at the same commit: what has a row is not measured again.
+contestants take turns, a call each round; the figure is the median. Rows are written as cases end, or when Ctrl-C ends
+one: of fewer rounds then. A run that was cut off goes on where it stopped when started again with the same sources:
+what has a row is not measured again.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from benchmarks import estimate
 from benchmarks.cases import SUITES, Case, select
 from benchmarks.contestants import BARE, CONTESTANTS, Contestant, contestants_of
 from benchmarks.machine import about, device_slug
-from benchmarks.runner import Prepared, gemm_rate, measure_case
+from benchmarks.runner import Prepared, Stopped, gemm_rate, measure_case
 
 Key = tuple[str, str, str, str, str]
 
@@ -82,8 +83,15 @@ def run(cases: list[Case], names: list[str], path: Path, facts: dict, limit: flo
     try:
         for case, left, seconds in plan:
             bar.write(f"{case.set}: {case.id}")
-            rows = [row | {"about": facts} for row in measure_case(case, left, prepared, limit=limit)]
+            stopped = None
+            try:
+                rows = measure_case(case, left, prepared, limit=limit)
+            except Stopped as stop:
+                rows, stopped = stop.rows, stop
+            rows = [row | {"about": facts} for row in rows]
             append(path, [row for row in rows if key(row) not in done])
+            if stopped:
+                raise stopped
             for row in rows:
                 bad += row["status"] != "ok"
                 bar.write("  " + summary(row))
@@ -110,7 +118,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="timed calls of each contestant, instead of the case's own number")
     parser.add_argument("--contestants", nargs="+", default=[], metavar="NAME", help="only names with this in them")
     parser.add_argument("--out", type=Path, help="file of rows (default: bench_results/DATE-DEVICE.jsonl)")
-    parser.add_argument("--limit", type=float, default=300, help="seconds that one call may take (default 300)")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=120,
+        help="seconds that one call may take, a first one five times that (default 120)",
+    )
     parser.add_argument("--list", action="store_true", help="print the cases and contestants, and measure nothing")
     args = parser.parse_args()
     try:

@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -11,13 +10,15 @@ from typing import Any
 
 from benchmarks.cases import WORKS, Case, Inputs, make_inputs
 from benchmarks.contestants import BARE, Contestant
-from benchmarks.machine import available_memory, import_seconds
+from benchmarks.machine import GIB, available_memory, import_seconds
 from benchmarks.measure import GemmRate
 from benchmarks.worker import Contender, Preparation, Worker, WorkerFailed
 
-GIB = 2**30
 MEMORY_LIMIT = 24 * GIB  # of a worker: what "plain torch cannot hold" means
-RESTING = GIB // 2  # bytes of a worker between its calls, inputs aside
+RESTING = {"cpu": GIB // 4, "cuda": GIB // 2}  # bytes of a worker between its calls, inputs aside
+# Share of the available memory that idle workers may take; the rest is for the peak of the one that works.
+IDLE_SHARE = {"cpu": 0.2, "cuda": 0.6}
+FIRST = 5  # times as long as another call may a first one take, which compiles
 NO_ERRORS = dict.fromkeys(("err_loss", "err_dh", "err_dw", "tol_loss", "tol_grad"))
 
 
@@ -55,9 +56,9 @@ class Entry:
     facts: dict[str, Any] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
 
-    def close(self) -> None:
+    def close(self, patience: float = 5) -> None:
         if self.worker is not None:
-            self.worker.close()
+            self.worker.close(patience)
             self.worker = None
 
     def fail(self, reason: str, status: str = "failed") -> None:
@@ -79,12 +80,27 @@ def gemm_rate(device: str, dtype: str) -> float:
 package_import_seconds = lru_cache(import_seconds)
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C in the middle of a case; rows: of the contestants that were timed, or failed, until then."""
+
+    def __init__(self, rows: list[dict]):
+        super().__init__()
+        self.rows = rows
+
+
+def fit_together(case: Case, contestants: int, available: int) -> bool:
+    """Whether the workers of all contestants may stay for all rounds; else each round starts its own."""
+    inputs_bytes = (case.M + case.V) * case.D * case.torch_dtype.itemsize
+    return contestants * (inputs_bytes + RESTING[case.device]) < IDLE_SHARE[case.device] * available
+
+
 def _check(entry: Entry, case: Case, folder: Path, memory_limit: int | None, limit: float) -> None:
     """First call, answer and memory; the worker stays for the rounds."""
+    entry.facts["import_s"] = package_import_seconds(entry.contestant.module)
     try:
         entry.worker = Worker(Contender, entry.contestant, case, folder, memory_limit=memory_limit)
-        entry.facts["first_call_s"] = entry.worker.ask("start", limit=limit)
-        entry.facts |= entry.worker.ask("check", limit=limit)
+        entry.facts["first_call_s"] = entry.worker.ask("start", limit=FIRST * limit)
+        entry.facts |= entry.worker.ask("check", limit=FIRST * limit)
         if entry.facts.get("reason"):
             entry.fail(entry.facts["reason"], "refused")
         else:
@@ -94,17 +110,17 @@ def _check(entry: Entry, case: Case, folder: Path, memory_limit: int | None, lim
 
 
 def measure_case(case: Case, contestants: list[Contestant], prepared: Prepared, *, limit: float = 300) -> list[dict]:
-    """The rows of a case, but for what is the same in all rows of a run."""
+    """The rows of a case, but for what is the same in all rows of a run. limit: seconds that one call may take."""
     available = available_memory(case.device)
     memory_limit = min(MEMORY_LIMIT, int(0.8 * available)) if case.device == "cpu" else None
-    inputs_bytes = (case.M + case.V) * case.D * case.torch_dtype.itemsize
-    # Where idle workers would take more than the fifth that a working one leaves, each round starts its own.
-    together = len(contestants) * (inputs_bytes + RESTING) < 0.2 * available
+    together = fit_together(case, len(contestants), available)
+    entries = [Entry(contestant, facts={"memory_limit": memory_limit}) for contestant in contestants]
     try:
         folder = prepared.folder_of(case)
     except WorkerFailed as failure:
-        return [_row(case, _unprepared(c, failure), None) for c in contestants]
-    entries = [Entry(contestant) for contestant in contestants]
+        for entry in entries:
+            entry.fail(f"no inputs or exact answers: {failure}")
+        return _rows(case, entries)
     try:
         for entry in entries:
             _check(entry, case, folder, memory_limit, limit)
@@ -114,33 +130,33 @@ def measure_case(case: Case, contestants: list[Contestant], prepared: Prepared, 
             # Back and forth: nobody always comes after the one that leaves the caches or the clock at their worst.
             for entry in entries if turn % 2 == 0 else reversed(entries):
                 if entry.status == "ok":
-                    with suppress(WorkerFailed):
-                        _time(entry, case, folder, memory_limit, limit, together)
+                    _time(entry, case, folder, memory_limit, limit, together)
+    except KeyboardInterrupt:
+        for entry in entries:
+            entry.close(patience=0)
+        raise Stopped(_rows(case, [e for e in entries if e.seconds or e.status != "ok"])) from None
     finally:
         for entry in entries:
             entry.close()
-    bare = next((median(e.seconds) for e in entries if e.contestant.name == BARE and e.seconds), None)
-    return [_row(case, entry, bare) for entry in entries]
-
-
-def _unprepared(contestant: Contestant, failure: WorkerFailed) -> Entry:
-    entry = Entry(contestant)
-    entry.fail(f"no inputs or exact answers: {failure}")
-    return entry
+    return _rows(case, entries)
 
 
 def _time(entry: Entry, case: Case, folder: Path, memory_limit: int | None, limit: float, together: bool) -> None:
     try:
         if entry.worker is None:
             entry.worker = Worker(Contender, entry.contestant, case, folder, memory_limit=memory_limit)
-            entry.worker.ask("start", limit=limit)
-            entry.worker.ask("time", limit=limit)  # compiles and warms, not counted
+            entry.worker.ask("start", limit=FIRST * limit)
+            entry.worker.ask("time", limit=FIRST * limit)  # compiles and warms, not counted
         entry.seconds.append(entry.worker.ask("time", limit=limit))
         if not together:
             entry.close()
     except WorkerFailed as failure:
         entry.fail(str(failure))
-        raise
+
+
+def _rows(case: Case, entries: list[Entry]) -> list[dict]:
+    bare = next((median(e.seconds) for e in entries if e.contestant.name == BARE and e.seconds), None)
+    return [_row(case, entry, bare) for entry in entries]
 
 
 def _row(case: Case, entry: Entry, bare: float | None) -> dict:
@@ -159,10 +175,10 @@ def _row(case: Case, entry: Entry, bare: float | None) -> dict:
         "status": entry.status,
         "reason": "",
         "first_call_s": None,
+        "import_s": None,
         "extra_bytes": None,
         **NO_ERRORS,
         **entry.facts,
-        "import_s": package_import_seconds(contestant.module),
         "seconds": middle,
         "seconds_min": min(seconds, default=None),
         "seconds_max": max(seconds, default=None),

@@ -23,7 +23,8 @@ import torch
 from benchmarks.calls import Result
 from benchmarks.cases import Case, Inputs, make_inputs
 from benchmarks.contestants import Contestant
-from benchmarks.measure import extra_memory, seconds_of_call, wait
+from benchmarks.machine import GIB
+from benchmarks.measure import extra_memory, release, seconds_of_call, wait
 from benchmarks.oracle import Exact, compare, exact_answer, refusal, tolerance
 
 INPUTS, EXACT = "inputs.pt", "exact.pt"
@@ -86,15 +87,18 @@ def _serve(connection: Connection, make: Callable[..., Any], args: tuple, memory
         try:
             answer = True, getattr(server, step)(*step_args)
         except Exception as error:
-            answer = False, _reason(error)
+            answer = False, _reason(error, memory_limit)
         connection.send(answer)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, memory_limit: int | None) -> str:
     text = (str(error).strip() or "no message").splitlines()[0]
     text = re.sub(r"^\[enforce fail at [^]]*\] err == 0\. ", "", text)  # of torch's CPU allocator
     memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-    return f"out of memory: {text}" if memory else f"{type(error).__name__}: {text}"
+    if not memory:
+        return f"{type(error).__name__}: {text}"
+    limit = "" if memory_limit is None else f" under a limit of {memory_limit / GIB:.1f} GiB"
+    return f"out of memory{limit}: {text}"
 
 
 class Preparation:
@@ -144,9 +148,13 @@ class Contender:
         """The first call at full size, against float64: the errors, what is allowed, and why it is refused, if so."""
         result = self.call()
         if not self.contestant.checked:
+            del result
+            release(self.case.device)
             return {}
         exact = Exact(**torch.load(self.folder / EXACT, map_location=self.case.device))
         errors, allowed = compare(result, exact), tolerance(self.case, exact)
+        del result, exact
+        release(self.case.device)
         return {
             "err_loss": errors.loss,
             "err_dh": errors.grad_hidden,
