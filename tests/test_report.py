@@ -203,6 +203,7 @@ def test_unknown_memory_is_a_dash(file):
     unknown = [r | {"extra_bytes": None} for r in rows]
     file.write_text("".join(json.dumps(r) + "\n" for r in unknown))
     assert cells(tables.cost_table([PEER | {"extra_bytes": None}]), "fast peer")[4] == "–"
+    assert len(tables.peers_ahead([row(), PEER | {"extra_bytes": None}])) == 1
     assert "| float32 | fast peer | – | **0.75** | – | – | 1 of 1 |" in report.summary([file])
     assert "in memory" not in report.report([file]).split("### Where a peer wins")[1]
     assert plots.draw(report.read_rows(file), "cpu", file.parent)
