@@ -360,3 +360,18 @@ def test_accuracy_measures_random_and_given_states(tmp_path, prepared, monkeypat
     # One rounding to bf16: 0 to u, evenly spread over the binades: 1.65e-3 in the mean square.
     assert row["rounding_dw"] == pytest.approx(1.65e-3, rel=0.1)
     assert row["rounding_dw"] < row["err_dw"] < 4 * row["rounding_dw"]
+
+
+def test_accuracy_without_the_model_goes_on_with_random_inputs(tmp_path, monkeypatch, capsys):
+    accuracy = pytest.importorskip("benchmarks.accuracy")
+
+    def offline(*args):
+        raise accuracy.ModelUnavailable("no network")
+
+    asked = []
+    monkeypatch.setattr(accuracy, "hidden_states", offline)
+    monkeypatch.setattr(accuracy, "accuracy_cases", lambda stored, device: asked.append(stored) or [])
+    monkeypatch.setattr("sys.argv", ["accuracy", "--out", str(tmp_path / "rows.jsonl")])
+    accuracy.main()
+    assert asked == [None]
+    assert "random inputs alone: no network" in capsys.readouterr().out
