@@ -30,7 +30,7 @@ from benchmarks.run import append, key, rows_of
 from benchmarks.runner import NO_ERRORS, Prepared
 from benchmarks.worker import EXACT, Contender, Worker, WorkerFailed
 
-PAIRS = (1, 8, 32)
+PAIRS = (1, 8, 64)
 PROMPT, RESPONSE = 4, 16  # positions of a row at most: what comes before a response matters little, its length costs
 
 
