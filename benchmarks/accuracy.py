@@ -3,7 +3,7 @@
     python -m benchmarks.accuracy                        # the package's own demo pairs
     python -m benchmarks.accuracy --data pairs.jsonl.gz  # in one of the formats of asft_kernels.data
 
-fp32 and bf16, 1 to 32 pairs. Real inputs are the hidden states of SmolLM2-135M over the responses, with its head; bf16
+fp32 and bf16, 1 to 64 pairs. Real inputs are the hidden states of SmolLM2-135M over the responses, with its head; bf16
 rounds both first, and float64 starts from the rounded ones. As in benchmarks.run a contestant has a process of its
 own (here one for all cases), rows are written as cases end, and a run that was cut off goes on.
 """
