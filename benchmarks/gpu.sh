@@ -85,11 +85,7 @@ measure() { "$PYTHON" -m benchmarks.run --out "$ROWS" --limit 120 "$@"; }
 tuned() { ASFT_KERNELS_TUNED=1 "$PYTHON" -m benchmarks.run --out "$LOGS/tuned.jsonl" --contestants triton -- "$@"; }
 report() {
     local files=()
-    if ! [ bench_results -ef "$OUT" ]; then  # beside the newest rows of each device that are already there
-        mapfile -t files < <("$PYTHON" -c 'from benchmarks.report import newest_files
-for path in newest_files(): print(path)')
-        [ -s "$ROWS" ] && files+=("$ROWS")
-    fi
+    [ bench_results -ef "$OUT" ] || [ ! -s "$ROWS" ] || files=("$ROWS")  # added to those of bench_results
     "$PYTHON" -m benchmarks.report "${files[@]}" --write || return
     [ bench_results -ef "$OUT" ] || cp bench_results/REPORT.md bench_results/*.png "$OUT"
 }
