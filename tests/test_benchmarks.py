@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from asft_kernels import reference
-from benchmarks import estimate, machine, run
+from benchmarks import accuracy, estimate, machine, run
 from benchmarks.calls import gradients, ours, per_token, plain_torch
 from benchmarks.cases import FROZEN, NO_GRADIENT, TRAINABLE, WORKS, Case, cpu_cases, gpu_cases, make_inputs, smoke_cases
 from benchmarks.contestants import BARE, CONTESTANTS, Contestant, contestants_of
@@ -339,7 +339,6 @@ def test_gradients_follow_the_work():
 
 
 def test_accuracy_measures_random_and_given_states(tmp_path, prepared, monkeypatch):
-    accuracy = pytest.importorskip("benchmarks.accuracy")
     monkeypatch.setattr("benchmarks.accuracy.answering", lambda case: [named(right)])
     inputs = make_inputs(replace(CASE, pairs=4, N=64))
     stored = dict(zip(("hidden", "weight", "labels"), inputs, strict=True))
@@ -363,7 +362,6 @@ def test_accuracy_measures_random_and_given_states(tmp_path, prepared, monkeypat
 
 
 def test_accuracy_without_the_model_goes_on_with_random_inputs(tmp_path, monkeypatch, capsys):
-    accuracy = pytest.importorskip("benchmarks.accuracy")
 
     def offline(*args):
         raise accuracy.ModelUnavailable("no network")
