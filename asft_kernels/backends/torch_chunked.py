@@ -28,6 +28,7 @@ from asft_kernels.backends.plan import Plan
 
 LN2 = math.log(2.0)
 MOVE = 30.0 / LN2  # exp(30) = 1e13: room for 1e25 such entries in fp32, and 13 digits below the reference
+ROOM = math.exp(30.0)  # a chunk's sum passes it before a logit passes MOVE
 
 
 def forward(
@@ -46,6 +47,8 @@ def forward(
     z_y, label_slope = _label_logits(H, weight, bias, labels, logits)
     ref = torch.where(z_y == -torch.inf, 0, z_y)
     limit = torch.where(z_y == -torch.inf, -torch.inf, MOVE)  # how far above ref a logit may be
+    # Where Python may look, a chunk is taken to have no logit far above r, and computed again if it had one.
+    hopeful = looking_is_free(z_y) and not bool((z_y == -torch.inf).any())
     others = torch.zeros_like(z_y)
     acc = H.new_empty(H.shape if needs_acc else 0)
     cached = plan.cached if needs_exps else 0
@@ -57,9 +60,12 @@ def forward(
     for k in range(len(plan.slices)):
         weight_k, z, slope = chunks.logits(k, ref)
         label_entries.set(z, k, -torch.inf)
-
-        highest = z.amax(dim=1)
-        if not _known_equal(torch.maximum(highest, limit), limit):
+        sums = z.exp2_().sum(dim=1) if hopeful else None  # a pass over E less: a sum says if a logit was too high
+        if sums is None or not bool((sums <= ROOM).all()):
+            if hopeful:
+                weight_k, z, slope = chunks.logits(k, ref)
+                label_entries.set(z, k, -torch.inf)
+            highest = z.amax(dim=1)
             moves = highest > limit
             limit = torch.where(moves, MOVE, limit)
             moved = torch.where(moves, ref + highest, ref)
@@ -69,8 +75,9 @@ def forward(
             if needs_acc and k:
                 acc.mul_(shrink[:, None])
             ref = moved
-        E = z.exp2_()
-        others.add_(E.sum(dim=1))
+            sums = z.exp2_().sum(dim=1)
+        E = z
+        others.add_(sums)
         if slope is not None:
             E.mul_(slope)
         if needs_acc:
