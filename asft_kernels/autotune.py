@@ -115,13 +115,22 @@ def show(device: torch.device) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m asft_kernels.autotune",
-        description="Time the candidates of the tile table on this device and store the times.",
+        description="Time the candidates of the tile table on this device and store the times: later calls of the same "
+        "dtype, hidden size, softcap or none, and number of tokens take the fastest.",
     )
-    parser.add_argument("--hidden-size", type=int, help="D of the model")
-    parser.add_argument("--vocab", type=int, help="V of the model")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--hidden-size", type=int, help="D of the model; required, but for --show")
+    parser.add_argument("--vocab", type=int, help="V of the model; required, but for --show")
     parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="valid tokens of a call"
+        "--dtype", choices=DTYPES, default="bfloat16", help="of hidden states and head (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[1024, 2048, 4096, 8192],
+        metavar="N",
+        help="valid tokens of a call: timed at N, stored for all calls whose number of tokens has the same next power "
+        "of 2 as N (5000 and 8192 share a choice, 4096 has another) (default: %(default)s)",
     )
     parser.add_argument("--softcap", action="store_true", help="for a model whose logits are soft-capped")
     parser.add_argument("--show", action="store_true", help="print what is stored for this device, tune nothing")

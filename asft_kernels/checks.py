@@ -1,5 +1,6 @@
 """Every ValueError about what a caller passed: the argument, what it was, what it must be, what to do."""
 
+from collections.abc import Mapping
 from math import inf
 from numbers import Integral, Real
 from typing import NoReturn
@@ -46,7 +47,7 @@ def head_tensors(lm_head: nn.Linear | Tensor | tuple[Tensor, Tensor | None]) -> 
     if bias is not None:
         _plain_tensor("lm_head bias", bias)
         if bias.shape != weight.shape[:1]:
-            need = f"({weight.shape[0]},), one entry a row of the weight"
+            need = f"({weight.shape[0]},), one entry a row of the weight {tuple(weight.shape)}, which is to be (V, D)"
             _refuse("lm_head", f"a bias of shape {tuple(bias.shape)}", need)
     return weight, bias
 
@@ -76,7 +77,7 @@ def _plain_tensor(name: str, tensor: Tensor) -> None:
 
 
 def hidden_layout(hidden: Tensor) -> None:
-    layout = "(2B, T, D), or packed (M, D) with cu_seqlens"
+    layout = "(R, T, D), R rows of T positions, or packed (M, D) with cu_seqlens"
     if not isinstance(hidden, Tensor):
         _refuse("hidden", type(hidden).__name__, f"a tensor {layout}")
     if hidden.dtype not in FLOATING:
@@ -88,9 +89,13 @@ def hidden_layout(hidden: Tensor) -> None:
 
 
 def hidden_size(hidden: Tensor, weight: Tensor) -> None:
-    if hidden.shape[-1] != weight.shape[1]:
+    size = hidden.shape[-1]
+    if size != weight.shape[1] and size == weight.shape[0]:
+        need = f"(V, {size}), the size of hidden last; transpose it with .t()"
+        _refuse("lm_head", f"a weight of shape {tuple(weight.shape)}", need)
+    if size != weight.shape[1]:
         need = f"{weight.shape[1]}, that of lm_head's weight"
-        _refuse("hidden", f"size {hidden.shape[-1]} in its last dimension", need)
+        _refuse("hidden", f"size {size} in its last dimension", need)
 
 
 def same_place(**tensors: Tensor | None) -> None:
@@ -119,7 +124,7 @@ def label_layout(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> N
         _refuse("labels", f"shape {tuple(labels.shape)}", f"{shape}, that of hidden without its last dimension")
     if cu_seqlens is None:
         if hidden.dim() == 2:
-            need = "the borders of its sequences, (2B+1,) integers from 0 to M"
+            need = "the borders of its R sequences, (R+1,) integers from 0 to M"
             _refuse("cu_seqlens", "None with packed hidden (M, D)", need)
         return
     if hidden.dim() == 3:
@@ -127,7 +132,7 @@ def label_layout(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> N
         _refuse("cu_seqlens", got, "packed hidden (M, D), or drop cu_seqlens")
     integer = isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype in (torch.int32, torch.int64)
     if not integer or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        _refuse("cu_seqlens", _what(cu_seqlens), "a tensor (2B+1,) of int32 or int64")
+        _refuse("cu_seqlens", _what(cu_seqlens), "a tensor (R+1,) of int32 or int64, the borders of R sequences")
 
 
 def even_rows(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -165,19 +170,41 @@ def nll_layout(nll_labels: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ob
         _refuse("nll_labels", _what(nll_labels), f"integers of shape {shape}, one row a chosen row")
 
 
-def reference_logps(ref_logps: Tensor | None, rows: int, objective: str, needed: bool) -> None:
-    layout = f"({rows},) or (K, {rows})"
+def reference_logps(ref_logps: Tensor | None, like: int | Tensor, objective: str, needed: bool) -> None:
+    """like: the number of rows, or labels where the values are per token."""
+    per_token = isinstance(like, Tensor)
+    layout = f"{tuple(like.shape)} as fused_linear_logps returns" if per_token else f"({like},) or (K, {like})"
     if needed and ref_logps is None:
-        need = f"sums of log-probabilities per row, {layout}: {objective} compares with a reference"
-        _refuse("ref_logps", None, need)
+        what = "log-probabilities per token" if per_token else "sums of log-probabilities per row"
+        _refuse("ref_logps", None, f"{what}, {layout}: {objective} compares with a reference")
     if not needed and ref_logps is not None:
         need = f"None: {objective} has no reference; drop it, or choose another objective"
         _refuse("ref_logps", "a tensor", need)
     if ref_logps is None:
         return
-    floating = isinstance(ref_logps, Tensor) and ref_logps.is_floating_point()
-    if not floating or ref_logps.dim() not in (1, 2) or ref_logps.shape[-1] != rows:
-        _refuse("ref_logps", _what(ref_logps), f"a floating tensor {layout}, one sum a row of hidden")
+    fits = isinstance(ref_logps, Tensor) and ref_logps.is_floating_point()
+    if fits and per_token:
+        fits = ref_logps.shape == like.shape
+    elif fits:
+        fits = ref_logps.dim() in (1, 2) and ref_logps.shape[-1] == like
+    if not fits:
+        each = "one value a label" if per_token else "one sum a row of hidden"
+        _refuse("ref_logps", _what(ref_logps), f"a floating tensor {layout}, {each}")
+
+
+def objective_inputs(objective: object, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """What was given, if it is all that the objective needs and nothing that it does not know."""
+    inputs = dict(given or {})
+    needed, optional = (getattr(objective, name, {}) for name in ("inputs", "optional_inputs"))
+    name = type(objective).__name__
+    for key, what in needed.items():
+        if inputs.get(key) is None:
+            _refuse("objective_inputs", f"no {key!r}", f"{key}: {what}, which {name} needs")
+    for key in inputs:
+        if key not in needed and key not in optional:
+            known = ", ".join(map(repr, [*needed, *optional])) or "none"
+            _refuse("objective_inputs", repr(key), f"what {name} knows: {known}")
+    return inputs
 
 
 def options(

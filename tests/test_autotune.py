@@ -274,6 +274,16 @@ def test_the_command(tmp_path):
         assert "found no CUDA or ROCm device to time; set TRITON_INTERPRET=1" in result.stderr
 
 
+def test_help_names_choices_defaults_and_rounding(capsys):
+    with pytest.raises(SystemExit):
+        autotune.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--dtype {bfloat16,float16,float32} of hidden states and head (default: bfloat16)" in text
+    assert "(5000 and 8192 share a choice, 4096 has another) (default: [1024, 2048, 4096, 8192])" in text
+    names = [str(replace(PROBLEM, tokens=tokens)) for tokens in (5000, 8192, 4096)]
+    assert names[0] == names[1] != names[2]
+
+
 def test_show(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     autotune.main(["--show"])

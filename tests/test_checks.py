@@ -84,7 +84,10 @@ def test_options(keywords, message):
             "hidden: got dtype torch.int64, need one of torch.float32",
         ),
         (torch.randn(4, 13, 25), "hidden: got size 25 in its last dimension, need 24"),
-        (torch.randn(4, 13, 2, 24), "hidden: got shape (4, 13, 2, 24), need (2B, T, D), or packed"),
+        (
+            torch.randn(4, 13, 2, 24),
+            "hidden: got shape (4, 13, 2, 24), need (R, T, D), R rows of T positions, or packed (M, D) with",
+        ),
         (torch.randn(52, 24), "labels: got shape (4, 13), need (52,)"),
         ([[1.0]], "hidden: got list, need a tensor"),
         (
@@ -115,10 +118,14 @@ def test_labels(labels, message):
     call(message, labels=labels)
 
 
+@pytest.mark.parametrize("fn", [fused_asft_loss, fused_linear_logps])
 @pytest.mark.parametrize(
     ("borders", "message"),
     [
-        (None, "cu_seqlens: got None with packed hidden (M, D)"),
+        (
+            None,
+            "cu_seqlens: got None with packed hidden (M, D), need the borders of its R sequences, (R+1,) integers",
+        ),
         (
             torch.tensor([0, 3, 5]),
             "cu_seqlens: got borders in order up to 5, need 0 first, never decreasing, and 6",
@@ -128,13 +135,13 @@ def test_labels(labels, message):
         (torch.tensor([0, 4, 3, 5, 6]), "cu_seqlens: got borders out of order"),
         (
             torch.tensor([0.0, 3, 6]),
-            "cu_seqlens: got (3,) torch.float32, need a tensor (2B+1,) of int32 or int64",
+            "cu_seqlens: got (3,) torch.float32, need a tensor (R+1,) of int32 or int64",
         ),
-        ([0, 3, 6], "cu_seqlens: got list, need a tensor (2B+1,)"),
+        ([0, 3, 6], "cu_seqlens: got list, need a tensor (R+1,)"),
     ],
 )
-def test_borders(borders, message):
-    call(message, hidden=torch.randn(6, 24), labels=torch.ones(6).long(), cu_seqlens=borders)
+def test_borders(fn, borders, message):
+    call(message, fn=fn, hidden=torch.randn(6, 24), labels=torch.ones(6).long(), cu_seqlens=borders)
 
 
 def test_borders_elsewhere():
@@ -191,6 +198,15 @@ def partitioned():
             "lm_head bias: got torch.float16, need torch.float32",
         ),
         ((torch.randn(97, 24), 0.5), "lm_head bias: got float, need a tensor"),
+        (
+            torch.randn(24, 97),
+            "lm_head: got a weight of shape (24, 97), need (V, 24), the size of hidden last; transpose it with .t()",
+        ),
+        (nn.Linear(97, 24), "lm_head: got a weight of shape (24, 97), need (V, 24)"),
+        (
+            (torch.randn(24, 97), torch.randn(97)),
+            "lm_head: got a bias of shape (97,), need (24,), one entry a row of the weight (24, 97), which is",
+        ),
         (partitioned(), "lm_head weight: got a DeepSpeed ZeRO parameter, need it whole"),
     ],
 )

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from asft_kernels import train as train_package
 from asft_kernels.data import load_pairs
 from asft_kernels.integrations.hf_model import PreferenceModel
 from asft_kernels.train import main
+from asft_kernels.train import run as run_module
 from asft_kernels.train.arguments import RunArguments
 from asft_kernels.train.metrics import Evaluation, MetricsFile, change
 from asft_kernels.train.run import _command
@@ -275,6 +277,54 @@ def test_bad_input_says_what_and_what_to_do(job, tmp_path, capsys, monkeypatch, 
     assert "asft-train: " in said
     assert message in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("no-such-folder", "no such folder, and no hub name either"),
+        ("./org/name", "no such folder, and no hub name either"),
+        ("runs/some/model", "no such folder, and no hub name either"),
+        ("org/model name", "no such folder, and no hub name either"),
+        ("folder/model.gguf", "a file"),
+    ],
+)
+def test_a_model_that_cannot_be_one_is_refused_before_the_hub_is_asked(job, tmp_path, capsys, monkeypatch, name, what):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "model.gguf").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_module.AutoTokenizer, "from_pretrained", Mock(side_effect=AssertionError("asked")))
+    assert main([*job, "--output-dir", "out", "--model", name]) == 2
+    need = "need a folder that from_pretrained reads, or a hub name as org/name"
+    assert f"--model: got {name!r}, {what}; {need}" in capsys.readouterr().err
+
+
+def test_a_hub_name_is_asked_for(job, tmp_path, capsys, monkeypatch):
+    asked = Mock(side_effect=OSError("no network"))
+    monkeypatch.setattr(run_module.AutoTokenizer, "from_pretrained", asked)
+    assert main([*job, "--output-dir", str(tmp_path / "out"), "--model", "org/name"]) == 2
+    assert "--model: 'org/name' cannot be loaded" in capsys.readouterr().err
+    asked.assert_called_once_with("org/name")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (None, "no such file"),
+        ([], "data: no usable pair"),
+        (['{"prompt": "Say it"}'], "data: no usable pair; first: line 1"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--data", "--eval-data"])
+def test_data_is_checked_before_the_model_is_loaded(job, tmp_path, capsys, monkeypatch, option, lines, message):
+    monkeypatch.setattr(run_module.AutoModelForCausalLM, "from_pretrained", Mock(side_effect=AssertionError("loaded")))
+    path = tmp_path / "bad.jsonl"
+    if lines is not None:
+        write_lines(path, lines)
+    at = job.index("--eval-every-nth")
+    arguments = [*job[:at], *job[at + 2 :], option, str(path)]
+    assert main([*arguments, "--output-dir", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_missing_extra_is_named(monkeypatch, capsys):
