@@ -118,8 +118,8 @@ def main(arguments: list[str] | None = None) -> None:
         description="Time the candidates of the tile table on this device and store the times: later calls of the same "
         "dtype, hidden size, softcap or none, and number of tokens take the fastest.",
     )
-    parser.add_argument("--hidden-size", type=int, help="D of the model; required, but for --show")
-    parser.add_argument("--vocab", type=int, help="V of the model; required, but for --show")
+    parser.add_argument("--hidden-size", type=int, help="D of the model; required except with --show")
+    parser.add_argument("--vocab", type=int, help="V of the model; required except with --show")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="of hidden states and head (default: %(default)s)"
     )

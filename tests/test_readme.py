@@ -1,16 +1,21 @@
-"""The README's figures are those of bench_results/, and its first code runs."""
+"""The README: figures are those of bench_results/, code runs, sums are right. Every page: links lead to files."""
 
 import re
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
+from asft_kernels import fused_asft_loss, reference
+from asft_kernels.backends.plan import default_cache_bytes, make_plan
 from benchmarks import report
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+FOLDERS = ("asft_kernels", "bench_results", "benchmarks", "docs", "tests")
+PAGES = [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))]
 
 
 def test_figures_are_drawn_from_the_rows():
@@ -24,14 +29,54 @@ def test_figures_are_drawn_from_the_rows():
     assert full.read_text() == report.report(files), "run `python -m benchmarks.report --write`"
 
 
-def test_drop_in_call_runs():
-    code = re.search(r"```python\n(.*?)```", README.read_text(), re.S)
-    assert code
-    states = torch.randn(4, 6, 16, requires_grad=True)
-    model = SimpleNamespace(
-        model=lambda ids, mask: SimpleNamespace(last_hidden_state=states), lm_head=nn.Linear(16, 50, bias=False)
-    )
-    names = {"model": model, "input_ids": None, "attention_mask": None, "labels": torch.randint(50, (4, 6))}
-    exec(code.group(1), names)
+def code(number: int) -> str:
+    return re.findall(r"```python\n(.*?)```", README.read_text(), re.S)[number]
+
+
+def test_the_call_runs_as_it_stands_and_prints_what_it_says():
+    names, printed = {}, StringIO()
+    with redirect_stdout(printed):
+        exec(code(0), names)
+    assert printed.getvalue().splitlines() == re.findall(r"print\(.*\)  # (.*)", code(0))
     assert names["loss"].isfinite()
-    assert states.grad is not None
+    assert names["hidden"].grad.abs().sum() > 0
+
+
+def test_a_hugging_face_model_feeds_it():
+    """The loss is that of the model's own logits with labels moved by one, chosen rows first.
+
+    Relative rounding of fp32 sums of D = 16 and V = 259 terms and a few functions: below (D + V) 2^-24 = 2e-5.
+    """
+    pytest.importorskip("transformers", reason="needs the train extra: transformers")
+    from tiny_lm import tiny_model
+
+    model = tiny_model(initializer_range=0.5)  # logits of some units, not of hundredths
+    ids = torch.randint(3, 259, (4, 9))
+    mask, labels = torch.ones_like(ids), ids.clone()
+    labels[:, :3] = -100
+    names = {"fused_asft_loss": fused_asft_loss, "model": model}
+    names.update(input_ids=ids, attention_mask=mask, labels=labels)
+    exec(code(1), names)
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    plain = reference.fused_asft_loss(logits[:, :-1], torch.eye(259), labels[:, 1:], shift=False)
+    torch.testing.assert_close(names["loss"], plain, rtol=2e-5, atol=0)
+
+
+def test_the_worked_memory():
+    N, V, D, MIB = 8192, 151936, 4096, 2**20
+    plan = make_plan(N, V, D, exp_bytes=4, chunk_size=None, cache_bytes=0, device_type="cpu")
+    chunk, accumulators = 4 * N * plan.chunk // MIB, 16 * N * D // MIB
+    frozen = accumulators + 2 * chunk
+    text = " ".join(README.read_text().split())
+    assert f"takes {4 * N * V / 2**30:.2f} GiB ({2 * N * V / 2**30:.2f} in bf16)" in text
+    assert f"{frozen} MiB with a frozen head ({accumulators} MiB + two chunks of {chunk} MiB)" in text
+    assert f"{frozen + default_cache_bytes('cpu') // MIB} MiB with a trainable one" in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_to_files(page):
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.S)
+    links = re.findall(r"\]\(<?([^)\s>]+)|(?:src|href)=\"([^\"]+)\"", text)
+    relative = [link for pair in links for link in pair if link and not re.match(r"[a-z]+:|#", link)]
+    missing = [link for link in relative if not (page.parent / link.split("#")[0]).exists()]
+    assert not missing
