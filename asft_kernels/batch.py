@@ -37,6 +37,10 @@ class TokenBatch:
         """(N,) per-token values -> the shape of the labels, 0 at masked places; differentiable."""
         return values.new_zeros(self.shape.numel()).index_copy(0, self.rows, values).view(self.shape)
 
+    def take_at_rows(self, values: Tensor) -> Tensor:
+        """What `spread` made, (N,) again."""
+        return values.reshape(-1).index_select(0, self.rows)
+
     def take_at_labels(self, values: Tensor) -> Tensor:
         """Values aligned with the caller's labels -> (N,), one for each token's label."""
         at = self.rows + 1 if self.shift else self.rows

@@ -19,7 +19,7 @@ def _refuse(name: str, got: object, need: str) -> NoReturn:
 
 
 def _what(x: object) -> str:
-    return f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+    return f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else "None" if x is None else type(x).__name__
 
 
 def head_tensors(lm_head: nn.Linear | Tensor | tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
@@ -152,7 +152,7 @@ def objective_object(objective: object) -> None:
         _refuse("objective", type(objective).__name__ + (f" without {', '.join(lacks)}" if lacks else ""), need)
 
 
-def weights_like_labels(token_weights: Tensor, labels: Tensor) -> None:
+def weights_like_labels(token_weights: object, labels: Tensor) -> None:
     floating = isinstance(token_weights, Tensor) and token_weights.is_floating_point()
     if not floating or token_weights.shape != labels.shape:
         need = f"a floating tensor of shape {tuple(labels.shape)}, one weight a label"
@@ -204,6 +204,8 @@ def objective_inputs(objective: object, given: Mapping[str, Tensor] | None) -> d
         if key not in needed and key not in optional:
             known = ", ".join(map(repr, [*needed, *optional])) or "none"
             _refuse("objective_inputs", repr(key), f"what {name} knows: {known}")
+        if not isinstance(inputs[key], Tensor):
+            _refuse(f"objective_inputs[{key!r}]", type(inputs[key]).__name__, "a tensor")
     return inputs
 
 

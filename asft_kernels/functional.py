@@ -1,5 +1,6 @@
 """The public calls: check, pack, primitive, objective, reduce."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,6 +152,7 @@ def fused_preference_loss(
     ref_logps: Tensor | None = None,
     token_weights: Tensor | None = None,
     nll_labels: Tensor | None = None,
+    objective_inputs: Mapping[str, Tensor] | None = None,
     cu_seqlens: Tensor | None = None,
     shift: bool = True,
     ignore_index: int = -100,
@@ -165,12 +167,15 @@ def fused_preference_loss(
 ) -> Tensor | tuple[Tensor, PreferenceOutputs | SequenceOutputs]:
     """Any objective from hidden states, at the matrix products of ASFT.
 
-    objective: a name ("asft", "sft": the paper's defaults) or an object (see `asft_kernels.objectives.Objective`).
-        Paired ones take rows as fused_asft_loss does, unpaired ones (sft) any number of rows.
-    ref_logps: (R,) sums under a frozen reference, or (K, R) for K of them, for objectives that need them.
+    objective: a name (`asft_kernels.objectives.OBJECTIVES`: the paper's defaults), a sum of names ("dpo + 0.005 sft")
+        or an object (`get_objective(name, ...)`, or your own: see `asft_kernels.objectives.Objective`).
+        Paired ones take rows as fused_asft_loss does, unpaired ones (sft, poft, kto) any number of rows.
+    ref_logps: (R,) sums under a frozen reference, or (K, R) for K of them, for objectives that need them; for those
+        that weigh tokens after the policy, log-probabilities per token as `fused_linear_logps` returns them.
     token_weights: like labels, floating: weight of each label's logp in its sequence's sum; detached.
     nll_labels: (B, T), a second label set of the chosen rows for the likelihood term (say, prompt and answer);
         where both sets have a label it is the same one.
+    objective_inputs: what else an objective needs, by name (kto: desirable; fpo: feature_distance; ...).
     Everything else, returns and errors: as fused_asft_loss; unpaired objectives give `SequenceOutputs`.
     """
     if isinstance(objective, str):
@@ -198,6 +203,7 @@ def fused_preference_loss(
         ref_logps,
         token_weights,
         nll_labels,
+        objective_inputs,
     )
 
 
@@ -212,18 +218,22 @@ def _preference_loss(
     ref_logps: Tensor | None = None,
     token_weights: Tensor | None = None,
     nll_labels: Tensor | None = None,
+    objective_inputs: Mapping[str, Tensor] | None = None,
 ) -> Any:
     name = type(objective).__name__
     checks.hidden_layout(hidden)
     checks.label_layout(hidden, labels, options.cu_seqlens)
     rows = hidden.shape[0] if options.cu_seqlens is None else options.cu_seqlens.numel() - 1
-    checks.reference_logps(ref_logps, rows, name, objective.needs_reference)
-    if token_weights is not None:
+    per_token = getattr(objective, "ref_per_token", False)
+    checks.reference_logps(ref_logps, labels if per_token else rows, name, objective.needs_reference)
+    weigh = getattr(objective, "weigh_tokens", None)
+    if token_weights is not None or weigh is not None:
         checks.weights_like_labels(token_weights, labels)
     if nll_labels is not None:
         checks.nll_layout(nll_labels, labels, options.cu_seqlens, name, objective.uses_nll_labels)
         nll_labels = torch.cat([nll_labels, torch.full_like(nll_labels, options.ignore_index)])
-    checks.same_place(hidden=hidden, ref_logps=ref_logps, token_weights=token_weights, nll_labels=nll_labels)
+    inputs = checks.objective_inputs(objective, objective_inputs)
+    checks.same_place(hidden=hidden, ref_logps=ref_logps, token_weights=token_weights, nll_labels=nll_labels, **inputs)
     logps, batch, backend = _token_logps(
         hidden, lm_head, labels, options, reduction=reduction, paired=objective.paired, nll_labels=nll_labels
     )
@@ -231,8 +241,14 @@ def _preference_loss(
     if backend == "triton" and type(objective) is ASFT and token_weights is None and nll_labels is None:
         policy, terms = objective.from_tokens(logps, batch.offsets)
     else:
-        policy = _sequence_logps(logps, batch, labels, options.ignore_index, token_weights, nll_labels)
-        terms = objective(policy, None if ref_logps is None else ref_logps.detach())
+        weights = None if token_weights is None else batch.take_at_labels(token_weights)
+        if weigh is not None:
+            weights = weigh(logps.detach(), weights)
+        policy = _sequence_logps(logps, batch, labels, options.ignore_index, weights, nll_labels)
+        ref = None if ref_logps is None else ref_logps.detach()
+        if per_token and ref is not None:
+            ref = reduce(batch.take_at_rows(ref), batch, weights)
+        terms = objective(policy, ref, **inputs)
     loss = reduce_loss(terms.loss, counting(policy, objective.paired), reduction).to(logps.dtype)
     if not return_outputs:
         return loss
@@ -295,10 +311,9 @@ def _sequence_logps(
     batch: TokenBatch,
     labels: Tensor,
     ignore_index: int,
-    token_weights: Tensor | None,
+    weights: Tensor | None,
     nll_labels: Tensor | None,
 ) -> Logps:
-    weights = None if token_weights is None else batch.take_at_labels(token_weights)
     if nll_labels is None:
         return Logps(reduce(logps, batch, weights), batch.lengths)
     # The batch holds the union of both label sets: each sum takes its own tokens.

@@ -21,6 +21,7 @@ class PreferenceOutputs:
     chosen_lengths, rejected_lengths: (B,) int64 valid tokens.
     accuracy, sft_loss, align_loss: scalars over the pairs that count: share with the chosen avg above the
         rejected, mean -avg of the chosen, mean unweighted alignment term. num_pairs: pairs that count.
+    metrics: the objective's own figures (rewards of DPO and its relatives), means over the pairs that count.
     """
 
     chosen_logps: Tensor
@@ -36,13 +37,14 @@ class PreferenceOutputs:
     sft_loss: Tensor
     align_loss: Tensor
     num_pairs: Tensor
+    metrics: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class SequenceOutputs:
     """Figures of an unpaired batch, as above.
 
-    logps, avg_logps, lengths: (R,). sft_loss, num_sequences: scalars over the rows that count.
+    logps, avg_logps, lengths: (R,). sft_loss, num_sequences: scalars over the rows that count. metrics: as above.
     """
 
     logps: Tensor
@@ -50,6 +52,7 @@ class SequenceOutputs:
     lengths: Tensor
     sft_loss: Tensor
     num_sequences: Tensor
+    metrics: dict[str, Tensor]
 
 
 @torch.no_grad()
@@ -59,8 +62,11 @@ def summarize(
     policy = policy.detach()
     counts = counting(policy, paired)
     sft_loss = mean_over(terms.sft, counts).to(dtype)
+    metrics = {name: mean_over(values, counts).to(dtype) for name, values in terms.metrics.items()}
     if not paired:
-        return SequenceOutputs(policy.sum.to(dtype), policy.avg.to(dtype), policy.length, sft_loss, counts.sum())
+        return SequenceOutputs(
+            policy.sum.to(dtype), policy.avg.to(dtype), policy.length, sft_loss, counts.sum(), metrics
+        )
     chosen, rejected = policy.chosen, policy.rejected
     odds = [torch.where(side.length > 0, log_odds(side.avg), 0) for side in (chosen, rejected)]
     return PreferenceOutputs(
@@ -77,4 +83,5 @@ def summarize(
         sft_loss=sft_loss,
         align_loss=mean_over(terms.align, counts).to(dtype),
         num_pairs=counts.sum(),
+        metrics=metrics,
     )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 IGNORE = -100
 ODD = (251, 507, 123)  # N, V, D: no multiple of anything
@@ -80,3 +81,23 @@ def packed(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     hidden = torch.cat([h[:n] for h, n in zip(case.hidden, lengths, strict=True)])
     labels = torch.cat([y[:n] for y, n in zip(case.labels, lengths, strict=True)])
     return hidden, labels, torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def figures(out) -> dict[str, torch.Tensor]:
+    """The tensors of a call's outputs by name."""
+    return {name: value for name, value in vars(out).items() if name != "metrics"}
+
+
+def gemms(call, n_valid: int, V: int, D: int) -> float:
+    """Multiply-adds of every mm and addmm that ran, in units of one N x V x D product."""
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as prof:
+        call()
+    products = {
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::linear",
+        "aten::matmul",
+    }
+    return sum(e.flops for e in prof.events() if e.name in products) / (2 * n_valid * V * D)

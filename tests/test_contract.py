@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from asft_kernels import FusedASFTLoss, fused_asft_loss, fused_linear_logps, reference
-from cases import IGNORE, make_case, packed
+from cases import IGNORE, figures, make_case, packed
 
 
 def grads_of(loss, *leaves):
@@ -277,7 +277,7 @@ def test_nothing_to_learn_from(empty):
     loss.backward()
     assert loss.item() == 0
     assert out.num_pairs == 0
-    assert all(torch.isfinite(x).all() for x in vars(out).values())
+    assert all(torch.isfinite(x).all() for x in figures(out).values())
     assert all((x.grad == 0).all() for x in case.leaves)
 
 
@@ -327,6 +327,6 @@ def test_float64_stays_float64():
 def test_outputs_are_detached():
     case = make_case(dtype=torch.float64)
     _, out = fused_asft_loss(case.hidden, case.head, case.labels, return_outputs=True)
-    assert not any(x.requires_grad for x in vars(out).values())
+    assert not any(x.requires_grad for x in figures(out).values())
     with pytest.raises(AttributeError):
         out.margins = None

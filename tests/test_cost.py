@@ -8,25 +8,9 @@ from functools import partial
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from asft_kernels import fused_asft_loss, fused_linear_logps, fused_preference_loss
-from cases import IGNORE, make_case
-
-
-def gemms(call, n_valid: int, V: int, D: int) -> float:
-    """Multiply-adds of every mm and addmm that ran, in units of one N x V x D product."""
-    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as prof:
-        call()
-    products = {
-        "aten::mm",
-        "aten::addmm",
-        "aten::bmm",
-        "aten::baddbmm",
-        "aten::linear",
-        "aten::matmul",
-    }
-    return sum(e.flops for e in prof.events() if e.name in products) / (2 * n_valid * V * D)
+from cases import IGNORE, gemms, make_case
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -6,13 +6,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from asft_kernels.objectives.asft_fused import asft_sequence_op
-from asft_kernels.objectives.base import LossTerms, require_number
+from asft_kernels.objectives.base import LossTerms, Objective, require_number
 from asft_kernels.objectives.log_odds import nll_of_odds
 from asft_kernels.sequence import Logps
 
 
 @dataclass(frozen=True)
-class ASFT:
+class ASFT(Objective):
     """Aligned Supervised Fine-Tuning through Absolute Likelihood. Needs no reference model.
 
         L = -sft_weight * avg_w - lam * [ log sigmoid(beta f_w) + log sigmoid(-beta f_l) ]
@@ -28,8 +28,6 @@ class ASFT:
     lam: float = 1.0
     beta: float = 1.0
     sft_weight: float = 1.0
-    paired: ClassVar[bool] = True
-    needs_reference: ClassVar[bool] = False
     uses_nll_labels: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -37,7 +35,7 @@ class ASFT:
         require_number("asft", "beta", self.beta, above_zero=True)
         require_number("asft", "sft_weight", self.sft_weight)
 
-    def __call__(self, policy: Logps, ref_logps: Tensor | None = None) -> LossTerms:
+    def __call__(self, policy: Logps, ref_logps: Tensor | None = None, **inputs: Tensor) -> LossTerms:
         sft = -policy.chosen.nll_avg
         align = nll_of_odds(policy.chosen.avg, self.beta) + nll_of_odds(policy.rejected.avg, -self.beta)
         return LossTerms(self.sft_weight * sft + self.lam * align, sft, align)

@@ -1,9 +1,10 @@
-"""What every objective is, and the reduction over pairs that they share."""
+"""What every objective is, their weighted sum, and the reduction over pairs that they share."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from math import inf
 from numbers import Real
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,26 +18,97 @@ class LossTerms:
 
     loss: what is minimised. sft: the unweighted likelihood term, -avg of the chosen answer.
     align: the unweighted alignment term, 0 where an objective has none.
+    metrics: detached figures of the method's own, by name; reported as means over what counts.
     """
 
     loss: Tensor
     sft: Tensor
     align: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Objective(Protocol):
+class Objective:
     """A small function of sequence statistics; it sees no hidden states and no kernels.
 
     paired: rows 0..B-1 are chosen and row B+i is the answer rejected for row i; else any rows.
     needs_reference: takes ref_logps, sums per row under the reference, (R,) or (K, R).
     uses_nll_labels: reads Logps.nll_avg, so that nll_labels make a difference.
+    ref_per_token: ref_logps are given per token, in the labels' shape, and summed as the policy's are.
+    inputs, optional_inputs: further tensors by name, with what they are: `objective_inputs` of the call,
+        keywords of __call__.
+
+    An objective may also have `weigh_tokens(logps, token_weights)`: (N,) detached log-probabilities of
+    the valid tokens and the caller's (N,) token_weights -> the (N,) weights of the sums.
     """
 
-    paired: ClassVar[bool]
-    needs_reference: ClassVar[bool]
-    uses_nll_labels: ClassVar[bool]
+    paired: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = False
+    uses_nll_labels: ClassVar[bool] = False
+    ref_per_token: ClassVar[bool] = False
+    inputs: ClassVar[Mapping[str, str]] = {}
+    optional_inputs: ClassVar[Mapping[str, str]] = {}
 
-    def __call__(self, policy: Logps, ref_logps: Tensor | None = None) -> LossTerms: ...
+    def __call__(self, policy: Logps, ref_logps: Tensor | None = None, **inputs: Tensor) -> LossTerms:
+        """policy: of all rows. ref_logps: detached, (R,) or (K, R)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class WeightedSum(Objective):
+    """Several objectives of one batch: "dpo + 0.005 sft".
+
+    terms: (weight, objective), at least one. With a paired one among them the unpaired ones see the chosen rows.
+    """
+
+    terms: tuple[tuple[float, Objective], ...]
+
+    def __post_init__(self) -> None:
+        if not self.terms:
+            raise ValueError("weighted sum: got no terms, need at least one (weight, objective)")
+        for weight, objective in self.terms:
+            require_number("weighted sum", f"weight of {type(objective).__name__}", weight)
+            if not isinstance(objective, Objective):
+                raise ValueError(f"weighted sum: got {objective!r}, need an Objective, such as DPO()")
+            if hasattr(objective, "weigh_tokens") or objective.ref_per_token:
+                raise ValueError(
+                    f"weighted sum: got {type(objective).__name__}, which weighs tokens, need objectives of plain "
+                    "sums; give it the others as its base instead"
+                )
+        objectives = [objective for _, objective in self.terms]
+        for name in ("paired", "needs_reference", "uses_nll_labels"):
+            object.__setattr__(self, name, any(getattr(o, name) for o in objectives))
+        for name in ("inputs", "optional_inputs"):
+            object.__setattr__(self, name, {k: v for o in objectives for k, v in getattr(o, name).items()})
+
+    def __call__(self, policy: Logps, ref_logps: Tensor | None = None, **inputs: Tensor) -> LossTerms:
+        parts = []
+        for weight, objective in self.terms:
+            alone = self.paired and not objective.paired
+            own = {k: v for k, v in inputs.items() if k in objective.inputs or k in objective.optional_inputs}
+            ref = ref_logps if objective.needs_reference else None
+            ref = ref.chunk(2, dim=-1)[0] if alone and ref is not None else ref
+            parts.append((weight, objective(policy.chosen if alone else policy, ref, **own)))
+        return LossTerms(
+            sum_of(weight * terms.loss for weight, terms in parts),
+            parts[0][1].sft,
+            sum_of(weight * terms.align for weight, terms in parts),
+            {name: value for _, terms in reversed(parts) for name, value in terms.metrics.items()},
+        )
+
+
+def sum_of(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).sum(dim=0)
+
+
+def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    """Implicit rewards of (B,) pairs, as trainers log them."""
+    chosen, rejected = chosen.detach(), rejected.detach()
+    return {
+        "chosen_reward": chosen,
+        "rejected_reward": rejected,
+        "reward_margin": chosen - rejected,
+        "reward_accuracy": (chosen > rejected).double(),
+    }
 
 
 def counting(policy: Logps, paired: bool) -> Tensor:
@@ -65,3 +137,15 @@ def require_number(objective: str, name: str, value: float, *, above_zero: bool 
     real = isinstance(value, Real) and not isinstance(value, bool)
     if not (real and (value > 0 if above_zero else value >= 0) and value < inf):
         raise ValueError(f"{objective}: {name}: got {value!r}, need a finite number {'>' if above_zero else '>='} 0")
+
+
+def require_choice(objective: str, name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{objective}: {name}: got {value!r}, need one of {', '.join(map(repr, choices))}")
+
+
+def require_input(objective: str, name: str, tensor: object, rows: int) -> None:
+    """A ValueError unless it is a tensor with one entry a row."""
+    if not isinstance(tensor, Tensor) or tensor.shape != (rows,):
+        got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{objective}: {name}: got {got}, need a tensor ({rows},), one entry a row")

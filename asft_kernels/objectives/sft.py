@@ -6,17 +6,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from asft_kernels.objectives.base import LossTerms
+from asft_kernels.objectives.base import LossTerms, Objective
 from asft_kernels.sequence import Logps
 
 
 @dataclass(frozen=True)
-class SFT:
+class SFT(Objective):
     """L = -avg of each row: a mean per sequence, then the reduction over sequences (rows are not paired)."""
 
     paired: ClassVar[bool] = False
-    needs_reference: ClassVar[bool] = False
-    uses_nll_labels: ClassVar[bool] = False
 
-    def __call__(self, policy: Logps, ref_logps: Tensor | None = None) -> LossTerms:
+    def __call__(self, policy: Logps, ref_logps: Tensor | None = None, **inputs: Tensor) -> LossTerms:
         return LossTerms(-policy.avg, -policy.avg, torch.zeros_like(policy.avg))

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from asft_kernels.reference import losses
+
 
 def fused_linear_logps(
     hidden,
@@ -54,7 +56,7 @@ def fused_asft_loss(hidden, lm_head, labels, *, lam=1.0, beta=1.0, sft_weight=1.
 def fused_preference_loss(hidden, lm_head, labels, objective, **options):
     """The same by name, with the paper's defaults, or by an object that carries the parameters.
 
-    "asft" as above; "sft": the mean negative log-likelihood of each row.
+    "asft" as above, "sft" the mean negative log-likelihood of each row, the others by `reference.losses`.
     """
     name = objective if isinstance(objective, str) else type(objective).__name__.lower()
     if name == "asft":
@@ -62,9 +64,59 @@ def fused_preference_loss(hidden, lm_head, labels, objective, **options):
         if objective != name:
             parameters = {key: getattr(objective, key) for key in parameters}
         return _asft(hidden, lm_head, labels, **parameters, **options)
-    if name == "sft":
+    if name == "sft" and getattr(objective, "normalization", "sequence") == "sequence":
         return _sft(hidden, lm_head, labels, **options)
-    raise ValueError(f"objective: got {objective!r}, need 'asft' or 'sft'")
+    return _by_formula(hidden, lm_head, labels, objective, **options)
+
+
+def _by_formula(
+    hidden, lm_head, labels, objective, *, reduction="mean", return_outputs=False, ref_logps=None, token_weights=None,
+    nll_labels=None, objective_inputs=None, **options,
+):  # fmt: skip
+    """By the plain formulas of `reference.losses`; return_outputs is not for them."""
+    if return_outputs:
+        raise ValueError("return_outputs: got True, need False for this objective: the reference gives its loss alone")
+    rows = _rows(hidden, lm_head, labels, **options)
+    nll_rows = rows
+    if nll_labels is not None:
+        nll_rows = _rows(hidden[: len(nll_labels)], lm_head, nll_labels, **options)
+    weights = refs = None
+    if token_weights is not None:
+        weights = _at_valid(token_weights.detach(), labels, aligned_with_labels=True, **options)
+    if getattr(objective, "ref_weighting", "own") == "policy":
+        refs = _at_valid(ref_logps, labels, aligned_with_labels=False, **options)
+    inputs = objective_inputs or {}
+    seen = []
+    for i, logps in enumerate(rows):
+        ref = None if ref_logps is None else refs[i] if refs else ref_logps[..., i]
+        row = SimpleNamespace(logps=logps, m=len(logps), marks=weights[i] if weights else None, ref=ref)
+        row.S = logps.sum() if weights is None else (logps * weights[i]).sum()
+        row.nll_logps = nll_rows[i] if i < len(nll_rows) else logps
+        for name, values in inputs.items():
+            if values.dim():
+                setattr(row, name, values[i])
+        seen.append(row)
+    shared = {name: value for name, value in inputs.items() if not value.dim()}
+    values, counted = losses.evaluate(objective, seen, shared)
+    return _reduce(values, counted, reduction, hidden)
+
+
+def _rows(hidden, lm_head, labels, *, cu_seqlens=None, shift=True, ignore_index=-100, **options):
+    """Of each row: log-probabilities (m,) of its valid tokens, in order."""
+    where = {"cu_seqlens": cu_seqlens, "shift": shift, "ignore_index": ignore_index}
+    logps = fused_linear_logps(hidden, lm_head, labels, **where, **options)
+    return _at_valid(logps, labels, aligned_with_labels=False, **where)
+
+
+def _at_valid(values, labels, *, aligned_with_labels, cu_seqlens=None, shift=True, ignore_index=-100, **options):
+    """Of each row: the values (m,) at its valid tokens; they stand at the labels, or at what predicts these."""
+    rows = []
+    for row, targets in zip(*(_sequences(x, labels, cu_seqlens)[0] for x in (values, labels)), strict=True):
+        if shift:
+            row = row[1:] if aligned_with_labels else row[:-1]
+            targets = targets[1:]
+        rows.append(row[targets != ignore_index])
+    return rows
 
 
 def _asft(

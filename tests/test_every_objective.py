@@ -1,0 +1,86 @@
+"""What every objective must hold, without a line of its own: parity, derivatives, extremes, order, products."""
+
+import pytest
+import torch
+
+from asft_kernels import fused_preference_loss, reference
+from asft_kernels.objectives import OBJECTIVES
+from asft_kernels.objectives.base import counting, reduce_loss
+from asft_kernels.sequence import Logps
+from bounds import fp32_bound, relative_error
+from cases import IGNORE, gemms, make_case
+from objective_cases import FORMS, call_inputs, direct_inputs, objective_of
+
+NAMES = [*OBJECTIVES, *FORMS]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_parity_with_the_reference(name, dtype):
+    case = make_case(rows=8, bias=True, dtype=dtype)
+    case.labels[1] = IGNORE
+    exact = case.to(torch.float64)
+    objective = objective_of(name)
+    inputs = call_inputs(objective, case.labels)
+    for reduction in ("mean", "none"):
+        loss = fused_preference_loss(case.hidden, case.head, case.labels, objective, **inputs, reduction=reduction)
+        truth = reference.fused_preference_loss(
+            exact.hidden, exact.head, exact.labels, objective, **inputs, reduction=reduction
+        )
+        # Low precision reads the same inputs as the oracle, and everything after them is fp32.
+        assert relative_error(loss, truth) <= fp32_bound(32)  # logits stay below 32 here
+    grads, truths = (torch.autograd.grad(x.sum(), c.leaves) for x, c in ((loss, case), (truth, exact)))
+    for got, right in zip(grads, truths, strict=True):
+        # bf16 gradients are rounded once: 2^-9 of each entry at most.
+        assert relative_error(got, right) <= fp32_bound(32) + (2**-9 if dtype == torch.bfloat16 else 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradcheck(name):
+    objective = objective_of(name)
+    avg = torch.tensor([-0.3, -2.0, -1e-3, -1.1], dtype=torch.float64, requires_grad=True)
+    length = torch.tensor([3, 1, 2, 5])
+    inputs = direct_inputs(objective, length)
+    assert torch.autograd.gradcheck(lambda x: objective(Logps(x * length, length), **inputs).loss, avg)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_extremes_and_empty_sequences_stay_finite(name):
+    objective = objective_of(name)
+    sums = torch.tensor([-1e-8, -1e4, 0.0, -3.0, -1e30, 0.0], dtype=torch.float64, requires_grad=True)
+    policy = Logps(sums, torch.tensor([1, 3, 0, 2, 1, 4]))
+    terms = objective(policy, **direct_inputs(objective, policy.length))
+    loss = reduce_loss(terms.loss, counting(policy, objective.paired), "none")
+    (grad,) = torch.autograd.grad(loss.sum(), sums)
+    assert loss.isfinite().all()
+    assert grad.isfinite().all()
+    assert grad[2] == 0  # no token, no gradient
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_order_does_not_matter(name):
+    objective = objective_of(name)
+    lengths = torch.tensor([1, 2, 3, 4, 5, 6])
+    sums = -torch.rand(6, dtype=torch.float64)
+    order = torch.tensor([2, 0, 1])
+    both = torch.cat([order, order + 3])
+    inputs = direct_inputs(objective, lengths)
+    moved = {key: value[..., both] for key, value in inputs.items()}
+    loss = objective(Logps(sums, lengths), **inputs).loss
+    shuffled = objective_of(name)(Logps(sums[both], lengths[both]), **moved).loss
+    torch.testing.assert_close(shuffled, loss[order if objective.paired else both], rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(("trainable", "expected"), [(False, 2), (True, 3)])
+@pytest.mark.parametrize("name", NAMES)
+def test_same_products_as_asft(name, trainable, expected):
+    case = make_case(rows=8, T=33, D=64, V=1024, valid=0.3)
+    case.weight.requires_grad_(trainable)
+    objective = objective_of(name)
+    inputs = call_inputs(objective, case.labels)
+    valid = int((case.labels[:, 1:] != IGNORE).sum())
+
+    def call():
+        fused_preference_loss(case.hidden, case.weight, case.labels, objective, **inputs).backward()
+
+    assert gemms(call, valid, 1024, 64) == pytest.approx(expected, rel=1e-9)
