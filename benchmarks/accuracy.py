@@ -17,16 +17,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from asft_kernels.demo import DATA
 from asft_kernels.integrations.smollm2 import ModelUnavailable, smollm2_path
 from benchmarks.cases import TRAINABLE, Case, Inputs, make_inputs
 from benchmarks.contestants import Contestant, contestants_of
 from benchmarks.losses import IGNORE
-from benchmarks.machine import about, device_slug
+from benchmarks.machine import about, device_slug, require
 from benchmarks.oracle import relative_error
-from benchmarks.run import append, key, rows_of
+from benchmarks.run import append, key, limit, rows_of
 from benchmarks.runner import NO_ERRORS, Prepared
 from benchmarks.worker import EXACT, Contender, Worker, WorkerFailed
 
@@ -159,8 +158,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA / "train.jsonl", help="pairs (default: the demo's)")
     parser.add_argument("--random-only", action="store_true", help="no language model, random inputs alone")
     parser.add_argument("--out", type=Path, help="file of rows (default: bench_results/DATE-DEVICE.jsonl)")
-    parser.add_argument("--limit", type=float, default=300, help="seconds that one call may take (default 300)")
+    parser.add_argument("--limit", type=limit, default=300, help="seconds that one call may take (default 300)")
     args = parser.parse_args()
+    require("tqdm")
+    from tqdm import tqdm
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = args.out or Path("bench_results") / f"{date.today()}-{device_slug(device)}.jsonl"
     facts = about(device, "benchmarks.accuracy", sys.argv[1:])

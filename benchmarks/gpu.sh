@@ -8,7 +8,9 @@
 #
 # Steps come in the order of their worth: parity and the headline end within 8 minutes, all within BUDGET
 # (25). Each has a limit of its own and a log in $OUT/gpu-logs; one that fails or runs out of time is
-# reported, and the next begins. Rows are written as they are measured, and a second run goes on from them.
+# reported, and the next begins. Rows are written as they are measured, and a second run goes on from them:
+# after Ctrl-C, too, which ends the running step and the script.
+# README.md's figures are drawn anew where OUT is bench_results/, whose files they link; else OUT has all there is.
 # Needs torch, triton and pytest; tries `pip install` for what is missing, one by one, never replaces a torch or
 # Triton that is there, and says what stays missing (PIP_NO_INDEX=1 PIP_FIND_LINKS=folder: without a network).
 set -uo pipefail
@@ -31,18 +33,44 @@ if [ -n "$DRY_RUN" ]; then
     cp -r asft_kernels benchmarks bench_results docs tests ./*.md ./*.toml ./*.txt setup.py "$copy" && cd "$copy" || exit 2
 fi
 export ASFT_KERNELS_TUNED=0  # the table's first tiles, until a step says otherwise
-failed=0
+failed=0 name=start began=0 running=
+
+finish() {
+    printf '\n== %s steps not ok; rows in %s, logs in %s\n' "$failed" "${ROWS:-$OUT (none yet)}" "$LOGS"
+    cat "$SUMMARY"
+}
+
+interrupted() {
+    trap '' INT TERM
+    [ -n "$running" ] && kill -INT "$running" 2> /dev/null && wait "$running"  # after 10 s `timeout` kills it
+    printf '%-14s %5s s  interrupted\n' "${running:+$name}" $((SECONDS - began)) >> "$SUMMARY"
+    failed=$((failed + 1))
+    finish
+    exit 130
+}
+trap interrupted INT TERM
 
 step() {  # step NAME LIMIT COMMAND...: at most LIMIT seconds, and never past BUDGET
-    local name=$1 limit=$2 log=$LOGS/$1.log began=$SECONDS code result
+    local limit=$2 log=$LOGS/$1.log code result tee
+    name=$1 began=$SECONDS
     shift 2
     [ $((BUDGET - SECONDS)) -lt "$limit" ] && limit=$((BUDGET - SECONDS))
     if [ "$limit" -lt 5 ]; then
         result="not run: BUDGET is used up"
     else
         printf '\n== %s (at most %s s): %s\n' "$name" "$limit" "$*"
-        timeout -s INT -k 10 "$limit" "$@" 2>&1 | tee "$log"
-        code=${PIPESTATUS[0]}
+        # In the background, as bash sees a signal only while it waits; as a job, which does not ignore Ctrl-C.
+        exec 3> >(exec tee -i "$log")
+        tee=$!
+        set -m
+        timeout -s INT -k 10 "$limit" "$@" >&3 2>&1 &
+        set +m
+        running=$!
+        exec 3>&-
+        wait "$running"
+        code=$?
+        running=
+        wait "$tee"
         case $code in
             0) result=ok ;;
             124 | 137) result="stopped at its limit of $limit s" ;;
@@ -83,12 +111,6 @@ tests() { "$PYTHON" -m pytest -q -rs -W default -p no:cacheprovider "$@"; }
 # A first call compiles: 2 minutes, of which a hung contestant may take no more.
 measure() { "$PYTHON" -m benchmarks.run --out "$ROWS" --limit 120 "$@"; }
 tuned() { ASFT_KERNELS_TUNED=1 "$PYTHON" -m benchmarks.run --out "$LOGS/tuned.jsonl" --contestants triton -- "$@"; }
-report() {
-    local files=()
-    [ bench_results -ef "$OUT" ] || [ ! -s "$ROWS" ] || files=("$ROWS")  # added to those of bench_results
-    "$PYTHON" -m benchmarks.report "${files[@]}" --write || return
-    [ bench_results -ef "$OUT" ] || cp bench_results/REPORT.md bench_results/*.png "$OUT"
-}
 # WANTED by module, which pip takes for the package. The versions are those of constraints.txt, but for what is here.
 install() {
     {
@@ -102,7 +124,7 @@ install() {
     done
     return $result
 }
-export -f have environment tests measure tuned report install
+export -f have environment tests measure tuned install
 export PYTHON LOGS OUT WANTED="torch triton pytest hypothesis tqdm numpy matplotlib liger_kernel cut_cross_entropy trl"
 
 step environment 30 bash -c environment
@@ -135,8 +157,14 @@ step autotune 90 "$PYTHON" -m asft_kernels.autotune "${shape[@]}" --dtype bfloat
 step tuned 90 bash -c 'tuned "$@"' - "$headline"
 step suite "$BUDGET" bash -c 'measure "$@"' - "$suite"
 BUDGET=$((SECONDS + 60))
-step report 60 bash -c report
+if [ bench_results -ef "$OUT" ]; then
+    drawn=(--write)
+elif [ -z "$DRY_RUN" ]; then
+    drawn=(--out "$OUT" "$ROWS")
+else
+    drawn=(--out "$OUT" "$ROWS" bench_results/*.jsonl)  # the smoke suite's are left out: something is to be drawn
+fi
+step report 60 "$PYTHON" -m benchmarks.report "${drawn[@]}"
 
-printf '\n== %s steps not ok; rows in %s, logs in %s\n' "$failed" "$ROWS" "$LOGS"
-cat "$SUMMARY"
+finish
 [ "$failed" -eq 0 ]

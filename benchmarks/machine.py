@@ -1,6 +1,7 @@
-"""What stands in every row about where it was measured."""
+"""What stands in every row about where it was measured, and whether this machine has what a command needs."""
 
 import hashlib
+import importlib.util
 import os
 import platform
 import re
@@ -13,6 +14,13 @@ from pathlib import Path
 import torch
 
 GIB = 2**30
+
+
+def require(*modules: str) -> None:
+    """Ends the program in one line where one of these is missing: all come with the extra [bench]."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        sys.exit(f"not installed: {', '.join(missing)}; run: pip install -c constraints.txt -e '.[bench]'")
 
 
 def about(device: str, module: str, arguments: list[str]) -> dict:

@@ -1,19 +1,22 @@
 """Tables and pictures of what was measured, drawn from the rows under bench_results/.
 
-python -m benchmarks.report                  # prints the report of the newest rows of each device and set
-python -m benchmarks.report --write          # README's summary, bench_results/REPORT.md and its pictures
-python -m benchmarks.report FILE … --write   # with these rows, too
+python -m benchmarks.report                    # prints the report of the newest rows of each device and set
+python -m benchmarks.report --write            # README's summary, bench_results/REPORT.md and its pictures
+python -m benchmarks.report FILE …             # of these rows alone
+python -m benchmarks.report FILE … --out DIR   # REPORT.md and pictures of these rows alone, in a folder
+
+Rows of the smoke suite are no measurement and are left out.
 """
 
 import argparse
-import json
 import re
-from contextlib import suppress
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import plots
 from benchmarks.cases import WORKS
-from benchmarks.growth import AXES, AXIS_NAMES, GROWING, fixed_sizes, growth_table, log_slope, memory_table
+from benchmarks.machine import require
+from benchmarks.rows import is_smoke, read_rows, row_file
 from benchmarks.tables import (
     OUR_DEFAULT,
     SHAPE,
@@ -31,6 +34,11 @@ from benchmarks.tables import (
     verdict,
 )  # fmt: skip
 
+if __name__ == "__main__":
+    require("numpy", "matplotlib")  # before growth imports the one; plots needs the other
+from benchmarks import plots
+from benchmarks.growth import AXES, AXIS_NAMES, GROWING, fixed_sizes, growth_table, log_slope, memory_table
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench_results"
 BEGIN, END = "<!-- figures: drawn by `python -m benchmarks.report --write` -->", "<!-- /figures -->"
@@ -38,21 +46,13 @@ DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 SUMMARY_SETS = ("headline", "main", "floor")
 
 
-def row_files(more: list[Path] | None = None) -> list[Path]:
-    """The files of rows in bench_results/ and others, the oldest first, by the date that their names begin with."""
-    found = {path.resolve(): path for path in [*RESULTS.glob("*.jsonl"), *(more or [])]}
-    return sorted(found.values(), key=lambda path: path.name)
+def oldest_first(files: Iterable[Path]) -> list[Path]:
+    """By the date that their names begin with."""
+    return sorted(files, key=lambda path: path.name)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a file, each with the file's name; of a measurement that was repeated, the last."""
-    rows = {}
-    for line in path.read_text().splitlines():
-        with suppress(json.JSONDecodeError):  # a run that was ended may leave half a line
-            row = json.loads(line)
-            fields = ("kind", "set", "case", "inputs", "work", "contestant", *SHAPE)
-            rows[tuple(row.get(f) for f in fields)] = row | {"file": path.name}
-    return list(rows.values())
+def row_files() -> list[Path]:
+    return oldest_first(RESULTS.glob("*.jsonl"))
 
 
 def newest_rows(files: list[Path]) -> dict[str, list[Row]]:
@@ -60,7 +60,8 @@ def newest_rows(files: list[Path]) -> dict[str, list[Row]]:
     newest: dict[str, dict[tuple, list[Row]]] = {}
     for path in files:
         device = re.sub(r"^\d{4}-\d\d-\d\d-", "", path.stem)
-        newest.setdefault(device, {}).update(groups(read_rows(path), "kind", "set"))
+        measured = (row for row in read_rows(path) if not is_smoke(row))
+        newest.setdefault(device, {}).update(groups(measured, "kind", "set"))
     by_device = {device: [row for rows in sets.values() for row in rows] for device, sets in newest.items()}
     return {device: rows for device, rows in by_device.items() if rows}
 
@@ -212,20 +213,30 @@ def written(readme: str, files: list[Path]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="rows beside those of bench_results/")
+    parser.add_argument("files", nargs="*", type=row_file, metavar="FILE", help="rows (default: bench_results/*.jsonl)")
     parser.add_argument("--write", action="store_true", help="into README.md and bench_results/ instead of printing")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="into this folder; README.md stays as it is")
     args = parser.parse_args()
-    files = row_files(args.files)
+    if args.write and (args.files or args.out):
+        parser.error("--write takes no FILE and no --out: README.md links the files in bench_results/, and no others")
+    files = oldest_first(args.files) or row_files()
     if not files:
         parser.error(f"{RESULTS} holds no rows; measure first: make bench")
-    if not args.write:
+    smoke = sum(is_smoke(row) for path in files for row in read_rows(path))
+    if smoke:
+        print(f"left out: {smoke} rows of the smoke suite, which are no measurement", file=sys.stderr)
+    folder = RESULTS if args.write else args.out
+    if folder is None:
         print(report(files))
         return
-    readme = ROOT / "README.md"
-    readme.write_text(written(readme.read_text(), files))
-    (RESULTS / "REPORT.md").write_text(report(files))
+    if args.write:
+        readme = ROOT / "README.md"
+        readme.write_text(written(readme.read_text(), files))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "REPORT.md").write_text(report(files))
     for device, rows in newest_rows(files).items():
-        plots.draw(rows, device, RESULTS)
+        plots.draw(rows, device, folder)
+    print(f"{folder / 'REPORT.md'} and its pictures are written, README.md's figures {'too' * args.write or 'are not'}")
 
 
 if __name__ == "__main__":

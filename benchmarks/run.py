@@ -3,7 +3,7 @@
     python -m benchmarks.run                   # the suite of the device that is here: cpu or gpu
     python -m benchmarks.run main growth-n     # some of its sets
     python -m benchmarks.run floor             # ours beside its own products alone, on a CPU
-    python -m benchmarks.run smoke             # everything once, tiny: does it all work here?
+    python -m benchmarks.run smoke             # everything once, tiny: does it all work here? 3 minutes, no measurement
 
 Each contestant of a case runs in a process of its own. After a first tiny call (imports and compilation, reported
 apart) its answer is checked against float64: a wrong one has no time. Then its extra memory is measured, and then the
@@ -14,6 +14,7 @@ what has a row is not measured again.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -21,12 +22,11 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from benchmarks import estimate
 from benchmarks.cases import SUITES, Case, select
 from benchmarks.contestants import BARE, CONTESTANTS, Contestant, contestants_of
-from benchmarks.machine import about, device_slug
+from benchmarks.machine import about, device_slug, require
 from benchmarks.runner import Prepared, Stopped, gemm_rate, measure_case
 
 Key = tuple[str, str, str, str, str]
@@ -63,12 +63,12 @@ def missing(case: Case, contestants: list[Contestant], done: set[Key], commit: s
 
 def run(cases: list[Case], names: list[str], path: Path, facts: dict, limit: float) -> int:
     """Measure what has no row in path yet; the number of rows that are not ok."""
+    from tqdm import tqdm
+
     done = {key(row) for row in rows_of(path)}
     plan = []
     for case in cases:
-        contestants = [
-            c for c in contestants_of(case) if not names or c.name == BARE or any(n in c.name for n in names)
-        ]
+        contestants = [c for c in contestants_of(case) if c.name == BARE or asked_for(c, names)]
         left = missing(case, contestants, done, facts["commit"])
         if left:
             rate = gemm_rate(case.device, case.dtype)
@@ -77,6 +77,8 @@ def run(cases: list[Case], names: list[str], path: Path, facts: dict, limit: flo
     print(
         f"{len(plan)} of {len(cases)} cases to measure, about {total / 60:.0f} minutes; rows go to {path}", flush=True
     )
+    if any(case.set == "smoke" for case, *_ in plan):
+        print("smoke: tiny shapes, to see that everything works; no measurement, and left out of every report")
     bad = 0
     prepared = Prepared()
     bar = tqdm(total=round(total), disable=None, bar_format="{l_bar}{bar}| {elapsed}, about {remaining} left")
@@ -102,6 +104,26 @@ def run(cases: list[Case], names: list[str], path: Path, facts: dict, limit: flo
     return bad
 
 
+def asked_for(contestant: Contestant, names: list[str]) -> bool:
+    return not names or any(name in contestant.name for name in names)
+
+
+def contestant_lines(names: list[str], cases: list[Case], here: str) -> list[str]:
+    """Who is asked for, in columns: name, package, whether it runs here, note."""
+
+    def place(c: Contestant) -> str:
+        if c.version == "not installed":
+            return "not installed"
+        if any(case.device == here and c.takes(case) for case in cases):
+            return "runs here"
+        return "in none of these cases" if here in c.devices else f"needs {' or '.join(c.devices)}"
+
+    asked = [c for c in CONTESTANTS if asked_for(c, names)]
+    table = [(c.name, f"{c.package} {c.version}", place(c), c.note) for c in asked]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in table]
+
+
 def summary(row: dict) -> str:
     if row["status"] != "ok":
         return f"{row['contestant']:40} {row['status']}: {row['reason']}"
@@ -110,30 +132,57 @@ def summary(row: dict) -> str:
     return f"{row['contestant']:40} {row['seconds']:9.4f} s {ratio} {memory}"
 
 
+def rounds(text: str) -> int:
+    """Of argparse: a number of rounds."""
+    if not (text.isdecimal() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"got {text}, need a whole number, 1 or more")
+    return int(text)
+
+
+def limit(text: str) -> float:
+    """Of argparse: a number of seconds."""
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text}, need a finite number of seconds above 0")
+    return seconds
+
+
+def sets_of_suites() -> str:
+    lines = (f"  {name:6} {', '.join(dict.fromkeys(case.set for case in make()))}" for name, make in SUITES.items())
+    return "\n".join(["suites and the sets in them:", *lines])
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = "cuda" if torch.cuda.is_available() else "cpu"
     default = "gpu" if here == "cuda" else "cpu"
-    parser.add_argument("sets", nargs="*", default=[default], help=f"{', '.join(SUITES)}, or sets of {default}")
-    parser.add_argument("--rounds", type=int, help="timed calls of each contestant, instead of the case's own number")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=sets_of_suites(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sets", nargs="*", default=[default], help=f"suites, or sets of {default} (default: {default})")
+    parser.add_argument("--rounds", type=rounds, help="timed calls of each contestant, instead of the case's number")
     parser.add_argument("--contestants", nargs="+", default=[], metavar="NAME", help="only names with this in them")
     parser.add_argument("--out", type=Path, help="file of rows (default: bench_results/DATE-DEVICE.jsonl)")
     parser.add_argument(
         "--limit",
-        type=float,
+        type=limit,
         default=120,
         help="seconds that one call may take, a first one five times that (default 120)",
     )
     parser.add_argument("--list", action="store_true", help="print the cases and contestants, and measure nothing")
     args = parser.parse_args()
+    for name in args.contestants:
+        if not any(asked_for(c, [name]) for c in CONTESTANTS):
+            names = "".join(f"\n  {c.name}" for c in CONTESTANTS)
+            parser.error(f"argument --contestants: got {name!r}, need part of one of these names:{names}")
     try:
         cases = select(args.sets, here)
     except ValueError as error:
         parser.error(str(error))
     if args.list:
         print(*(f"{case.set}: {case.id}" for case in cases), sep="\n")
-        print(*(f"{c.name} ({c.package} {c.version}): {c.note}" for c in CONTESTANTS), sep="\n")
+        print("", *contestant_lines(args.contestants, cases, here), sep="\n")
         return
+    require("tqdm")
     if any(case.device != here for case in cases):
         parser.error(f"these cases are for another device than the one here ({here})")
     if args.rounds:

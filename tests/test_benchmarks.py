@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -341,7 +343,7 @@ def test_gradients_follow_the_work():
 def test_accuracy_measures_random_and_given_states(tmp_path, prepared, monkeypatch):
     monkeypatch.setattr("benchmarks.accuracy.answering", lambda case: [named(right)])
     inputs = make_inputs(replace(CASE, pairs=4, N=64))
-    stored = dict(zip(("hidden", "weight", "labels"), inputs, strict=True))
+    stored: dict[str, torch.Tensor] = dict(zip(("hidden", "weight", "labels"), inputs, strict=True))
     file = Path(tmp_path) / "states.pt"
     torch.save(stored, file)
     monkeypatch.setattr(accuracy, "PAIRS", (2,))
@@ -373,3 +375,81 @@ def test_accuracy_without_the_model_goes_on_with_random_inputs(tmp_path, monkeyp
     accuracy.main()
     assert asked == [None]
     assert "random inputs alone: no network" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", ["run", "accuracy", "report"])
+def test_without_the_extra_it_says_what_to_install(module, tmp_path):
+    """In a process of its own, in which none of these can be found."""
+    code = f"""
+import importlib.util, runpy, sys
+find_spec = importlib.util.find_spec
+missing = ("tqdm", "numpy", "matplotlib")
+sys.modules.update(dict.fromkeys(missing))  # importing one raises ImportError
+importlib.util.find_spec = lambda name: None if name in missing else find_spec(name)
+sys.argv = ["{module}"]
+runpy.run_module("benchmarks.{module}", run_name="__main__")
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(machine.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    wanted = "numpy, matplotlib" if module == "report" else "tqdm"
+    *_, last = done.stderr.splitlines()  # after torch's own warning, as numpy is missing
+    assert last == f"not installed: {wanted}; run: pip install -c constraints.txt -e '.[bench]'"
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["--contestants", "torch", "nosuch"],
+            "argument --contestants: got 'nosuch', need part of one of these names:",
+        ),
+        (["--rounds", "0"], "argument --rounds: got 0, need a whole number, 1 or more"),
+        (["--limit", "0"], "argument --limit: got 0, need a finite number of seconds above 0"),
+        (["--limit", "nan"], "argument --limit: got nan, need a finite number of seconds above 0"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(arguments, expected, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["run", "smoke", *arguments])
+    monkeypatch.setattr(run, "run", lambda *args: pytest.fail("it was measured"))
+    with pytest.raises(SystemExit):
+        run.main()
+    error = capsys.readouterr().err
+    assert expected in error
+    assert ("Liger-Kernel SimPO" in error) == ("nosuch" in arguments)
+
+
+def test_contestants_are_listed_with_where_they_run():
+    here, elsewhere = replace(CASE, device="cpu"), replace(CASE, device="cuda")
+    lines = run.contestant_lines(["plain", "cce", "SimPO"], [here, elsewhere], "cpu")
+    marks = {line.split("  ")[0]: line for line in lines}
+    assert list(marks) == ["plain torch", *(n for n in marks if n.startswith("cut-cross")), "Liger-Kernel SimPO"]
+    assert "  runs here  " in marks["plain torch"]
+    assert "  in none of these cases  " in marks["Liger-Kernel SimPO"] or "not installed" in marks["Liger-Kernel SimPO"]
+    assert "  needs cuda  " in marks["cut-cross-entropy cce"] or "not installed" in marks["cut-cross-entropy cce"]
+    assert len({line.index(c.note) for line, c in zip(lines, asked(lines), strict=True)}) == 1  # aligned
+
+
+def test_what_is_not_installed_is_marked(monkeypatch):
+    absent = Contestant("absent", "no-such-package", right)
+    monkeypatch.setattr(run, "CONTESTANTS", [absent])
+    assert "  not installed" in run.contestant_lines([], [CASE], "cpu")[0]
+
+
+def asked(lines: list[str]) -> list[Contestant]:
+    return [c for c in CONTESTANTS if any(line.startswith(f"{c.name}  ") for line in lines)]
+
+
+def test_help_lists_the_sets_of_each_suite():
+    lines = run.sets_of_suites().splitlines()
+    assert "  gpu    headline, main, valid-share, losses, large, dtypes, growth-n, growth-v, growth-pairs" in lines
+    assert [line.split()[0] for line in lines[1:]] == ["cpu", "gpu", "floor", "smoke"]
+
+
+def test_smoke_says_that_it_is_no_measurement(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "measure_case", lambda *args, **limits: [])
+    monkeypatch.setattr(run, "gemm_rate", lambda device, dtype: 1e9)
+    for case, said in ((CASE, False), (replace(CASE, set="smoke"), True)):
+        run.run([case], [], tmp_path / "rows.jsonl", {"commit": "abc"}, limit=1)
+        assert ("no measurement" in capsys.readouterr().out) == said

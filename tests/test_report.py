@@ -1,6 +1,7 @@
 """The benchmark report: what it says of rows made by hand, whose right answers are known."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -189,13 +190,11 @@ def test_each_set_comes_from_the_newest_file_that_has_it(tmp_path, monkeypatch):
         ("cost", "floor", "2030-01-02-cpu.jsonl"),
         ("accuracy", "accuracy", "2030-01-02-cpu.jsonl"),
     ]
-    (tmp_path / "elsewhere").mkdir()
-    gpu = write("elsewhere/2030-01-01-nvidia-h100", row("asft_kernels triton", device="cuda", set="headline"))
-    readme = report.written(f"{report.BEGIN}{report.END}", report.row_files([gpu]))
+    write("2030-01-01-nvidia-h100", row("asft_kernels triton", device="cuda", set="headline"))
+    readme = report.written(f"{report.BEGIN}{report.END}", report.row_files())
     assert "**CPU: " in readme
     assert "**GPU: " in readme
     assert "not measured yet;" not in readme
-    assert report.row_files([gpu, tmp_path / "2030-01-10-cpu.jsonl"]) == report.row_files([gpu])
 
 
 def test_unknown_memory_is_a_dash(file):
@@ -234,3 +233,65 @@ def test_pictures_are_written_and_repeat(file, tmp_path):
     assert all(data.startswith(b"\x89PNG") for data in first)
     assert [p.read_bytes() for p in plots.draw(rows, "cpu", tmp_path)] == first
     assert all(f"]({p.name})" in report.report([file]) for p in paths)
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Runs the command in a repository of its own; what it printed, and its error."""
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "bench_results")
+    (tmp_path / "bench_results").mkdir()
+    (tmp_path / "README.md").write_text(f"{report.BEGIN}\nstale\n{report.END}\n")
+
+    def run(*arguments) -> tuple[str, str]:
+        monkeypatch.setattr("sys.argv", ["report", *map(str, arguments)])
+        with suppress(SystemExit):
+            report.main()
+        return capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wrong"),
+    [
+        ("none.jsonl", None, "no such file"),
+        ("README.md", b"# A title\n3\n", "holds no row of a benchmark"),
+        ("pairs.jsonl", b'{"prompt": "Why?"}\n{}\n', "holds no row of a benchmark"),
+        ("picture.png", b"\x89PNG\xff", "holds no row of a benchmark"),
+    ],
+)
+def test_a_file_without_rows_is_refused(command, tmp_path, name, content, wrong):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    expected = (
+        f"argument FILE: {tmp_path / name}: {wrong}; need a file that benchmarks.run or benchmarks.accuracy wrote"
+    )
+    assert expected in command(tmp_path / name)[1]
+
+
+def test_smoke_rows_get_into_no_figure(command, tmp_path):
+    smoke = row(set="smoke", seconds=0.0625)
+    path = report.RESULTS / "2030-01-02-cpu.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in (smoke, row())))
+    before = "left out: 1 rows of the smoke suite, which are no measurement"
+    assert before in command("--write")[1]
+    for name in ("README.md", "bench_results/REPORT.md"):
+        text = (tmp_path / name).read_text()
+        assert "1.02" in text
+        assert "smoke" not in text
+    out, err = command(path)
+    assert before in err
+    assert "smoke" not in out
+
+
+def test_a_report_elsewhere_leaves_the_readme(command, file, tmp_path):
+    """README.md links the files in bench_results/."""
+    elsewhere, readme = tmp_path / "else" / "where", (tmp_path / "README.md").read_text()
+    assert "REPORT.md and its pictures are written, README.md's figures are not" in command(file, "--out", elsewhere)[0]
+    assert sorted(p.name for p in elsewhere.iterdir()) == [
+        "REPORT.md", "cpu-gemm-share.png", "cpu-growth-trainable-head.png"
+    ]  # fmt: skip
+    assert "--write takes no FILE" in command(file, "--write")[1]
+    assert (tmp_path / "README.md").read_text() == readme
+    assert not list(report.RESULTS.iterdir())
