@@ -421,7 +421,7 @@ def test_arguments_that_mean_nothing_are_refused(arguments, expected, monkeypatc
 
 
 def test_contestants_are_listed_with_where_they_run():
-    here, elsewhere = replace(CASE, device="cpu"), replace(CASE, device="cuda")
+    here, elsewhere = CASE, replace(CASE, device="cuda", dtype="bfloat16")
     lines = run.contestant_lines(["plain", "cce", "SimPO"], [here, elsewhere], "cpu")
     marks = {line.split("  ")[0]: line for line in lines}
     assert list(marks) == ["plain torch", *(n for n in marks if n.startswith("cut-cross")), "Liger-Kernel SimPO"]
