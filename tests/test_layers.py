@@ -19,7 +19,7 @@ LAYERS = [  # each may import those before it
     "outputs",
     "functional",
     "nn",
-    "integrations data",
+    "integrations data generation",
     "train",
     "demo",
 ]
