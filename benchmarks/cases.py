@@ -197,7 +197,10 @@ def smoke_cases() -> list[Case]:
     return [
         *(Case("smoke", work, **small) for work in WORKS),
         Case("smoke", TRAINABLE, dtype="bfloat16", **small),
-        *(Case("smoke", TRAINABLE, loss=loss, **small) for loss in ("simpo", "dpo", "orpo")),
+        *(
+            Case("smoke", TRAINABLE, loss=loss.lower(), contestants=(*OURS, f"Liger-Kernel {loss}"), **small)
+            for loss in ("SimPO", "DPO", "ORPO")
+        ),
     ]
 
 

@@ -27,6 +27,7 @@ from asft_kernels.integrations.hf_model import (
     logit_options,
     verify_head,
 )
+from asft_kernels.objectives import ASFT
 from tiny_lm import tiny_config, tiny_model
 
 SMALL = dict(
@@ -51,7 +52,7 @@ def batch(pairs=2, length=12, vocab=61, seed=0):
 
 
 def test_forward_is_the_loss_of_hidden_states_and_head():
-    model = PreferenceModel(tiny_model(), lam=0.5, beta=0.7, sft_weight=2.0)
+    model = PreferenceModel(tiny_model(), ASFT(lam=0.5, beta=0.7, sft_weight=2.0))
     data = batch()
     out = model(**data)
     hidden = model.model.model(data["input_ids"], data["attention_mask"]).last_hidden_state
@@ -144,7 +145,7 @@ def test_models_without_a_head_and_encoder_decoders_are_refused():
 def test_lora_adapters_in_the_body_train_and_one_on_the_head_is_refused():
     peft = pytest.importorskip("peft", reason="peft is not installed")
     config = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
-    model = PreferenceModel(peft.get_peft_model(tiny_model(), config), lam=1.0)
+    model = PreferenceModel(peft.get_peft_model(tiny_model(), config))
     assert verify_head(model, batch()) < 1e-4
     model(**batch())["loss"].backward()
     trained = [name for name, p in model.named_parameters() if p.grad is not None]
@@ -159,7 +160,7 @@ def test_lora_adapters_in_the_body_train_and_one_on_the_head_is_refused():
 
 
 def test_total_of_the_step_replaces_the_mean():
-    model = PreferenceModel(tiny_model(), lam=1.0)
+    model = PreferenceModel(tiny_model())
     data = batch(pairs=3)
     mean = model(**data)["loss"]
     torch.testing.assert_close(model(**data, num_items_in_batch=torch.tensor(12))["loss"], mean / 4)
@@ -177,7 +178,7 @@ from asft_kernels.integrations.hf_model import PreferenceModel
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-model = DistributedDataParallel(PreferenceModel(tiny_model(), lam=1.0))
+model = DistributedDataParallel(PreferenceModel(tiny_model()))
 data = batch(pairs=4)
 rows = [0, 1, 4, 5] if rank == 0 else [2, 3, 6, 7]
 model(**{{name: tensor[rows] for name, tensor in data.items()}})["loss"].backward()
@@ -209,7 +210,7 @@ def test_two_ranks_give_the_gradients_of_one_process(tmp_path):
     ]
     errors = [worker.communicate(timeout=120)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], errors
-    model = PreferenceModel(tiny_model(), lam=1.0)
+    model = PreferenceModel(tiny_model())
     model(**batch(pairs=4))["loss"].backward()
     for rank in (0, 1):
         for mine, theirs in zip(model.parameters(), torch.load(tmp_path / f"grads{rank}"), strict=True):

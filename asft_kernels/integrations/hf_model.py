@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asft_kernels.functional import fused_asft_loss, fused_linear_logps
+from asft_kernels.functional import fused_linear_logps, fused_preference_loss
+from asft_kernels.objectives import Objective, get_objective
 
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere, Falcon-H1
@@ -53,7 +54,9 @@ class PreferenceModel(nn.Module):
 
     model: a Hugging Face causal LM with `get_output_embeddings()`, PEFT-wrapped or not.
     logit_scale, softcap: what the head does to its product; None: as the config says.
-    loss_options: keywords of `fused_asft_loss`: lam, beta, sft_weight, backend, cache_bytes, ...
+    objective: a name or an object, as `fused_preference_loss` takes; paired (`asft_kernels.train.on_pairs` makes
+        one of sft, poft and kto). One with state (lmpo) is a submodule: its buffers move and are saved with it.
+    loss_options: further keywords of `fused_preference_loss`: backend, cache_bytes, ...
 
     Raises UnsupportedHead for encoder-decoders and models without an output head.
     """
@@ -64,6 +67,7 @@ class PreferenceModel(nn.Module):
     def __init__(
         self,
         model: nn.Module,
+        objective: str | Objective = "asft",
         *,
         logit_scale: float | None = None,
         softcap: float | None = None,
@@ -81,6 +85,7 @@ class PreferenceModel(nn.Module):
         self.config = inner.config
         self.logit_scale = from_config[0] if logit_scale is None else logit_scale
         self.softcap = from_config[1] if softcap is None else softcap
+        self.objective: Any = get_objective(objective) if isinstance(objective, str) else objective
         self.loss_options = loss_options
 
     @property
@@ -98,22 +103,28 @@ class PreferenceModel(nn.Module):
         attention_mask: Tensor,  # (2B, T)
         labels: Tensor,  # (2B, T), -100 at prompts and padding
         num_items_in_batch: Tensor | int | None = None,
-    ) -> dict[str, Tensor]:
+        **batch: Any,
+    ) -> dict[str, Any]:
         """{"loss", "pair_losses" (B,), every field of the loss's outputs}, all detached but loss.
+
+        batch: what else of `fused_preference_loss` comes with a batch: ref_logps, token_weights, nll_labels,
+        objective_inputs.
 
         num_items_in_batch: None: the loss is the mean over the pairs of this batch that count. A
         number: their sum divided by it, so that micro-batches and ranks whose number is the total
         of all add up to the mean over all, whatever their sizes.
         """
-        result: Any = fused_asft_loss(
+        result: Any = fused_preference_loss(
             self.hidden_states(input_ids, attention_mask),
             self.lm_head,
             labels,
+            self.objective,
             logit_scale=self.logit_scale,
             softcap=self.softcap,
             reduction="none",
             return_outputs=True,
             **self.loss_options,
+            **batch,
         )
         losses, out = result
         total = out.num_pairs if num_items_in_batch is None else num_items_in_batch

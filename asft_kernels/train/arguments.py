@@ -1,9 +1,12 @@
 """What a run takes: the job's own arguments, and the Trainer's with defaults that suit it."""
 
-import math
+import ast
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
+
+from asft_kernels.objectives import ASFT, get_objective
 
 
 class ArgumentProblem(ValueError):
@@ -21,9 +24,25 @@ class JobArguments:
         default=None,
         metadata={"help": "N: hold out every Nth line of --data (counted from 0: number mod N is N - 1)"},
     )
-    lam: float = field(default=1.0, metadata={"help": "weight of the alignment term"})
-    beta: float = field(default=1.0, metadata={"help": "temperature on the log-odds"})
-    sft_weight: float = field(default=1.0, metadata={"help": "weight of the chosen answers' NLL"})
+    objective: str = field(
+        default="asft", metadata={"help": "the loss, by name, or a sum such as 'dpo + 0.005 sft'; docs/objectives.md"}
+    )
+    objective_args: list[str] = field(
+        default_factory=list,
+        metadata={"help": "its parameters as NAME=VALUE, such as beta=0.1 gamma=0.5; default: the paper's"},
+    )
+    lam: float | None = field(default=None, metadata={"help": "short for --objective-args lam=..."})
+    beta: float | None = field(default=None, metadata={"help": "short for --objective-args beta=..."})
+    sft_weight: float | None = field(default=None, metadata={"help": "short for --objective-args sft_weight=..."})
+    nll_on_prompt: bool = field(
+        default=False,
+        metadata={"help": "likelihood term over prompt and answer, as TRL's ORPO"},
+    )
+    ref_scores: list[str] = field(
+        default_factory=list,
+        metadata={"help": "files of asft-score with the reference's log-probabilities, one a reference model; "
+                  "default: --model as it comes is scored first"},
+    )  # fmt: skip
     max_length: int = field(default=1024, metadata={"help": "tokens of prompt and answer; longer answers are cut"})
     max_prompt_length: int = field(default=512, metadata={"help": "tokens; pairs with a longer prompt are left out"})
     strict: bool = field(default=False, metadata={"help": "unusable rows are an error"})
@@ -50,14 +69,7 @@ class JobArguments:
     )
 
     def __post_init__(self) -> None:
-        for name, need in (("lam", 0.0), ("sft_weight", 0.0)):
-            value = getattr(self, name)
-            if not (need <= value < math.inf):
-                raise ArgumentProblem(f"--{name.replace('_', '-')}: got {value}, need a number >= 0")
-        if not 0 < self.beta < math.inf:
-            raise ArgumentProblem(f"--beta: got {self.beta}, need a number > 0")
-        if self.lam == 0 and self.sft_weight == 0:
-            raise ArgumentProblem("--lam, --sft-weight: both are 0, need one above 0: there is no loss")
+        self.build_objective()
         if self.max_length < 2 or not self.max_prompt_length >= 1:
             raise ArgumentProblem(
                 f"--max-length, --max-prompt-length: got {self.max_length}, "
@@ -69,6 +81,34 @@ class JobArguments:
             raise ArgumentProblem("--eval-data, --eval-every-nth: got both, need one or neither")
         if self.backend not in (None, "torch", "triton"):
             raise ArgumentProblem(f"--backend: got {self.backend!r}, need 'torch' or 'triton'")
+
+    def build_objective(self) -> Any:
+        """The objective that the arguments name, ArgumentProblem if there is none."""
+        parameters: dict[str, Any] = {}
+        for given in self.objective_args:
+            name, equals, value = given.partition("=")
+            if not (name and equals):
+                raise ArgumentProblem(f"--objective-args: got {given!r}, need NAME=VALUE")
+            parameters[name] = _literal(value)
+        for name in ("lam", "beta", "sft_weight"):
+            value = getattr(self, name)
+            if value is not None:
+                parameters[name] = value
+        try:
+            objective = get_objective(self.objective, **parameters)
+        except (TypeError, ValueError) as error:
+            raise ArgumentProblem(f"--objective: {error}") from error
+        if isinstance(objective, ASFT) and objective.lam == objective.sft_weight == 0:
+            raise ArgumentProblem("--lam, --sft-weight: both are 0, need one above 0: there is no loss")
+        return objective
+
+
+def _literal(value: str) -> Any:
+    """A number, None, a tuple; else the text itself."""
+    try:
+        return ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return value
 
 
 @dataclass

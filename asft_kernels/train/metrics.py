@@ -28,8 +28,9 @@ class Window:
 
     def __init__(self) -> None:
         self.sums: Tensor | None = None
+        self.own: list[str] = []  # the objective's own figures
 
-    def add(self, outputs: dict[str, Tensor], attention_mask: Tensor) -> None:
+    def add(self, outputs: dict[str, Any], attention_mask: Tensor) -> None:
         chosen, rejected = outputs["chosen_avg_logps"], outputs["rejected_avg_logps"]
         lengths = outputs["chosen_lengths"], outputs["rejected_lengths"]
         counts = (lengths[0] > 0) & (lengths[1] > 0)
@@ -45,7 +46,9 @@ class Window:
             outputs["accuracy"] * pairs,
             attention_mask.sum(),
             lengths[0].sum() + lengths[1].sum(),
+            *(value * pairs for value in outputs["metrics"].values()),
         ]
+        self.own = list(outputs["metrics"])
         new = torch.stack([figure.detach().double() for figure in figures])
         self.sums = new if self.sums is None else self.sums + new
 
@@ -53,11 +56,11 @@ class Window:
         """Means per pair since the last call; `reduce` sums a tensor over all processes."""
         if self.sums is None:
             return {}
-        sums = dict(zip(self.NAMES + self.TOKENS, reduce(self.sums).tolist(), strict=True))
+        sums = dict(zip([*self.NAMES, *self.TOKENS, *self.own], reduce(self.sums).tolist(), strict=True))
         self.sums = None
         pairs, tokens = max(sums["pairs"], 1.0), sums["tokens"]
         return {
-            **{name: sums[name] / pairs for name in self.NAMES[1:]},
+            **{name: sums[name] / pairs for name in [*self.NAMES[1:], *self.own]},
             "pairs": int(sums["pairs"]),
             "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
             "loss_token_share": sums["loss_tokens"] / max(tokens, 1.0),
@@ -119,16 +122,14 @@ class Evaluation:
         counts = self.table[:, COLUMNS.index("counts")] > 0
         return self.table[counts, COLUMNS.index(name)]
 
-    def figures(self, lam: float, sft_weight: float) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         """Means over pairs; margin is of log-odds, as `out.margins`, avg_logp_margin of logps."""
         chosen, rejected = self.column("chosen_avg_logp"), self.column("rejected_avg_logp")
         if not len(chosen):
             return {"pairs": 0}
-        loss, sft = self.column("loss").mean(), -chosen.mean()
         figures = {
-            "loss": loss,
-            "sft": sft,
-            **({"align": (loss - sft_weight * sft) / lam} if lam else {}),
+            "loss": self.column("loss").mean(),
+            "sft": -chosen.mean(),
             "chosen_avg_logp": chosen.mean(),
             "rejected_avg_logp": rejected.mean(),
             "margin": self.column("margin").mean(),

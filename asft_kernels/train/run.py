@@ -21,12 +21,14 @@ from asft_kernels.data import PairCollator, load_pairs, split_every_nth
 from asft_kernels.integrations.hf_model import PreferenceModel, verify_head
 from asft_kernels.train.arguments import ArgumentProblem, JobArguments, RunArguments
 from asft_kernels.train.metrics import Evaluation, MetricsFile, change, change_table
+from asft_kernels.train.on_pairs import on_pairs
 from asft_kernels.train.plot import plot_curves
 from asft_kernels.train.trainer import BEFORE, PreferenceTrainer, StopWhenAsked, saves
 
 # A resumed run that changed one of these would go on as another experiment, without a word.
 SAME_ON_RESUME = (
-    "model", "data", "eval_data", "eval_every_nth", "lam", "beta", "sft_weight", "max_length",
+    "model", "data", "eval_data", "eval_every_nth", "objective",
+    "nll_on_prompt", "ref_scores", "max_length",
     "max_prompt_length", "dtype", "learning_rate", "per_device_train_batch_size",
     "gradient_accumulation_steps", "seed", "world_size", "logit_scale", "softcap", "num_train_epochs",
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "optim", "optim_args",
@@ -58,7 +60,8 @@ def run(job: JobArguments, args: RunArguments, say: Any = print, say_at_once: An
     say_at_once = (say_at_once or say) if first else (lambda *_: None)
     say = say if first else (lambda *_: None)
     folder = Path(str(args.output_dir))
-    settings = {**asdict(job), **args.to_dict(), "world_size": args.world_size}
+    objective = job.build_objective()
+    settings = {**asdict(job), **args.to_dict(), "world_size": args.world_size, "objective": repr(objective)}
     checkpoint = _checkpoint(job, args, folder)
     source = checkpoint.parent if checkpoint else folder  # where that run's run.json and figures are
     if checkpoint:
@@ -75,11 +78,9 @@ def run(job: JobArguments, args: RunArguments, say: Any = print, say_at_once: An
         language_model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
     model = PreferenceModel(
         language_model,
+        on_pairs(objective),
         logit_scale=job.logit_scale,
         softcap=job.softcap,
-        lam=job.lam,
-        beta=job.beta,
-        sft_weight=job.sft_weight,
         backend=job.backend,
         cache_bytes=job.cache_bytes,
     )
@@ -141,7 +142,7 @@ def run(job: JobArguments, args: RunArguments, say: Any = print, say_at_once: An
     plot = folder / "curves.png"
     if first:
         errors = {name: row["standard_error"] for name, row in changes.items()}
-        plot_curves(metrics.rows(), plot, f"ASFT, {_short(job.model)} on {Path(job.data).name}", errors)
+        plot_curves(metrics.rows(), plot, f"{job.objective}, {_short(job.model)} on {Path(job.data).name}", errors)
         pairs = len(before.column("margin")) if before else 0
         if changes:
             _write(

@@ -35,6 +35,7 @@ class PreferenceTrainer(Trainer):
         *,
         tokenizer: Any,
         metrics: MetricsFile,
+        collator: PairCollator | None = None,
         **kwargs: Any,
     ):
         if args.n_gpu > 1:
@@ -52,11 +53,10 @@ class PreferenceTrainer(Trainer):
         self.evaluation: Evaluation | None = None  # the last one, after evaluated_step steps
         self.evaluated_step = -1
         self.restored_step: int | None = None  # --load-best-model-at-end: its weights are the model's now
-        pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
         super().__init__(
             model=model,
             args=args,
-            data_collator=PairCollator(pad),
+            data_collator=collator or PairCollator(pad_token(tokenizer)),
             compute_metrics=self._evaluation_figures,
             **kwargs,
         )
@@ -125,8 +125,7 @@ class PreferenceTrainer(Trainer):
             self.before = self.evaluation
             if self.args.should_save:
                 self.before.save(Path(str(self.args.output_dir)) / BEFORE)
-        options = self.accelerator.unwrap_model(self.model).loss_options
-        return self.evaluation.figures(options["lam"], options["sft_weight"])
+        return self.evaluation.figures()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         start = time.perf_counter()
@@ -179,6 +178,10 @@ class PreferenceTrainer(Trainer):
         if missing or load_result.unexpected_keys:
             names = sorted(missing | set(load_result.unexpected_keys))[:3]
             raise ArgumentProblem(f"--resume: the checkpoint is not of --model: {', '.join(names)} ... do not match")
+
+
+def pad_token(tokenizer: Any) -> int:
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def saves(args: Any) -> bool:

@@ -1,0 +1,42 @@
+"""Objectives of single answers, on pairs: what `asft-train` makes of sft, poft and kto."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asft_kernels.objectives import LossTerms, Objective
+from asft_kernels.sequence import Logps
+
+
+@dataclass(frozen=True)
+class OnPairs(Objective):
+    """An unpaired objective of the chosen answers alone or, if it tells good from bad (kto), of both.
+
+    The loss of a pair is the chosen row's, or the mean of both rows': batch means are then means over rows.
+    """
+
+    single: Any
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "needs_reference", self.single.needs_reference)
+
+    def __call__(self, policy: Logps, ref_logps: Tensor | None = None, **inputs: Tensor) -> LossTerms:
+        if "desirable" not in self.single.inputs:
+            ref = None if ref_logps is None else ref_logps.chunk(2, dim=-1)[0]
+            return self.single(policy.chosen, ref, **inputs)
+        desirable = torch.arange(len(policy.sum), device=policy.sum.device) < len(policy.sum) // 2
+        terms = self.single(policy, ref_logps, desirable=desirable, **inputs)
+        halves = {name: values.chunk(2) for name, values in terms.metrics.items()}
+        return LossTerms(
+            torch.stack(terms.loss.chunk(2)).mean(dim=0),
+            -policy.chosen.avg,
+            torch.stack(terms.align.chunk(2)).mean(dim=0),
+            {f"{side}_{name}": halves[name][i] for name in halves for i, side in enumerate(("chosen", "rejected"))},
+        )
+
+
+def on_pairs(objective: Any) -> Any:
+    """The objective itself if it is paired."""
+    return objective if objective.paired else OnPairs(objective)
