@@ -20,6 +20,8 @@ LAYERS = [  # each may import those before it
     "functional",
     "nn",
     "integrations data generation",
+    "data_commands",
+    "sae",
     "train",
     "demo",
 ]
