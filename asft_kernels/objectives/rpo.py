@@ -1,0 +1,49 @@
+"""RPO: DPO that also imitates the chosen answer."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from asft_kernels.objectives.base import LossTerms, Objective, counting, require_choice, require_number
+from asft_kernels.objectives.dpo import DPO
+from asft_kernels.sequence import Logps
+
+
+@dataclass(frozen=True)
+class RPO(Objective):
+    """Regularized Preference Optimization, arXiv 2405.16436, Eq. 4.8; the baseline policy's answer is the chosen one.
+
+        L = DPO - eta beta S_w                      "sum" (default): the paper's, weighed by the product eta beta
+        L = DPO - eta avg_w                         "sequence": the authors' OpenRLHF code
+        L = DPO - eta S_w pairs / (tokens of w)     "token": mean over all chosen tokens of the batch, TRL's "sft"
+
+    beta: of DPO, > 0, default 0.1 (the authors: 0.01 and 0.05; 0.5 for "sequence").
+    eta: weight of the likelihood, >= 0, default 0.005, the authors' for "sum"; theirs for "sequence" is 0.2.
+    Only in "sum" does changing beta change the weight of the likelihood. Not Iterative Reasoning Preference
+    Optimization (2404.19733, the origin of TRL's old rpo_alpha), nor Reward-aware Preference Optimization (2502.00203).
+    """
+
+    beta: float = 0.1
+    eta: float = 0.005
+    normalization: str = "sum"
+    needs_reference: ClassVar[bool] = True
+
+    def __post_init__(self):
+        require_number("rpo", "beta", self.beta, above_zero=True)
+        require_number("rpo", "eta", self.eta)
+        require_choice("rpo", "normalization", self.normalization, ("sum", "sequence", "token"))
+
+    def __call__(self, policy: Logps, ref_logps: Tensor | None = None, **inputs: Tensor) -> LossTerms:
+        dpo = DPO(self.beta)(policy, ref_logps)
+        return LossTerms(dpo.loss + self._imitation(policy), dpo.sft, dpo.align, dpo.metrics)
+
+    def _imitation(self, policy: Logps) -> Tensor:
+        chosen = policy.chosen
+        if self.normalization == "sum":
+            return -self.eta * self.beta * chosen.sum
+        if self.normalization == "sequence":
+            return -self.eta * chosen.avg
+        counts = counting(policy, paired=True)
+        tokens = (chosen.length * counts).sum().clamp(min=1)
+        return -self.eta * chosen.sum * counts.sum() / tokens
