@@ -20,9 +20,10 @@ LAYERS = [  # each may import those before it
     "functional",
     "nn",
     "integrations data generation",
-    "data_commands",
     "sae",
     "train",
+    "sapo",
+    "data_commands",
     "demo",
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
