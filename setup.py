@@ -18,6 +18,7 @@ TRAIN = [
     "gguf>=0.10",  # the demo's model comes as a GGUF file
     "matplotlib>=3.8",
     "numpy",
+    "tqdm>=4.66",
     "transformers>=5",
 ]
 
@@ -52,7 +53,6 @@ setup(
             # The peers that are measured beside ours.
             "cut-cross-entropy>=25.1",
             "liger-kernel>=0.8.5",
-            "tqdm>=4.66",
             "trl>=1.16",
         ],
         "test": [
@@ -66,5 +66,10 @@ setup(
         # Pinned here and nowhere else: pre-commit, `make lint` and editors use these.
         "dev": ["pre-commit==4.7.0", "pyright[nodejs]==1.1.414", "ruff==0.17.6"],
     },
-    entry_points={"console_scripts": ["asft-train = asft_kernels.train:main"]},
+    entry_points={
+        "console_scripts": [
+            "asft-data = asft_kernels.data_commands:main",
+            "asft-train = asft_kernels.train:main",
+        ]
+    },
 )

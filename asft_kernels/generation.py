@@ -83,7 +83,7 @@ class TransformersGenerator:
             raise ValueError(f"model: got {name!r}, {what}; need a folder that from_pretrained reads, or org/name")
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+            model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
         except (OSError, ValueError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"model: {name!r} cannot be loaded as a causal language model ({reason})") from error
