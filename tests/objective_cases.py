@@ -5,10 +5,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asft_kernels.objectives import get_objective
+from asft_kernels.objectives import BMC, LMPO, MRPO, RPO, get_objective
+
+
+def lmpo_held() -> LMPO:
+    """In evaluation, with statistics so wide that z is 1 whatever the pair: the margin carries no gradient, and the
+    derivative of the value must not see it either. test_neighbour_objectives.py has LMPO in training.
+    """
+    objective = LMPO().eval()
+    objective.load_state_dict(
+        {"running_mean": torch.tensor(-1e8), "running_std": torch.tensor(1e8), "steps": torch.tensor(1)}
+    )
+    return objective
+
 
 # Objects whose defaults cannot run, or that have more than one form: name of the test -> objective.
-FORMS: dict[str, Any] = {}
+FORMS: dict[str, Any] = {
+    "lmpo": lmpo_held,
+    "bmc": lambda: BMC("dpo"),
+    "bmc_of_ipo_by_policy": lambda: BMC("ipo", ref_weighting="policy"),
+    "bmc_of_simpo": lambda: BMC("simpo", delta=3.0),
+    "bmc_of_orpo": lambda: BMC("orpo"),
+    "mrpo_fixed": lambda: MRPO(alpha=(0.5, 0.3, 0.2)),
+    "mrpo_unclipped": lambda: MRPO(clip=None),
+    "mrpo_swapped": lambda: MRPO(swap_weights=True),
+    "rpo_sequence": lambda: RPO(eta=0.2, normalization="sequence"),
+    "rpo_token": lambda: RPO(eta=0.2, normalization="token"),
+}
 
 
 def objective_of(name: str) -> Any:
@@ -32,7 +55,7 @@ def direct_inputs(objective: Any, lengths: Tensor, seed: int = 0) -> dict[str, A
     g = torch.Generator().manual_seed(seed)
     keywords = {name: INPUTS[name](len(lengths), g) for name in objective.inputs}
     if objective.needs_reference:
-        lead = (3,) if type(objective).__name__ == "MRPO" else ()
+        lead = (2 if objective.swap_weights else 3,) if isinstance(objective, MRPO) else ()
         keywords["ref_logps"] = sums_like(lengths, g, *lead)
     return keywords
 
@@ -48,4 +71,6 @@ def call_inputs(objective: Any, labels: Tensor, seed: int = 0) -> dict[str, Any]
         call["ref_logps"] = per_token if objective.ref_per_token else ref
     if hasattr(objective, "weigh_tokens"):
         call["token_weights"] = (torch.rand(labels.shape, generator=g) < 0.5).float()
+        if objective.uses_nll_labels:
+            call["nll_labels"] = labels[: len(labels) // 2]  # a likelihood without weights, as the authors have it
     return call
