@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asft_kernels.objectives import BMC, LMPO, MRPO, RPO, get_objective
+from asft_kernels.objectives import BMC, CPO, DPO, KTO, LMPO, MRPO, ORPO, RPO, SFT, Robust, get_objective
 
 
 def lmpo_held() -> LMPO:
@@ -21,6 +21,15 @@ def lmpo_held() -> LMPO:
 
 # Objects whose defaults cannot run, or that have more than one form: name of the test -> objective.
 FORMS: dict[str, Any] = {
+    "sft_sum": lambda: SFT("sum"),
+    "sft_token": lambda: SFT("token"),
+    "cdpo": lambda: DPO(label_smoothing=0.2),
+    "robust_at_0.3": lambda: Robust(label_smoothing=0.3),
+    "orpo_tempered": lambda: ORPO(lam=0.7, beta=0.3),
+    "cpo_align_only": lambda: CPO(alpha=0),
+    "kto_weighted": lambda: KTO(desirable_weight=0.7, undesirable_weight=1.3),
+    "dpo + 0.005 sft": lambda: get_objective("dpo + 0.005 sft"),
+    "asft + 0.5 ipo + kto": lambda: get_objective("asft + 0.5 ipo + kto"),
     "lmpo": lmpo_held,
     "bmc": lambda: BMC("dpo"),
     "bmc_of_ipo_by_policy": lambda: BMC("ipo", ref_weighting="policy"),

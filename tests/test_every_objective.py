@@ -7,7 +7,7 @@ from asft_kernels import fused_preference_loss, reference
 from asft_kernels.objectives import OBJECTIVES
 from asft_kernels.objectives.base import counting, reduce_loss
 from asft_kernels.sequence import Logps
-from bounds import fp32_bound, relative_error
+from bounds import fp32_bound, relative_error, unit_roundoff
 from cases import IGNORE, gemms, make_case
 from objective_cases import FORMS, call_inputs, direct_inputs, objective_of
 
@@ -31,8 +31,8 @@ def test_parity_with_the_reference(name, dtype):
         assert relative_error(loss, truth) <= fp32_bound(32)  # logits stay below 32 here
     grads, truths = (torch.autograd.grad(x.sum(), c.leaves) for x, c in ((loss, case), (truth, exact)))
     for got, right in zip(grads, truths, strict=True):
-        # bf16 gradients are rounded once: 2^-9 of each entry at most.
-        assert relative_error(got, right) <= fp32_bound(32) + (2**-9 if dtype == torch.bfloat16 else 0)
+        # bf16 gradients are rounded once: by the unit roundoff of each entry at most.
+        assert relative_error(got, right) <= fp32_bound(32) + (unit_roundoff(dtype) if dtype == torch.bfloat16 else 0)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,9 +6,40 @@ from collections.abc import Callable
 
 from asft_kernels.objectives.asft import ASFT
 from asft_kernels.objectives.base import LossTerms, Objective, WeightedSum
+from asft_kernels.objectives.bmc import BMC, weighted_reference
+from asft_kernels.objectives.cpo import CPO
+from asft_kernels.objectives.dpo import DPO, IPO, Robust, SigmoidNorm
+from asft_kernels.objectives.fpo import FPO
+from asft_kernels.objectives.hinge import Hinge, HingeNorm
+from asft_kernels.objectives.kto import KTO, kto_kl
+from asft_kernels.objectives.lmpo import LMPO
+from asft_kernels.objectives.mrpo import MRPO
+from asft_kernels.objectives.orpo import ORPO
+from asft_kernels.objectives.poft import PoFT
+from asft_kernels.objectives.rpo import RPO
 from asft_kernels.objectives.sft import SFT
+from asft_kernels.objectives.simpo import SimPO
 
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"asft": ASFT, "sft": SFT}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "asft": ASFT,
+    "sft": SFT,
+    "dpo": DPO,
+    "robust": Robust,
+    "ipo": IPO,
+    "sigmoid_norm": SigmoidNorm,
+    "hinge": Hinge,
+    "hinge_norm": HingeNorm,
+    "orpo": ORPO,
+    "simpo": SimPO,
+    "cpo": CPO,
+    "kto": KTO,
+    "lmpo": LMPO,
+    "poft": PoFT,
+    "fpo": FPO,
+    "bmc": BMC,
+    "rpo": RPO,
+    "mrpo": MRPO,
+}
 
 
 def get_objective(name: str, **parameters) -> Objective:
@@ -17,7 +48,12 @@ def get_objective(name: str, **parameters) -> Objective:
     A weighted sum of names with their defaults is one too: "dpo + 0.005 sft" (then without parameters;
     `WeightedSum` takes objects).
     """
-    if "+" in name and not parameters:
+    if "+" in name:
+        if parameters:
+            raise ValueError(
+                f"objective: got the sum {name!r} with {', '.join(parameters)}, need a sum alone, of defaults; "
+                "for others WeightedSum(((1.0, get_objective(...)), ...))"
+            )
         return WeightedSum(tuple(_term(term) for term in name.split("+")))
     if name not in OBJECTIVES:
         raise ValueError(
@@ -35,10 +71,36 @@ def get_objective(name: str, **parameters) -> Objective:
 
 
 def _term(term: str) -> tuple[float, Objective]:
-    match = re.fullmatch(r"\s*(?:([0-9.]+(?:e-?[0-9]+)?)\s*\*?\s*)?([a-z_]+)\s*", term)
+    match = re.fullmatch(r"\s*(?:((?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)\s*\*?\s*)?([a-z_]+)\s*", term)
     if match is None:
         raise ValueError(f"objective: got the term {term.strip()!r} in a sum, need 'name' or 'weight name'")
     return float(match[1] or 1), get_objective(match[2])
 
 
-__all__ = ["ASFT", "OBJECTIVES", "SFT", "LossTerms", "Objective", "WeightedSum", "get_objective"]
+__all__ = [
+    "ASFT",
+    "BMC",
+    "CPO",
+    "DPO",
+    "FPO",
+    "IPO",
+    "KTO",
+    "LMPO",
+    "MRPO",
+    "OBJECTIVES",
+    "ORPO",
+    "RPO",
+    "SFT",
+    "Hinge",
+    "HingeNorm",
+    "LossTerms",
+    "Objective",
+    "PoFT",
+    "Robust",
+    "SigmoidNorm",
+    "SimPO",
+    "WeightedSum",
+    "get_objective",
+    "kto_kl",
+    "weighted_reference",
+]

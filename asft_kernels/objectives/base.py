@@ -1,7 +1,7 @@
 """What every objective is, their weighted sum, and the reduction over pairs that they share."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from numbers import Real
 from typing import ClassVar
@@ -83,17 +83,26 @@ class WeightedSum(Objective):
     def __call__(self, policy: Logps, ref_logps: Tensor | None = None, **inputs: Tensor) -> LossTerms:
         parts = []
         for weight, objective in self.terms:
-            alone = self.paired and not objective.paired
             own = {k: v for k, v in inputs.items() if k in objective.inputs or k in objective.optional_inputs}
             ref = ref_logps if objective.needs_reference else None
-            ref = ref.chunk(2, dim=-1)[0] if alone and ref is not None else ref
-            parts.append((weight, objective(policy.chosen if alone else policy, ref, **own)))
+            if self.paired and not objective.paired:
+                own = {k: v.chunk(2, dim=-1)[0] if v.dim() else v for k, v in own.items()}
+                ref = None if ref is None else ref.chunk(2, dim=-1)[0]
+                parts.append((weight, objective(_chosen_of_pairs(policy), ref, **own)))
+            else:
+                parts.append((weight, objective(policy, ref, **own)))
         return LossTerms(
             sum_of(weight * terms.loss for weight, terms in parts),
             parts[0][1].sft,
             sum_of(weight * terms.align for weight, terms in parts),
             {name: value for _, terms in reversed(parts) for name, value in terms.metrics.items()},
         )
+
+
+def _chosen_of_pairs(policy: Logps) -> Logps:
+    """The chosen rows, empty where the pair does not count: what looks at the whole batch must not see those."""
+    chosen = policy.chosen
+    return replace(chosen, length=torch.where(counting(policy, paired=True), chosen.length, 0))
 
 
 def sum_of(tensors: Iterable[Tensor]) -> Tensor:
@@ -144,8 +153,9 @@ def require_choice(objective: str, name: str, value: object, choices: tuple[str,
         raise ValueError(f"{objective}: {name}: got {value!r}, need one of {', '.join(map(repr, choices))}")
 
 
-def require_input(objective: str, name: str, tensor: object, rows: int) -> None:
-    """A ValueError unless it is a tensor with one entry a row."""
+def require_input(objective: str, name: str, tensor: object, rows: int) -> Tensor:
+    """The tensor, or a ValueError unless it has one entry a row."""
     if not isinstance(tensor, Tensor) or tensor.shape != (rows,):
         got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"{objective}: {name}: got {got}, need a tensor ({rows},), one entry a row")
+    return tensor

@@ -5,7 +5,6 @@ Use it to check the fused path, or where a double backward is needed. Keywords t
 or memory (backend, cache_bytes, chunk_size, num_valid) are accepted and ignored.
 """
 
-import math
 from types import SimpleNamespace
 
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asft_kernels.reference import losses
+from asft_kernels.reference.base import log_odds, nll_of_odds
 
 
 def fused_linear_logps(
@@ -138,14 +138,14 @@ def _asft(
             continue
         chosen, rejected = avgs[i], avgs[pairs + i]
         sfts.append(-nll_avgs[i])
-        aligns.append(_nll_of_odds(chosen, beta) + _nll_of_odds(rejected, -beta))
+        aligns.append(nll_of_odds(chosen, beta) + nll_of_odds(rejected, -beta))
         losses.append(sft_weight * sfts[-1] + lam * aligns[-1])
-        margins.append(_log_odds(chosen) - _log_odds(rejected))
+        margins.append(log_odds(chosen) - log_odds(rejected))
         better.append((chosen > rejected).to(chosen.dtype))
     loss = _reduce(losses, len(sfts), reduction, hidden)
     if not return_outputs:
         return loss
-    odds = [_log_odds(a) if m else a for a, m in zip(avgs, lengths, strict=True)]
+    odds = [log_odds(a) if m else a for a, m in zip(avgs, lengths, strict=True)]
     figures = {
         f"{side}_{name}": _stack(values[part], hidden).detach()
         for name, values in (("logps", sums), ("avg_logps", avgs), ("log_odds", odds))
@@ -211,23 +211,6 @@ def _sums(
         sums.append((row[: len(row) - first] * weights[first:]).sum())
         counts.append(int((targets[first:] != ignore_index).sum()))
     return sums, counts
-
-
-FLOOR = 1e-6  # nearer to 0 than this, the loss goes on as the straight line from here
-
-
-def _log_odds(avg: Tensor) -> Tensor:
-    avg = avg.clamp(max=-FLOOR)
-    return avg - torch.log(-torch.expm1(avg))
-
-
-def _nll_of_odds(avg: Tensor, beta: float) -> Tensor:
-    if avg <= -FLOOR:
-        return -F.logsigmoid(beta * _log_odds(avg))
-    odds = -FLOOR - math.log(-math.expm1(-FLOOR))
-    value = math.log1p(math.exp(-beta * odds))
-    slope = -beta / (1 + math.exp(beta * odds)) / -math.expm1(-FLOOR)
-    return value + slope * (avg + FLOOR)
 
 
 def _stack(values: list[Tensor], like: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def evaluate(objective, rows, shared):
         return _sum(objective.terms, rows, shared)
     name = base.name_of(objective)
     if name not in FORMULAS:
-        raise ValueError(f"objective: got {objective!r}, need one of {', '.join(map(repr, ['asft', *FORMULAS]))}")
+        raise ValueError(f"objective: got {objective!r}, need one of {', '.join(map(repr, FORMULAS))}")
     kind, formula = FORMULAS[name]
     given = {k: v for k, v in shared.items() if k in inspect.signature(formula).parameters}
     given = {**base.parameters_of(formula, objective), **given}

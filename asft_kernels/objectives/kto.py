@@ -1,0 +1,68 @@
+"""KTO: single answers marked desirable or not, no pairs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from asft_kernels.objectives.base import LossTerms, Objective, require_input, require_number
+from asft_kernels.objectives.dpo import log_ratio
+from asft_kernels.sequence import Logps
+
+
+@dataclass(frozen=True)
+class KTO(Objective):
+    """Kahneman-Tversky Optimization, arXiv 2402.01306, Eq. 7, as TRL has it. Rows are not paired.
+
+        desirable:    L = desirable_weight   [1 - sigmoid(beta (S - ref_S - kl))]
+        undesirable:  L = undesirable_weight [1 - sigmoid(beta (kl - S + ref_S))]
+
+    beta: > 0, default 0.1. desirable_weight, undesirable_weight: >= 0, default 1; where the two kinds are unequal
+    in number TRL advises desirable_weight * count : undesirable_weight * count of 1 : 1 to 4 : 3.
+
+    WITHOUT THE INPUT kl THE REFERENCE POINT IS 0: that is not the paper's loss but its limit at the start of
+    training, and it becomes wrong as the policy leaves the reference. Give the estimate of `kto_kl` at every step.
+    """
+
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    paired: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = True
+    inputs: ClassVar[Mapping[str, str]] = {"desirable": "(R,) bool, whether the row's answer is a good one"}
+    optional_inputs: ClassVar[Mapping[str, str]] = {"kl": "a scalar tensor >= 0, the reference point, from kto_kl"}
+
+    def __post_init__(self):
+        require_number("kto", "beta", self.beta, above_zero=True)
+        require_number("kto", "desirable_weight", self.desirable_weight)
+        require_number("kto", "undesirable_weight", self.undesirable_weight)
+
+    def __call__(self, policy: Logps, ref_logps: Tensor | None = None, **inputs: Tensor) -> LossTerms:
+        desirable = require_input("kto", "desirable", inputs.get("desirable"), len(policy.sum))
+        if desirable.dtype != torch.bool:
+            raise ValueError(f"kto: desirable: got {desirable.dtype}, need torch.bool; compare, as in score > 0")
+        kl = inputs.get("kl", policy.sum.new_zeros(())).detach()
+        if kl.dim():
+            raise ValueError(f"kto: kl: got shape {tuple(kl.shape)}, need a scalar; kto_kl gives it")
+        ratio = log_ratio("kto", policy, ref_logps)
+        over = torch.where(desirable, 1, -1) * self.beta * (ratio - kl)
+        short = torch.sigmoid(-over)  # 1 - sigmoid(x), which keeps its digits for large x
+        loss = torch.where(desirable, self.desirable_weight * short, self.undesirable_weight * short)
+        metrics = {
+            "reward": (self.beta * ratio).detach(),
+            "reward_accuracy": (over.detach() > 0).double(),
+            "kl": kl.expand_as(loss),
+        }
+        return LossTerms(loss, -policy.avg, loss, metrics)
+
+
+def kto_kl(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """KTO's reference point: mean of S - ref_S over mismatched answers, at least 0, detached.
+
+    logps, ref_logps: sums (R,) under policy and reference, without gradients, of rows that join each prompt to the
+    answer of another one (a batch's answers moved on by one place). With several ranks gather both first: the mean
+    is theirs together, and only then held at 0.
+    """
+    return (logps - ref_logps).mean().clamp(min=0).detach()
