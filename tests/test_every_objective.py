@@ -11,7 +11,7 @@ from bounds import fp32_bound, relative_error, unit_roundoff
 from cases import IGNORE, gemms, make_case
 from objective_cases import FORMS, call_inputs, direct_inputs, objective_of
 
-NAMES = [*OBJECTIVES, *FORMS]
+NAMES = list(dict.fromkeys([*OBJECTIVES, *FORMS]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -83,7 +83,7 @@ def _by_formula(
     weights = refs = None
     if token_weights is not None:
         weights = _at_valid(token_weights.detach(), labels, aligned_with_labels=True, **options)
-    if getattr(objective, "ref_weighting", "own") == "policy":
+    if ref_logps is not None and getattr(objective, "ref_weighting", "own") == "policy":
         refs = _at_valid(ref_logps, labels, aligned_with_labels=False, **options)
     inputs = objective_inputs or {}
     seen = []
