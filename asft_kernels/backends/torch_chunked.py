@@ -61,12 +61,14 @@ def forward(
         weight_k, z, slope = chunks.logits(k, ref)
         label_entries.set(z, k, -torch.inf)
         sums = z.exp2_().sum(dim=1) if hopeful else None  # a pass over E less: a sum says if a logit was too high
-        if sums is None or not bool((sums <= ROOM).all()):
+        if sums is None or bool((sums > ROOM).any()):
             if hopeful:
                 weight_k, z, slope = chunks.logits(k, ref)
                 label_entries.set(z, k, -torch.inf)
             highest = z.amax(dim=1)
             moves = highest > limit
+            if sums is not None:  # else r would stay, and every later chunk be computed twice
+                moves |= sums > ROOM
             limit = torch.where(moves, MOVE, limit)
             moved = torch.where(moves, ref + highest, ref)
             shrink = torch.exp2((ref - moved).clamp_(max=0))  # a first finite logit may lie below 0
