@@ -212,7 +212,7 @@ class Echo:
 def test_negatives_continue_each_beginning():
     """The third row's prefix leaves no room for the longest segment, 8: it is asked for its own 2 apart."""
     rows = [
-        {"prompt": [1], "chosen": list(range(50, 62))},
+        {"prompt": [1], "chosen": list(range(50, 70))},
         {"prompt": [2, 2], "chosen": [60, 61, EOS]},
         {"prompt": [3] * 20, "chosen": [70, 71]},
     ]
@@ -220,9 +220,10 @@ def test_negatives_continue_each_beginning():
     made = Regeneration(max_length=24, token_generate_length=8).negatives(rows, writer, seeded(3))
     (first, asked, *sampling), (second, least, *_) = writer.calls
     start = len(first[0]) - 1
+    assert 0 < start <= 9
     assert first == [[1, *range(50, 50 + start)], [2, 2]]
     assert second == [[3] * 20]
     assert (asked, least) == (8, 2)
     assert sampling == [0.7, 50, 0.95]
-    assert made[0] == [*range(50, 50 + start), *[101] * 8, *range(58 + start, 62)]
+    assert made[0] == [*range(50, 50 + start), *[101] * 8, *range(58 + start, 70)]
     assert made[1:] == [[102] * 3, [103] * 2]

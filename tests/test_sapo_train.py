@@ -132,6 +132,9 @@ def test_order_of_a_step(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "compute_loss", loss_of)
     trainer.train()
     assert seen["buffered"] == [0, 2, 4, 6]
+    for entry in trainer.buffer.entries:
+        differs = [a != b for a, b in zip(entry["chosen"], entry["rejected"], strict=False)]
+        assert 1 <= sum(differs) <= 4
     average = seen["policy"][0]
     for policy, ema in zip(seen["policy"], seen["ema"], strict=True):
         average = torch.lerp(average, policy, 0.5)
