@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from asft_kernels.objectives.base import LossTerms, Objective, require_input, require_number
 from asft_kernels.objectives.dpo import log_ratio
@@ -47,8 +48,9 @@ class KTO(Objective):
         if kl.dim():
             raise ValueError(f"kto: kl: got shape {tuple(kl.shape)}, need a scalar; kto_kl gives it")
         ratio = log_ratio("kto", policy, ref_logps)
-        over = torch.where(desirable, 1, -1) * self.beta * (ratio - kl)
-        short = torch.sigmoid(-over)  # 1 - sigmoid(x), which keeps its digits for large x
+        over = self.beta * torch.where(desirable, ratio - kl, kl - ratio)
+        # 1 - sigmoid(x) so that value and derivative s (1 - s) keep their digits on both sides.
+        short = logsigmoid(-over).exp()
         loss = torch.where(desirable, self.desirable_weight * short, self.undesirable_weight * short)
         metrics = {
             "reward": (self.beta * ratio).detach(),
