@@ -149,18 +149,22 @@ def test_only_the_rows_own_tokens_and_features_matter():
     assert torch.equal(fpo_inputs(sae, wider, labels, ref, 3)["feature_distance"], distance)
 
 
-def test_bf16_hidden_states():
-    """fp32 inside: sums of m <= 12 features of D products; the gradient is rounded once to bf16, by 2^-8 of it."""
-    sae, case = make_sae(), make_case(rows=4, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast_and_low_precision_leave_fp32_inside(dtype):
+    """Sums of m <= 12 features of D products, differences of order 1: 40 roundings; a bf16 gradient has one of 2^-8."""
+    sae, case = make_sae(), make_case(rows=4, dtype=dtype)
     ref = torch.rand(4, F)
     with torch.autocast("cpu", torch.bfloat16):
         distance = fpo_inputs(sae, case.hidden, case.labels, ref, 5)["feature_distance"]
+        (grad,) = torch.autograd.grad(distance.sum(), case.hidden)
     exact = case.to(torch.float64)
     right = plain_distance(plain_pooled(sae, exact.hidden, exact.labels), ref.double(), 5)
+    (right_grad,) = torch.autograd.grad(right.sum(), exact.hidden)
     assert distance.dtype == torch.float32
-    torch.testing.assert_close(distance.double(), right, rtol=1e-5, atol=0)  # differences of order 1, 2^-24 * 40 each
-    grads = [torch.autograd.grad(x.sum(), c.hidden)[0].double() for x, c in ((distance, case), (right, exact))]
-    assert (grads[0] - grads[1]).abs().max() <= (2**-8 + 1e-5) * grads[1].abs().max()
+    assert grad.dtype == dtype
+    torch.testing.assert_close(distance.double(), right, rtol=1e-5, atol=0)
+    rounding = 2**-8 if dtype == torch.bfloat16 else 0
+    assert (grad - right_grad).abs().max() <= (rounding + 1e-5) * right_grad.abs().max()
 
 
 def test_errors_name_what_was_wrong():

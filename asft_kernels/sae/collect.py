@@ -9,6 +9,7 @@ from asft_kernels.data import PairCollator
 from asft_kernels.sae.hidden import hidden_states
 
 SEQUENCES_AT_ONCE = 8
+SORTED_AT_ONCE = 128  # sequences of like length go together, within so many of the shuffled order
 
 
 @torch.no_grad()
@@ -21,6 +22,9 @@ def collect_tokens(model: Any, pairs: Any, count: int, *, layer: int, seed: int,
     from tqdm import tqdm
 
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+    lengths = [len(prompt) + len(answer) for prompt, answer in zip(pairs["prompt"], pairs["chosen"], strict=True)]
+    blocks = (order[start : start + SORTED_AT_ONCE] for start in range(0, len(order), SORTED_AT_ONCE))
+    order = [i for block in blocks for i in sorted(block, key=lengths.__getitem__)]
     collate, device = PairCollator(0), next(model.parameters()).device
     parts, found = [], 0
     with tqdm(total=count, desc=label, unit="token") as bar:

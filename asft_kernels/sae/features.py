@@ -101,9 +101,8 @@ class _Pooled(torch.autograd.Function):
         ctx.save_for_backward(tokens, offsets)
         ctx.sae = sae
         pooled = sae.b_enc.new_zeros(offsets.numel() - 1, sae.features)
-        with torch.autocast(tokens.device.type, enabled=False):
-            for at in _chunks(len(tokens), sae.features):
-                pooled.addmm_(_shares(offsets, at, pooled.dtype), sae.encode(tokens[at]))
+        for at in _chunks(len(tokens), sae.features):
+            pooled.addmm_(_shares(offsets, at, pooled.dtype), sae.encode(tokens[at]))
         return pooled
 
     @staticmethod
