@@ -5,13 +5,15 @@ follows them: both answers of a pair are conditioned on the very same prefix, an
 is exact. Only answers carry labels.
 """
 
+import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from asft_kernels.data.dialogue import parse_pair, render_pair
+from asft_kernels.data.dialogue import Pair, parse_pair, render_pair
 from asft_kernels.data.rows import BadRow, DataError, DataReport, read_rows
 
 if TYPE_CHECKING:
@@ -29,7 +31,13 @@ def tokenize_pair(
     truncated: whether an answer was cut so that prompt and answer fit into max_length. Raises
     BadRow for a row that holds no usable pair.
     """
-    prompt_text, chosen_text, rejected_text, templated = render_pair(parse_pair(row), tokenizer)
+    return _tokenize(parse_pair(row), tokenizer, max_length, max_prompt_length)
+
+
+def _tokenize(
+    pair: Pair, tokenizer: Any, max_length: int, max_prompt_length: int
+) -> tuple[list[int], list[int], list[int], bool]:
+    prompt_text, chosen_text, rejected_text, templated = render_pair(pair, tokenizer)
     prompt = _encode(tokenizer, prompt_text, special=not templated)
     if len(prompt) > min(max_prompt_length, max_length - 1):
         raise BadRow("prompt longer than the limit", f"{len(prompt)} tokens")
@@ -54,6 +62,15 @@ def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
     return ids
 
 
+def pair_id(pair: Pair) -> str:
+    """sha256 (hex) over prompt, chosen and rejected: the same for every file and tokenizer.
+
+    Of the text as it stands, spaces included, where there is one; else of the chat messages.
+    """
+    content = [pair.messages if pair.text is None else pair.text, pair.chosen, pair.rejected]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def load_pairs(
     path: str | Path,
     tokenizer: Any,
@@ -64,13 +81,13 @@ def load_pairs(
 ) -> "tuple[Dataset, DataReport]":
     """Read, check and tokenise a file of preference pairs.
 
-    path: JSON lines, plain or gzipped; asft_kernels/data/dialogue.py lists the row formats.
+    path: JSON lines, Parquet or Arrow, as `read_rows` takes; asft_kernels/data/dialogue.py lists the row formats.
     max_length: tokens of prompt and answer together; longer answers are cut, and counted.
     max_prompt_length: rows with longer prompts are left out, and counted.
     strict: rows that cannot be used are an error instead.
 
-    Returns a dataset with the columns line (from 1), prompt, chosen, rejected (token ids), and the
-    report on the whole file. Raises DataError for a file that cannot be read or holds no pair.
+    Returns a dataset with the columns line (from 1), id (`pair_id`), prompt, chosen, rejected (token
+    ids), and the report on the whole file. Raises DataError for a file that cannot be read or holds no pair.
     """
     from datasets import Dataset
 
@@ -79,21 +96,21 @@ def load_pairs(
             f"max_length, max_prompt_length: got {max_length}, {max_prompt_length}; need at least 2 and 1 tokens"
         )
     report = DataReport(str(path), max_length=max_length)
-    columns: dict[str, list[Any]] = {"line": [], "prompt": [], "chosen": [], "rejected": []}
+    columns: dict[str, list[Any]] = {"line": [], "id": [], "prompt": [], "chosen": [], "rejected": []}
     for line, row in read_rows(path):
         report.rows += 1
         try:
             if isinstance(row, BadRow):
                 raise row
-            prompt, chosen, rejected, truncated = tokenize_pair(
-                row, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length
-            )
+            pair = parse_pair(row)
+            prompt, chosen, rejected, truncated = _tokenize(pair, tokenizer, max_length, max_prompt_length)
         except BadRow as problem:
             report.add_bad(line, problem)
             continue
         if truncated:
             report.truncated.append(line)
         columns["line"].append(line)
+        columns["id"].append(pair_id(pair))
         for name, ids in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
             columns[name].append(torch.tensor(ids, dtype=torch.int32).numpy())
     report.kept = len(columns["line"])

@@ -1,4 +1,4 @@
-"""JSON lines, plain or gzipped, read row by row; what is wrong with a row is kept, not raised."""
+"""JSON lines, Parquet and Arrow, read row by row; what is wrong with a row is kept, not raised."""
 
 import gzip
 import json
@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 GZIP_MAGIC = b"\x1f\x8b"
+PARQUET_MAGIC, ARROW_FILE_MAGIC, ARROW_STREAM_MAGIC = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
+KINDS = "JSON lines (plain or gzipped), Parquet or Arrow, or a folder that datasets saved"
+ROWS_AT_ONCE = 64  # of Parquet and Arrow, as Python objects
 LINES_SHOWN = 8  # line numbers that a summary spells out for each kind of problem
 
 
@@ -27,7 +30,7 @@ class BadRow(ValueError):
 
 @dataclass
 class DataReport:
-    """What became of each row of one file. Line numbers count from 1, as an editor shows them."""
+    """What became of each row of one file. Line numbers (of Parquet and Arrow: rows) count from 1."""
 
     source: str
     rows: int = 0
@@ -48,33 +51,47 @@ class DataReport:
     def __str__(self) -> str:
         text = [f"{self.source}: {self.rows} rows, {self.kept} kept, {self.left_out} left out"]
         for kind, lines in sorted(self.bad.items(), key=lambda item: -len(item[1])):
-            text.append(f"  left out, {kind}: {len(lines)} ({_lines(lines)})")
+            text.append(f"  left out, {kind}: {len(lines)} ({line_numbers(lines)})")
         if self.truncated:
-            lines = _lines(self.truncated)
+            lines = line_numbers(self.truncated)
             text.append(f"  kept, answer cut at max_length {self.max_length}: {len(self.truncated)} ({lines})")
         return "\n".join(text)
 
 
-def _lines(numbers: list[int]) -> str:
+def line_numbers(numbers: list[int]) -> str:
+    """As a message names them: "line 3", "lines 1, 2 and 7 more"."""
     shown = ", ".join(map(str, numbers[:LINES_SHOWN]))
     more = len(numbers) - LINES_SHOWN
     return f"line{'s' * (len(numbers) > 1)} {shown}" + (f" and {more} more" if more > 0 else "")
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """(line number from 1, the row's JSON object or what is wrong with it), for every line.
+    """(line number from 1, the row or what is wrong with it), for every line of the file.
 
-    Empty lines count as bad rows, except at the very end of the file.
+    path: JSON lines, plain or gzipped; Parquet; Arrow, as a file or as a stream; or a folder of
+    `datasets.Dataset.save_to_disk`. What a file is stands in its first bytes, not in its name. A few
+    rows are in memory at a time. Arrow cannot tell a missing key from a null: both are missing.
 
-    Whether the file is gzipped is read from its first bytes, not from its name. Raises DataError
-    where the file itself cannot be read.
+    Empty lines count as bad rows, except at the very end of the file. Raises DataError where the
+    file itself cannot be read.
     """
     path = Path(path)
+    if path.is_dir():
+        yield from _arrow_rows(path, _saved_tables(path))
+        return
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "no such file"
-        raise DataError(f"data: got {str(path)!r}, {what}; need a file of JSON lines, plain or gzipped")
+        raise DataError(f"data: got {str(path)!r}, no such file; need a file of {KINDS}")
     with path.open("rb") as file:
-        zipped = file.read(2) == GZIP_MAGIC
+        start = file.read(6)
+    if start.startswith(PARQUET_MAGIC):
+        yield from _arrow_rows(path, _parquet_batches(path))
+    elif start.startswith((ARROW_FILE_MAGIC, ARROW_STREAM_MAGIC)):
+        yield from _arrow_rows(path, _arrow_batches(path, stream=start.startswith(ARROW_STREAM_MAGIC)))
+    else:
+        yield from _json_rows(path, zipped=start.startswith(GZIP_MAGIC))
+
+
+def _json_rows(path: Path, *, zipped: bool) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
     number, empty = 0, 0  # the line's, and how many empty ones came just before it
     try:
         with gzip.open(path, "rb") if zipped else path.open("rb") as file:
@@ -88,6 +105,53 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]
                 yield number, _row(line)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"data: {path} cannot be read beyond line {number} ({error}); is the copy complete?") from error
+
+
+def _arrow_rows(path: Path, tables: Iterator[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of Arrow tables or record batches."""
+    number = 0
+    try:
+        for table in tables:
+            for start in range(0, table.num_rows, ROWS_AT_ONCE):
+                for row in table.slice(start, ROWS_AT_ONCE).to_pylist():
+                    number += 1
+                    yield number, {name: value for name, value in row.items() if value is not None}
+    except DataError:
+        raise
+    except ImportError as error:
+        raise DataError(f'data: {path} needs {error.name}: pip install "asft_kernels[train]"') from error
+    except (OSError, ValueError) as error:  # pyarrow's errors are among these
+        raise DataError(f"data: {path} cannot be read beyond row {number} ({error}); is the copy complete?") from error
+
+
+def _parquet_batches(path: Path) -> Iterator[Any]:
+    from pyarrow import parquet
+
+    # Without a buffer size a whole row group, often the whole file, is read at once.
+    with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+        yield from file.iter_batches(batch_size=ROWS_AT_ONCE)
+
+
+def _arrow_batches(path: Path, *, stream: bool) -> Iterator[Any]:
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as file:
+        if stream:
+            yield from pyarrow.ipc.open_stream(file)
+        else:
+            reader = pyarrow.ipc.open_file(file)
+            yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
+
+
+def _saved_tables(path: Path) -> Iterator[Any]:
+    if (path / "dataset_dict.json").is_file():
+        splits = ", ".join(sorted(part.name for part in path.iterdir() if part.is_dir()))
+        raise DataError(f"data: {path} holds the splits {splits}; name the folder of one of them")
+    if not (path / "state.json").is_file():
+        raise DataError(f"data: got {str(path)!r}, is a folder that datasets did not save; need a file of {KINDS}")
+    from datasets import Dataset
+
+    yield from Dataset.load_from_disk(path).with_format("arrow").iter(ROWS_AT_ONCE)
 
 
 def _row(line: bytes) -> dict[str, Any] | BadRow:
