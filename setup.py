@@ -18,6 +18,7 @@ TRAIN = [
     "gguf>=0.10",  # the demo's model comes as a GGUF file
     "matplotlib>=3.8",
     "numpy",
+    "pyarrow>=15",  # score files, Parquet and Arrow data; datasets brings it
     "tqdm>=4.66",
     "transformers>=5",
 ]
@@ -69,6 +70,7 @@ setup(
     entry_points={
         "console_scripts": [
             "asft-data = asft_kernels.data_commands:main",
+            "asft-score = asft_kernels.score:main",
             "asft-train = asft_kernels.train:main",
         ]
     },

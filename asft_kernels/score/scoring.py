@@ -1,0 +1,124 @@
+"""Log-probabilities of the answers under one model, without gradients and without the logits."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asft_kernels.data import PairCollator
+from asft_kernels.data.pairs import IGNORE_INDEX
+from asft_kernels.functional import fused_linear_logps
+from asft_kernels.integrations.hf_model import PreferenceModel
+from asft_kernels.integrations.loading import ModelProblem
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """Scores of B pairs, on the CPU; of 2, the first is chosen, the second rejected.
+
+    rows: (B,) int64, where the pairs stand in the dataset.
+    logps: (2, B) float64, sums over the tokens of an answer. lengths: (2, B) int64, their number.
+    token_logps: chosen and rejected, each B tensors (length,).
+    """
+
+    rows: Tensor
+    logps: Tensor
+    lengths: Tensor
+    token_logps: tuple[list[Tensor], list[Tensor]]
+
+
+def score_pairs(
+    model: PreferenceModel,
+    pairs: "Dataset",
+    collator: PairCollator,
+    *,
+    batch_size: int = 8,
+    progress: str | None = None,
+) -> Iterator[ScoredBatch]:
+    """Scores every pair of `load_pairs`, at one matrix product with the head per answer token.
+
+    Batches are of like length, the longest first: little padding, and too large a batch shows at
+    once. Dropout is off meanwhile. progress: label of a progress bar, None for none; it counts tokens,
+    so that the time left is right although the short pairs come last.
+
+    Raises ModelProblem for a score that is not finite, naming the line.
+    """
+    from tqdm import tqdm
+
+    prompt, chosen, rejected = token_counts(pairs)
+    order = np.argsort(-(prompt + np.maximum(chosen, rejected)), kind="stable")
+    tokens = 2 * prompt + chosen + rejected
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        with tqdm(total=int(tokens.sum()), unit="tok", unit_scale=True, desc=progress, disable=progress is None) as bar:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                batch = collator([pairs[int(row)] for row in rows])
+                scored = _score(model, {name: tensor.to(device) for name, tensor in batch.items()}, rows)
+                finite = scored.logps.isfinite().all(dim=0)
+                if not finite.all():
+                    line = pairs[int(scored.rows[~finite][0])]["line"]
+                    raise ModelProblem(
+                        f"score: the log-probability of line {line} is not a finite number, need one; the model's "
+                        "weights are damaged, or it overflows in its dtype: try float32"
+                    )
+                yield scored
+                bar.update(int(tokens[rows].sum()))
+    finally:
+        model.train(was_training)
+
+
+@torch.inference_mode()
+def _score(model: PreferenceModel, batch: dict[str, Tensor], rows: np.ndarray) -> ScoredBatch:
+    logps = fused_linear_logps(
+        model.hidden_states(batch["input_ids"], batch["attention_mask"]),
+        model.lm_head,
+        batch["labels"],
+        logit_scale=model.logit_scale,
+        softcap=model.softcap,
+    )
+    answer = batch["labels"][:, 1:] != IGNORE_INDEX
+    logps, answer = logps[:, :-1].cpu(), answer.cpu()
+    lengths = answer.sum(dim=1)
+    token_logps = logps[answer].split(lengths.tolist())
+    return ScoredBatch(
+        torch.from_numpy(rows.copy()),
+        logps.double().sum(dim=1).view(2, -1),  # masked places are 0
+        lengths.view(2, -1),
+        (list(token_logps[: len(rows)]), list(token_logps[len(rows) :])),
+    )
+
+
+def reference_logps(
+    model: PreferenceModel,
+    pairs: "Dataset",
+    collator: PairCollator,
+    *,
+    batch_size: int = 8,
+    progress: str | None = None,
+) -> Tensor:
+    """(1, 2, n) float64: sums in the order of `pairs`, as `load_scores` returns them for one model."""
+    logps = torch.empty(1, 2, len(pairs), dtype=torch.float64)
+    for batch in score_pairs(model, pairs, collator, batch_size=batch_size, progress=progress):
+        logps[0, :, batch.rows] = batch.logps
+    return logps
+
+
+def token_counts(pairs: "Dataset") -> np.ndarray:
+    """(3, n): tokens of prompt, chosen and rejected of each pair."""
+    from pyarrow import compute
+
+    tables = cast(Iterator[Any], pairs.with_format("arrow").iter(1000))
+    counts = [
+        [compute.call_function("list_value_length", [table[name]]) for name in ("prompt", "chosen", "rejected")]
+        for table in tables
+    ]
+    return np.concatenate(counts, axis=1).astype(np.int64)
