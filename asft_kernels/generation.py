@@ -12,10 +12,11 @@ Anything with `Generator.generate` will do. With vLLM, for example, whose `LLM` 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import torch
+
+from asft_kernels.integrations.loading import load_causal_lm, load_tokenizer
 
 Messages: TypeAlias = list[dict[str, str]]
 
@@ -73,20 +74,15 @@ class TransformersGenerator:
 
     @classmethod
     def from_pretrained(cls, name: str, *, batch_size: int = 8) -> "TransformersGenerator":
-        """name: a folder that from_pretrained reads, or a hub name. On a GPU if there is one."""
+        """name: a folder that from_pretrained reads, or a hub name. On a GPU if there is one.
+
+        Raises ModelProblem for what cannot be loaded, ImportError without transformers.
+        """
         try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+            tokenizer, _ = load_tokenizer(name)
         except ImportError as error:
             raise ImportError('transformers: needed to generate; pip install "asft_kernels[train]"') from error
-        if not Path(name).is_dir() and (Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/"))):
-            what = "a file" if Path(name).exists() else "no such folder, and no hub name either"
-            raise ValueError(f"model: got {name!r}, {what}; need a folder that from_pretrained reads, or org/name")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-        except (OSError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"model: {name!r} cannot be loaded as a causal language model ({reason})") from error
+        model = load_causal_lm(name, "auto")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(model.to(device), tokenizer, batch_size=batch_size)
 

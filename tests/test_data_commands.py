@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import math
+import sys
 import tracemalloc
 from collections import Counter
 from random import Random
@@ -118,7 +119,7 @@ def test_an_interrupted_run_continues_to_the_same_output(tmp_path, capsys, monke
     assert main([command, str(source), str(parts)]) == 130
     assert "the same command goes on" in capsys.readouterr().err
     partial_path = tmp_path / f"{name}.partial"
-    partial_path.write_bytes(partial_path.read_bytes() + b"half a line that no state knows")
+    partial_path.write_bytes(partial_path.read_bytes() + b"more than the state knows" * 10_000)
     assert not parts.exists()
     assert main([command, str(source), str(parts)]) == 0
     text = capsys.readouterr().out
@@ -269,7 +270,7 @@ def test_what_rad_writes_trains(tmp_path, capsys):
 
 def test_several_attributes_and_ties(tmp_path, capsys):
     rows = [
-        scored(0, {"help": 8, "truth": 2}, {"truth": 3, "help": 4}),  # better in one: kept
+        scored(0, {"help": 8, "truth": 2}, {"truth": 9, "help": 4}),  # better in one: kept
         scored(1, {"help": 4, "truth": 2}, {"help": 4, "truth": 3}),  # nowhere better
         scored(2, {"help": 4}, {"help": 4.0}),
         scored(3, 5, 5),
@@ -283,7 +284,7 @@ def test_several_attributes_and_ties(tmp_path, capsys):
     written, text = call(tmp_path, capsys, "rad", rows)
     assert len(written) == 4
     assert written[0]["prompt"][0]["content"].endswith("\nHelp score: 8.\nTruth score: 2.")
-    assert written[1]["prompt"][0]["content"].endswith("\nTruth score: 3.\nHelp score: 4.")
+    assert written[1]["prompt"][0]["content"].endswith("\nTruth score: 9.\nHelp score: 4.")
     assert "left out, equal scores: 2 (lines 3, 4)" in text
     assert "left out, rejected has the better score: 2 (lines 2, 5)" in text
     assert "answers scored by different attributes: 2 (lines 6, 7)" in text
@@ -329,6 +330,14 @@ def test_beta_0_takes_the_best_and_beta_infinite_the_first():
     for beta in (math.inf, 1e9):
         assert rso.accept(REWARDS, 4, beta, Random(1)) == [0, 1, 2, 3]
     assert rso.accept([1.0, 2.0, 2.0, 2.0], 2, 0.0, Random(1)) == [1, 2], "ties in order"
+
+
+def test_a_draw_of_0_accepts_nothing_that_has_no_chance():
+    class Zero(Random):
+        def random(self):
+            return 0.0
+
+    assert rso.accept([1.0, 2.0], 1, 0.0, Zero()) == [1]
 
 
 def test_more_than_there_are_takes_all_and_the_best_is_always_accepted():
@@ -595,9 +604,14 @@ def test_bmc_with_a_model(tmp_path, capsys):
     assert "bad, too long for the model that edits: 1 (line 4)" in text
     assert [row["original_chosen"] for row in written] == ["good 0", "good 1", "good 2"]
     assert (
-        "--model: model: got 'nowhere', no such folder"
-        in call(tmp_path, capsys, "bmc", rows, "--model", "nowhere", code=2)[1]
+        "--model: got 'nowhere', no such folder" in call(tmp_path, capsys, "bmc", rows, "--model", "nowhere", code=2)[1]
     )
+
+
+def test_bmc_says_what_is_not_installed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    text = call(tmp_path, capsys, "bmc", [pair()], "--model", str(tmp_path), code=2)[1]
+    assert text == 'asft-data: transformers: needed to generate; pip install "asft_kernels[train]"\n'
 
 
 def test_commands_are_listed(capsys):

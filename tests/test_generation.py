@@ -27,7 +27,8 @@ class Answers:
     def __getattr__(self, name):
         return getattr(self.model, name)
 
-    def generate(self, input_ids, **_):
+    def generate(self, input_ids, **options):
+        self.options = options
         return torch.cat([input_ids, torch.tensor(self.rows)], dim=1)
 
 
@@ -73,8 +74,10 @@ def test_stops_at_the_models_and_the_tokenizers_end(model, monkeypatch):
     a, b, c, other = (tiny_tokenizer()(char)["input_ids"][0] for char in "abc!")
     rows = [[a, b, 1, c], [a, other, 1, 1], [a, b, c, a]]
     monkeypatch.setattr(model.generation_config, "eos_token_id", [other])
-    texts = generator(Answers(model, rows), batch_size=3).generate(PROMPTS, max_new_tokens=4)
+    answers = Answers(model, rows)
+    texts = generator(answers, batch_size=3).generate(PROMPTS, max_new_tokens=4)
     assert texts == ["ab", "a", "abca"]
+    assert answers.options["eos_token_id"] == [1, other], "none is generated beyond its end"
 
 
 @pytest.mark.parametrize(
@@ -106,15 +109,12 @@ def test_a_prompt_that_begins_with_bos_gets_no_second_one(model):
     assert made._encode("<turn>a") == [2, *a]
 
 
-def test_training_mode_comes_back_and_dropout_is_off(model):
-    model.train()
-    try:
-        generator(model).generate(PROMPTS, max_new_tokens=2)
-        assert model.training
-    finally:
-        model.eval()
-    generator(model).generate(PROMPTS, max_new_tokens=2)
+def test_training_mode_comes_back_and_dropout_is_off():
+    model = tiny_model(initializer_range=0.5, attention_dropout=0.9)
+    evaluated = generator(model.eval()).generate(PROMPTS, max_new_tokens=6)
     assert not model.training
+    assert generator(model.train()).generate(PROMPTS, max_new_tokens=6) == evaluated
+    assert model.training
 
 
 def test_prompt_too_long_is_named_before_anything_is_generated(model):

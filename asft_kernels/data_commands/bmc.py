@@ -16,6 +16,7 @@ from asft_kernels.data_commands.fields import Messages, whole
 from asft_kernels.data_commands.report import Report
 from asft_kernels.data_commands.stream import run_stream
 from asft_kernels.generation import Generator, PromptTooLong, TransformersGenerator
+from asft_kernels.integrations.loading import ModelProblem
 
 BRIDGING = """\
 You are given a request, a draft answer with faults, and a reference answer that is better.
@@ -76,8 +77,8 @@ def run(args: argparse.Namespace) -> None:
     else:
         try:
             generator = TransformersGenerator.from_pretrained(args.model, batch_size=args.batch_size)
-        except (ImportError, ValueError) as error:
-            raise DataError(f"--model: {error}") from error
+        except (ImportError, ModelProblem) as error:
+            raise DataError(str(error)) from error
         chat = bool(getattr(generator.tokenizer, "chat_template", None))
         edits = edits_by(GenerationEditor(generator, max_new_tokens=args.max_new_tokens, chat=chat))
     run_stream(args, lambda rows, report: bridged(rows, report, edits), batch_size=args.batch_size)
