@@ -10,7 +10,7 @@ pytest.importorskip("transformers", reason="needs the train extra: transformers"
 
 from asft_kernels import fused_preference_loss
 from asft_kernels.data import PairCollator, load_pairs
-from asft_kernels.objectives import OBJECTIVES, get_objective
+from asft_kernels.objectives import get_objective
 from asft_kernels.sae import SparseAutoencoder, fpo_inputs, pooled_features, read_sae, write_sae
 from asft_kernels.sae.__main__ import main as train_main
 from asft_kernels.sae.cache import ReferenceFeatures, write_reference_features
@@ -52,7 +52,7 @@ def test_layers_are_what_transformers_gives():
 
 
 @pytest.mark.parametrize("layer", [-1, 0])
-def test_reference_features_come_back_exactly(tmp_path, loaded, layer):
+def test_reference_features_come_back(tmp_path, loaded, layer):
     jump = layer == -1  # an untrained block's output is too small for a threshold
     model, sae, path = tiny_model().eval(), make_sae(jump, D, F), tmp_path / "ref.arrow"
     write_reference_features(path, model, sae, loaded, layer=layer, batch_size=5)
@@ -63,8 +63,8 @@ def test_reference_features_come_back_exactly(tmp_path, loaded, layer):
         _, hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"], layer)
         pooled = pooled_features(sae, hidden, batch["labels"])
     got = stored.pooled([pair["id"] for pair in some])
-    # Another batch, so other shapes of the same fp32 sums; a feature at its threshold may flip.
-    assert (torch.isclose(got, pooled, rtol=1e-5, atol=1e-6)).double().mean() > 0.99
+    # Rounded once to fp16; other shapes of the same fp32 sums, so a feature at its threshold may flip.
+    assert torch.isclose(got, pooled, rtol=2**-11 + 1e-5, atol=1e-6).double().mean() > 0.99
     assert got.count_nonzero() > 100
     assert not (tmp_path / "ref.arrow.partial").exists()
 
@@ -84,6 +84,9 @@ def test_reference_features_of_something_else_are_refused(tmp_path, loaded):
     cut = [{**loaded[0], "rejected": loaded[0]["rejected"][:1]}]
     with pytest.raises(ValueError, match=r"has 3 tokens in its rejected answer, need 1; .*tokenizer and lengths"):
         ReferenceFeatures(path, sae, pairs=cut)
+    huge = SparseAutoencoder(*(1e6 * x for x in make_sae(False, D, F).parameters()))
+    with pytest.raises(ValueError, match=r"a pooled feature of [\d.e+]+, need at most 65504 \(float16\)"):
+        write_reference_features(path, model, huge, loaded)
     path.write_text("something else")
     with pytest.raises(ValueError, match=r"ref\.arrow: got another file .*, need a file that python -m"):
         ReferenceFeatures(path, sae)
@@ -113,9 +116,9 @@ def test_tokens_are_collected_without_padding_and_first_positions(loaded):
         ids = torch.tensor([[*pair["prompt"], *pair[side]]])
         return hidden_states(model, ids)[1][0, 1:].detach()
 
-    # One pair gives its chosen answer, the other its rejected one; which comes first is the seed's affair.
+    # One pair gives its chosen answer, the other its rejected one: which is the seed's affair. Longest first.
     sequences = [(states(two[i], "chosen"), states(two[1 - i], "rejected")) for i in (0, 1)]
-    expected = [torch.cat(pair) for pair in sequences]
+    expected = [torch.cat(sorted(pair, key=len, reverse=True)) for pair in sequences]
     same = [x.shape == tokens.shape and torch.allclose(x, tokens, rtol=1e-5, atol=1e-6) for x in expected]
     assert any(same)
     assert len(collect_tokens(model, loaded, 100, layer=0, seed=0, label="")) == 100
@@ -194,10 +197,6 @@ def test_ctrl_c_writes_what_there_is(tmp_path, data, capsys, monkeypatch):
     read_sae(output)
 
 
-needs_fpo = pytest.mark.skipif("fpo" not in OBJECTIVES, reason="the objective fpo is not registered")
-
-
-@needs_fpo
 @pytest.mark.parametrize("layer", [-1, 0])
 def test_fpo_end_to_end(loaded, layer):
     """Loss and the gradient of every parameter against Eq. 4 and 8 to 11 in plain float64."""
@@ -237,8 +236,6 @@ def test_fpo_end_to_end(loaded, layer):
         torch.testing.assert_close(got, right, rtol=1e-9, atol=1e-13)
 
 
-@needs_fpo
-@pytest.mark.skipif("sigmoid_norm" not in OBJECTIVES, reason="the objective sigmoid_norm is not registered")
 def test_without_its_constraint_fpo_is_length_normalised_dpo(loaded):
     model, sae = tiny_model().eval(), make_sae(True, D, F)
     batch = PairCollator(0)([loaded[i] for i in range(4)])

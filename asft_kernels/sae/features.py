@@ -12,6 +12,7 @@ The forward costs one product of (N, D) by (D, F), in chunks of tokens. D's grad
 backward recomputes and multiplies only the columns of W_enc that some sequence's I holds.
 """
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -64,13 +65,13 @@ def feature_distance(pooled: Tensor, ref_pooled: Tensor, top_k: int = 50, *, uni
             f"ref_pooled: got shape {tuple(ref_pooled.shape)}, need {tuple(pooled.shape)}, that of the policy's"
         )
     features = pooled.shape[-1]
-    if not (isinstance(top_k, int) and 1 <= top_k <= features):
+    if not (isinstance(top_k, Integral) and 1 <= top_k <= features):
         raise ValueError(f"top_k: got {top_k!r}, need an integer from 1 to {features}, the autoencoder's features")
     ref_pooled = ref_pooled.detach().to(pooled.dtype)
     chosen = torch.zeros_like(pooled, dtype=torch.bool)
     for vector in (pooled, ref_pooled) if union else (pooled,):
-        chosen.scatter_(-1, vector.detach().topk(top_k, dim=-1).indices, True)
-    return torch.where(chosen, pooled - ref_pooled, 0).square().sum(dim=-1) / top_k
+        chosen.scatter_(-1, vector.detach().topk(int(top_k), dim=-1).indices, True)
+    return torch.where(chosen, pooled - ref_pooled, 0).square().sum(dim=-1) / int(top_k)
 
 
 def fpo_inputs(
