@@ -88,7 +88,7 @@ class WeightedSum(Objective):
             if self.paired and not objective.paired:
                 own = {k: v.chunk(2, dim=-1)[0] if v.dim() else v for k, v in own.items()}
                 ref = None if ref is None else ref.chunk(2, dim=-1)[0]
-                parts.append((weight, objective(_chosen_of_pairs(policy), ref, **own)))
+                parts.append((weight, objective(chosen_of_pairs(policy), ref, **own)))
             else:
                 parts.append((weight, objective(policy, ref, **own)))
         return LossTerms(
@@ -99,7 +99,7 @@ class WeightedSum(Objective):
         )
 
 
-def _chosen_of_pairs(policy: Logps) -> Logps:
+def chosen_of_pairs(policy: Logps) -> Logps:
     """The chosen rows, empty where the pair does not count: what looks at the whole batch must not see those."""
     chosen = policy.chosen
     return replace(chosen, length=torch.where(counting(policy, paired=True), chosen.length, 0))

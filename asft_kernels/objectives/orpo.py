@@ -46,4 +46,4 @@ def continued_log_odds(avg: Tensor) -> Tensor:
     """
     floored = avg.clamp(max=-FLOOR)
     # avg - floored is 0, with gradient 0, below the floor; past it, all the gradient there is.
-    return log_odds(avg) + (-1 / torch.expm1(floored)).detach() * (avg - floored)
+    return log_odds(avg) - (avg - floored) / torch.expm1(floored)
