@@ -1,6 +1,5 @@
 """One command: for each model in turn its tokenizer, the data, the scores, a file."""
 
-import gc
 import hashlib
 import re
 from argparse import Namespace
@@ -84,7 +83,6 @@ def _score_under(model: str, tokenizer: Any, path: Path, args: Namespace, say: C
 def _score_rest(
     name: str, tokenizer: Any, pairs: Any, unfinished: UnfinishedScores, args: Namespace, say: Callable[[str], None]
 ) -> None:
-    gc.collect()  # the last model's cycles: there is never memory for two
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = PreferenceModel(load_causal_lm(name, args.dtype).to(device))
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
