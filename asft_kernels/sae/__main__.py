@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         return _run(options)
+    except ImportError as error:
+        print(f'sae: {error}; pip install "asft_kernels[train]"', file=sys.stderr)
+        return 2
     except (OSError, ValueError) as error:
         print(f"sae: {error}", file=sys.stderr)
         return 2

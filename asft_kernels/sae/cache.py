@@ -169,6 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(report)
         model = load_causal_lm(options.model, options.dtype).to(device).eval()
         write_reference_features(options.output, model, sae, pairs, layer=options.layer, batch_size=options.batch_size)
+    except ImportError as error:
+        print(f'sae.cache: {error}; pip install "asft_kernels[train]"', file=sys.stderr)
+        return 2
     except (OSError, ValueError) as error:
         print(f"sae.cache: {error}", file=sys.stderr)
         return 2

@@ -3,9 +3,11 @@
 W_enc (D, F), b_enc (F,), W_dec (F, D), b_dec (D,), threshold (F,); without threshold: ReLU
 """
 
+import importlib
 import os
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,14 +50,11 @@ def write_sae(sae: SparseAutoencoder, path: str | os.PathLike[str]) -> None:
     tensors = {name: tensor.detach().cpu() for name, tensor in sae.named_parameters()}
     partial = path.with_name(path.name + ".partial")
     if suffix == ".npz":
-        import numpy
-
+        numpy = _extra("numpy")
         with partial.open("wb") as file:
             numpy.savez(file, allow_pickle=False, **{name: tensor.numpy() for name, tensor in tensors.items()})
     else:
-        from safetensors.torch import save_file
-
-        save_file(tensors, partial)
+        _extra("safetensors.torch").save_file(tensors, partial)
     os.replace(partial, path)
 
 
@@ -68,8 +67,7 @@ def check_suffix(path: str | os.PathLike[str]) -> str:
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
-    import numpy
-
+    numpy = _extra("numpy")
     try:
         with path.open("rb") as file, numpy.load(file) as arrays:  # without pickles, which run code
             return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
@@ -78,10 +76,15 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    safetensors = _extra("safetensors")
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        return _extra("safetensors.torch").load_file(path)
+    except safetensors.SafetensorError as error:
         raise ValueError(f"cannot be read as .safetensors ({error})") from error
+
+
+def _extra(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f'{name}: not installed, needed for this file; pip install "asft_kernels[train]"') from error
