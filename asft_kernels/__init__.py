@@ -6,6 +6,7 @@ First of all ASFT: Aligned Supervised Fine-Tuning through Absolute Likelihood, a
 
 from asft_kernels.functional import fused_asft_loss, fused_linear_logps, fused_preference_loss
 from asft_kernels.nn import FusedASFTLoss
+from asft_kernels.noisy_logps import fused_noisy_linear_logps
 from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs
 
 __version__ = "0.1.0"
@@ -15,5 +16,6 @@ __all__ = [
     "SequenceOutputs",
     "fused_asft_loss",
     "fused_linear_logps",
+    "fused_noisy_linear_logps",
     "fused_preference_loss",
 ]

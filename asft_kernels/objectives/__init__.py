@@ -8,6 +8,7 @@ from asft_kernels.objectives.asft import ASFT
 from asft_kernels.objectives.base import LossTerms, Objective, WeightedSum
 from asft_kernels.objectives.bmc import BMC, weighted_reference
 from asft_kernels.objectives.cpo import CPO
+from asft_kernels.objectives.dnpo import DNPO
 from asft_kernels.objectives.dpo import DPO, IPO, Robust, SigmoidNorm
 from asft_kernels.objectives.fpo import FPO
 from asft_kernels.objectives.hinge import Hinge, HingeNorm
@@ -33,6 +34,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "simpo": SimPO,
     "cpo": CPO,
     "kto": KTO,
+    "dnpo": DNPO,
     "lmpo": LMPO,
     "poft": PoFT,
     "fpo": FPO,
@@ -81,6 +83,7 @@ __all__ = [
     "ASFT",
     "BMC",
     "CPO",
+    "DNPO",
     "DPO",
     "FPO",
     "IPO",

@@ -9,9 +9,10 @@ what `objective_inputs` gave for it.
 
 import inspect
 
-from asft_kernels.reference import base, neighbours
+from asft_kernels.reference import base, dnpo, neighbours
 
-FORMULAS = {**base.FORMULAS, **neighbours.FORMULAS}  # name: ("pair", "pairs", "row" or "rows", function)
+# name: ("pair", "pairs", "row" or "rows", function)
+FORMULAS = {**base.FORMULAS, **neighbours.FORMULAS, **dnpo.FORMULAS}
 
 
 def evaluate(objective, rows, shared):

@@ -1,0 +1,239 @@
+"""Log-probabilities under a frozen head whose logits carry trainable Gaussian noise: DNPO's primitive.
+
+    stage             formula (one vocabulary chunk of rows k)                        tensor
+    logits            z = softcap * tanh(scale * (H W_k^T + b_k) / softcap)           (N, k)
+    noise             std = H Wn_k^T + bn_k;  z~ = z + std * eps(seed, t, v)          (N, k)
+    forward           r, s: running maximum, and sum of exp(z~ - r), without label y  (N,)
+    close             logp = -softplus(r + log s - z~_y);  power = mean over v of std^2
+    backward          C = -g * (p~ - onehot(y)) * eps + 2 q / V * std                 (N, k)
+    dWn_k, dbn_k      C^T H, sum over t of C                                          (k, D), (k,)
+
+g and q are the gradients to logp and power. Nothing of size N*V exists: eps is computed from its counter
+(`asft_kernels.philox`), in the backward pass again. GEMMs: 2 forward, 3 backward (the two products again, and
+C^T H). Everything between inputs and results is fp32 (fp64 for fp64 hidden), eps fp32 always. ATen calls only,
+on any device; there is no Triton kernel for it.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from asft_kernels import checks
+from asft_kernels.backends import Logits
+from asft_kernels.backends.plan import make_plan, traced_chunk
+from asft_kernels.batch import pack
+from asft_kernels.functional import Head, _as_autocast
+from asft_kernels.linear_logps import _exact_products
+from asft_kernels.philox import normals
+
+ENTRY_BYTES = 24  # of one (token, vocabulary entry) of a chunk: z, std, eps in fp32, and Philox's words
+
+
+class NoisyLogps(NamedTuple):
+    """Both in the shape of labels, 0 at masked places, fp32 (fp64 for fp64 hidden); label t+1's stand at t."""
+
+    logps: Tensor  # log-probability of each label under the noisy logits
+    noise_power: Tensor  # mean over the vocabulary of std^2
+
+
+def fused_noisy_linear_logps(
+    hidden: Tensor,
+    lm_head: Head,
+    noise_head: Head,
+    labels: Tensor,
+    *,
+    seed: int,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = True,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int | None = None,
+    num_valid: int | None = None,
+) -> NoisyLogps:
+    """Log-probability of every label under z + (h.Wn + bn) * eps, and the noise's mean square, without the logits.
+
+    hidden, lm_head: of the frozen reference model, as `fused_linear_logps` takes them; they get no gradient.
+    noise_head: nn.Linear, weight (V, D) or (weight, bias), in any floating dtype: the standard deviation of the noise
+        on each logit. Its sign does not matter, and 0 gives `fused_linear_logps`.
+    seed: 0 to 2^63 - 1. eps is standard normal, a function of the seed, the token's number among the valid ones of
+        the batch, and the vocabulary entry; not of padding, dtype or chunk_size.
+    The others: `asft_kernels.functional.Options`. Differentiable in noise_head.
+    Raises ValueError that names the argument; RuntimeError on double backward.
+
+    >>> hidden, head, noise = torch.randn(2, 5, 8), nn.Linear(8, 32), nn.Linear(8, 32)
+    >>> fused_noisy_linear_logps(hidden, head, noise, torch.randint(32, (2, 5)), seed=1).logps.shape
+    torch.Size([2, 5])
+    """
+    checks.options(
+        reduction="none", shift=shift, logit_scale=logit_scale, softcap=softcap, cache_bytes=None,
+        chunk_size=chunk_size, num_valid=num_valid, ignore_index=ignore_index,
+    )  # fmt: skip
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed: got {seed!r}, need an integer from 0 to 2**63 - 1; another one for each draw")
+    weight, bias = checks.head_tensors(lm_head)
+    checks.hidden_layout(hidden)
+    checks.hidden_size(hidden, weight)
+    noise_weight, noise_bias = _noise_tensors(noise_head, weight)
+    checks.label_layout(hidden, labels, cu_seqlens)
+    heads = {"lm_head weight": weight, "lm_head bias": bias, "noise_head": noise_weight, "noise_head bias": noise_bias}
+    checks.same_place(hidden=hidden, **heads, labels=labels, cu_seqlens=cu_seqlens)
+    hidden, weight = (_as_autocast(x.detach()) for x in (hidden, weight))
+    bias = None if bias is None else _as_autocast(bias.detach())
+    checks.same_dtype(hidden, weight, bias)
+
+    batch = pack(
+        labels, vocab=weight.shape[0], cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index,
+        num_valid=num_valid,
+    )  # fmt: skip
+    compact = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.rows)
+    masked = batch.labels < 0
+    if batch.padded:
+        compact = compact.masked_fill(masked[:, None], 0.0)
+    if chunk_size is None and torch.compiler.is_compiling():
+        chunk_size = traced_chunk(weight.shape[1], exp_bytes=ENTRY_BYTES, device_type=hidden.device.type)
+    logps, power, _ = _noisy_logps(
+        compact, weight, bias, noise_weight, noise_bias, batch.labels.clamp(min=0), seed, float(logit_scale),
+        None if softcap is None else float(softcap), chunk_size,
+    )  # fmt: skip
+    if batch.padded:
+        logps, power = (x.masked_fill(masked, 0.0) for x in (logps, power))
+    return NoisyLogps(batch.spread(logps), batch.spread(power))
+
+
+def _noise_tensors(noise_head: Head, lm_weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    try:
+        weight, bias = checks.head_tensors(noise_head)
+    except ValueError as error:
+        raise ValueError(str(error).replace("lm_head", "noise_head")) from None
+    if weight.shape != lm_weight.shape:
+        raise ValueError(
+            f"noise_head: got a weight of shape {tuple(weight.shape)}, need {tuple(lm_weight.shape)}, that of lm_head"
+        )
+    return weight, bias
+
+
+@torch.library.custom_op("asft_kernels::noisy_logps", mutates_args=())
+def _noisy_logps(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, noise_weight: Tensor, noise_bias: Tensor | None,
+    labels: Tensor, seed: int, scale: float, softcap: float | None, chunk_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(logps, power, log of the sum of exponentials), (N,) each, of the compacted tokens, labels in [0, V)."""
+    with _exact_products(hidden.device.type):
+        chunks = _Chunks(hidden, weight, bias, noise_weight, noise_bias, seed, Logits(scale, softcap), chunk_size)
+        z_y, others, power = (chunks.H.new_zeros(len(labels)) for _ in range(3))
+        highest = torch.full_like(z_y, torch.finfo(z_y.dtype).min)
+        for start, stop in chunks.slices:
+            z, std, _ = chunks.noisy(start, stop)
+            column, inside = _in_chunk(labels, start, stop)
+            own = z.gather(1, column)[:, 0]
+            z_y = torch.where(inside, own, z_y)
+            z.scatter_(1, column, torch.where(inside, -torch.inf, own)[:, None])
+            before, highest = highest, torch.maximum(highest, z.amax(dim=1))
+            others = others * torch.exp(before - highest) + z.sub_(highest[:, None]).exp_().sum(dim=1)
+            power += torch.linalg.vector_norm(std, dim=1).square()
+        log_others = highest + others.log()
+    return F.logsigmoid(z_y - log_others), power / len(weight), torch.logaddexp(z_y, log_others)
+
+
+@_noisy_logps.register_fake
+def _(hidden, weight, bias, noise_weight, noise_bias, labels, seed, scale, softcap, chunk_size):
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    a, b, c = (hidden.new_empty(labels.shape, dtype=dtype) for _ in range(3))
+    return a, b, c
+
+
+@torch.library.custom_op("asft_kernels::noisy_logps_backward", mutates_args=())
+def _noisy_logps_backward(
+    grad_logps: Tensor, grad_power: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    noise_weight: Tensor, noise_bias: Tensor | None, labels: Tensor, logps: Tensor, log_total: Tensor,
+    seed: int, scale: float, softcap: float | None, chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dWn (V, D), dbn (V,)); dbn is empty without a bias: an operator returns tensors alone."""
+    with _exact_products(hidden.device.type):
+        chunks = _Chunks(hidden, weight, bias, noise_weight, noise_bias, seed, Logits(scale, softcap), chunk_size)
+        grad_weight = torch.empty_like(noise_weight, memory_format=torch.contiguous_format)
+        grad_bias = hidden.new_empty(0) if noise_bias is None else torch.empty_like(noise_bias)
+        pull = -grad_logps.to(log_total.dtype)[:, None]
+        shrink = (2 / len(weight)) * grad_power.to(log_total.dtype)[:, None]
+        for start, stop in chunks.slices:
+            z, std, eps = chunks.noisy(start, stop)
+            C = z.sub_(log_total[:, None]).exp_()
+            column, inside = _in_chunk(labels, start, stop)
+            own = torch.where(inside, torch.expm1(logps), C.gather(1, column)[:, 0])  # p - 1 keeps its digits
+            C.scatter_(1, column, own[:, None]).mul_(eps).mul_(pull).addcmul_(std, shrink)
+            grad_weight[start:stop] = C.T @ chunks.H
+            if noise_bias is not None:
+                grad_bias[start:stop] = C.sum(dim=0)
+    return grad_weight, grad_bias
+
+
+@_noisy_logps_backward.register_fake
+def _(grad_logps, grad_power, hidden, weight, bias, noise_weight, noise_bias, labels, logps, log_total,
+      seed, scale, softcap, chunk_size):  # fmt: skip
+    no_bias = hidden.new_empty(0) if noise_bias is None else torch.empty_like(noise_bias)
+    return torch.empty_like(noise_weight, memory_format=torch.contiguous_format), no_bias
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.seed, ctx.scale, ctx.softcap, ctx.chunk_size = inputs
+    logps, _, log_total = output
+    ctx.mark_non_differentiable(log_total)
+    ctx.save_for_backward(*tensors, logps, log_total)
+
+
+def _gradients(ctx, grad_logps, grad_power, _):
+    grad_weight, grad_bias = _noisy_logps_backward(
+        grad_logps, grad_power, *ctx.saved_tensors, ctx.seed, ctx.scale, ctx.softcap, ctx.chunk_size
+    )
+    has_bias = ctx.saved_tensors[4] is not None
+    return None, None, None, grad_weight, grad_bias if has_bias else None, *(None,) * 5
+
+
+def _refuse(ctx, *_):
+    raise RuntimeError(
+        "asft_kernels: double backward is not supported: the gradients of the noisy log-probabilities have no "
+        "derivative of their own; drop create_graph=True"
+    )
+
+
+torch.library.register_autograd(_noisy_logps, _gradients, setup_context=_save)
+torch.library.register_autograd(_noisy_logps_backward, _refuse, setup_context=lambda ctx, inputs, output: None)
+
+
+class _Chunks:
+    """Noisy logits of one vocabulary chunk after another."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, noise_weight: Tensor, noise_bias: Tensor | None,
+        seed: int, logits: Logits, chunk_size: int | None,
+    ) -> None:  # fmt: skip
+        self.H = hidden if hidden.dtype == torch.float64 else hidden.float()
+        self.head, self.noise_head = (weight, bias), (noise_weight, noise_bias)
+        self.seed, self.transform = seed, logits
+        self.tokens = torch.arange(len(hidden), device=hidden.device)
+        self.slices = make_plan(
+            len(hidden), *weight.shape, exp_bytes=ENTRY_BYTES, chunk_size=chunk_size, cache_bytes=0,
+            device_type=hidden.device.type,
+        ).slices  # fmt: skip
+
+    def noisy(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(z~, std, eps) of vocabulary rows start to stop, (N, stop - start) each; z~ may be overwritten."""
+        z = self._product(*self.head, start, stop).mul_(self.transform.scale)
+        if self.transform.softcap is not None:
+            z.div_(self.transform.softcap).tanh_().mul_(self.transform.softcap)
+        std = self._product(*self.noise_head, start, stop)
+        eps = normals(self.seed, self.tokens, start, stop).to(z.dtype)
+        return z.addcmul_(std, eps), std, eps
+
+    def _product(self, weight: Tensor, bias: Tensor | None, start: int, stop: int) -> Tensor:
+        product = self.H @ weight[start:stop].to(self.H.dtype).T
+        return product if bias is None else product.add_(bias[start:stop].to(self.H.dtype))
+
+
+def _in_chunk(labels: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """(a column of the chunk for each token (N, 1), whether it is its label's (N,))."""
+    column = (labels - start).clamp(0, stop - start - 1)[:, None]
+    return column, (labels >= start) & (labels < stop)
