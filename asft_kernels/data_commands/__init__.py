@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 
 from asft_kernels.data import DataError
-from asft_kernels.data_commands import bmc, rad, rso, sapo, stream
+from asft_kernels.data_commands import bmc, dnpo, rad, rso, sapo, stream
 
-COMMANDS = {"rad": rad, "rso": rso, "bmc": bmc, "sapo": sapo}  # each has add_arguments(parser) and run(args)
+# Each has add_arguments(parser) and run(args).
+COMMANDS = {"rad": rad, "rso": rso, "bmc": bmc, "sapo": sapo, "dnpo": dnpo}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
