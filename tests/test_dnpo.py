@@ -206,6 +206,16 @@ def test_without_noise_a_step_is_dpos(batches, monkeypatch):
         assert close > 0.99
 
 
+def test_the_model_trains_against_the_noisy_reference(batches, monkeypatch):
+    """u with noise is u without it, plus lam times what the noise did to the rejected answer's sum."""
+    monkeypatch.setattr(trainer_module, "INITIAL_STD", 3.0)
+    figures = trainer_of(lam=0.3).step(batches[0])
+    assert abs(figures["reference_shift"]) > 1
+    moved = 0.3 * figures["reference_shift"]
+    assert figures["noisy_reward_margin"] == pytest.approx(figures["reward_margin"] + moved, abs=1e-4)
+    assert abs(figures["loss"] - figures["clean_loss"]) > 0.1
+
+
 def test_draws_differ_by_step_and_repeat_by_seed(batches):
     runs = [[trainer.step(batch)["reference_shift"] for batch in (batches[0], batches[0])]
             for trainer in (trainer_of(seed=1), trainer_of(seed=1), trainer_of(seed=2))]  # fmt: skip

@@ -335,3 +335,20 @@ def test_errors(changes, message):
     arguments = {"lm_head": case.weight, "noise_head": noise_of(case), "labels": case.labels, "seed": 1, **changes}
     with pytest.raises(ValueError, match=message):
         fused_noisy_linear_logps(case.hidden, **arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gpu_draws_and_computes_what_a_cpu_does(dtype):
+    case = make_case(rows=4, T=130, D=136, V=5003, dtype=dtype)
+    there = case.on("cuda")
+    noise = noise_of(case, dtype=torch.float32)
+    moved = [x.detach().cuda().requires_grad_() for x in noise]
+    got = fused_noisy_linear_logps(there.hidden, there.head, moved, there.labels, seed=5)
+    exact_noise = [x.detach().double().requires_grad_() for x in noise]
+    exact = oracle(case, exact_noise, 5)
+    grads = torch.autograd.grad((got.logps + got.noise_power).sum(), moved)
+    truths = torch.autograd.grad((exact[0] + exact[1]).sum(), exact_noise)
+    for a, b in zip([*got, *grads], [*exact, *truths], strict=True):
+        assert relative_error(a, b) <= fp32_bound(32)

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=_positive, default=4, help="pairs in a step")
     add("--eval-every-nth", type=int, help="N: hold out every Nth line of --data")
     add("--learning-rate", type=float, default=2e-5, help="of the model")
-    add("--noise-learning-rate", type=float, default=1e-3, help="of the noise")
+    add("--noise-learning-rate", type=float, default=1e-4, help="of the noise")
     add("--lam", type=float, default=0.1, help="scale of the margin")
     add("--alpha", type=float, default=1.0, help="weight of the noise's mean square")
     add("--max-length", type=int, default=1024, help="tokens of prompt and answer; longer answers are cut")

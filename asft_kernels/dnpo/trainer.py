@@ -43,7 +43,7 @@ class DNPOTrainer:
         objective: DNPO,
         *,
         learning_rate: float = 2e-5,
-        noise_learning_rate: float = 1e-3,
+        noise_learning_rate: float = 1e-4,
         seed: int = 0,
     ):
         self.objective = objective
