@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from asft_kernels.objectives import ASFT, get_objective
+from asft_kernels.objectives import ASFT, BMC, DNPO, get_objective
 
 
 class ArgumentProblem(ValueError):
@@ -98,9 +98,25 @@ class JobArguments:
             objective = get_objective(self.objective, **parameters)
         except (TypeError, ValueError) as error:
             raise ArgumentProblem(f"--objective: {error}") from error
+        self._can_train(objective)
         if isinstance(objective, ASFT) and objective.lam == objective.sft_weight == 0:
             raise ArgumentProblem("--lam, --sft-weight: both are 0, need one above 0: there is no loss")
         return objective
+
+    def _can_train(self, objective: Any) -> None:
+        if isinstance(objective, DNPO):
+            raise ArgumentProblem("--objective: dnpo trains its reference's noise, too: python -m asft_kernels.dnpo")
+        if "feature_distance" in {**objective.inputs, **objective.optional_inputs}:
+            raise ArgumentProblem(
+                "--objective: fpo needs an autoencoder's features at every step, which asft-train does not compute; "
+                "docs/objectives/fpo.md has the calls for a loop of your own"
+            )
+        if self.ref_scores and not objective.needs_reference:
+            raise ArgumentProblem(f"--ref-scores: got files, need none: {self.objective} has no reference")
+        if isinstance(objective, BMC) and len(self.ref_scores) > 1:
+            raise ArgumentProblem(f"--ref-scores: got {len(self.ref_scores)} files, need one: bmc has one reference")
+        if self.nll_on_prompt and not objective.uses_nll_labels:
+            raise ArgumentProblem(f"--nll-on-prompt: {self.objective} has no separate likelihood term; leave it out")
 
 
 def _literal(value: str) -> Any:

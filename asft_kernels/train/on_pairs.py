@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from asft_kernels.objectives import LossTerms, Objective
+from asft_kernels.objectives.base import chosen_of_pairs
 from asft_kernels.sequence import Logps
 
 
@@ -25,7 +26,7 @@ class OnPairs(Objective):
     def __call__(self, policy: Logps, ref_logps: Tensor | None = None, **inputs: Tensor) -> LossTerms:
         if "desirable" not in self.single.inputs:
             ref = None if ref_logps is None else ref_logps.chunk(2, dim=-1)[0]
-            return self.single(policy.chosen, ref, **inputs)
+            return self.single(chosen_of_pairs(policy), ref, **inputs)
         desirable = torch.arange(len(policy.sum), device=policy.sum.device) < len(policy.sum) // 2
         terms = self.single(policy, ref_logps, desirable=desirable, **inputs)
         halves = {name: values.chunk(2) for name, values in terms.metrics.items()}

@@ -23,7 +23,8 @@ from asft_kernels.train.arguments import ArgumentProblem, JobArguments, RunArgum
 from asft_kernels.train.metrics import Evaluation, MetricsFile, change, change_table
 from asft_kernels.train.on_pairs import on_pairs
 from asft_kernels.train.plot import plot_curves
-from asft_kernels.train.trainer import BEFORE, PreferenceTrainer, StopWhenAsked, saves
+from asft_kernels.train.reference import ObjectiveCollator, with_reference
+from asft_kernels.train.trainer import BEFORE, PreferenceTrainer, StopWhenAsked, pad_token, saves
 
 # A resumed run that changed one of these would go on as another experiment, without a word.
 SAME_ON_RESUME = (
@@ -101,11 +102,20 @@ def run(job: JobArguments, args: RunArguments, say: Any = print, say_at_once: An
             {"command": _command(), "versions": _versions(), "settings": settings},
         )
     stop = StopWhenAsked(say_at_once)
+    if not job.ref_scores and model.objective.needs_reference:
+        model.to(args.device)  # to be scored as it comes; else the Trainer moves it
+    scoring: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": args.per_device_eval_batch_size}
+    train = with_reference(train, model, scores=job.ref_scores, label="reference, training pairs", **scoring)
+    if evaluation:
+        evaluation = with_reference(
+            evaluation, model, scores=job.ref_scores, label="reference, evaluation pairs", **scoring
+        )
     trainer = PreferenceTrainer(
         model,
         args,
         tokenizer=tokenizer,
         metrics=metrics,
+        collator=ObjectiveCollator(pad_token(tokenizer), nll_on_prompt=job.nll_on_prompt),
         train_dataset=train,
         eval_dataset=evaluation,
         callbacks=[stop],

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerCallback
 
 from asft_kernels.data import PairCollator
@@ -17,6 +17,7 @@ from asft_kernels.train.arguments import ArgumentProblem, RunArguments
 from asft_kernels.train.metrics import COLUMNS, Evaluation, MetricsFile, Window, counting_pairs
 
 BEFORE = "eval_before.json"  # in the output folder: a resumed run compares with it
+STATE = "objective.pt"  # in checkpoints: the statistics of an objective that keeps some (lmpo)
 SHOWN_IN_BAR = ("loss", "margin", "accuracy", "tokens_per_second")
 
 
@@ -149,12 +150,22 @@ class PreferenceTrainer(Trainer):
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         if state_dict is not None:
-            state_dict = {name.removeprefix("model."): value for name, value in state_dict.items()}
+            own = {name: value for name, value in state_dict.items() if name.startswith("model.")}
+            state_dict = {name.removeprefix("model."): value for name, value in own.items()}
+        objective = self._objective()
+        if isinstance(objective, nn.Module):
+            torch.save(objective.state_dict(), folder / STATE)
         self._language_model().save_pretrained(folder, state_dict=state_dict)
         self.tokenizer_to_save.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
 
+    def _objective(self) -> Any:
+        return getattr(self.accelerator.unwrap_model(self.model), "objective", None)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        objective = self._objective()
+        if isinstance(objective, nn.Module):
+            objective.load_state_dict(torch.load(Path(resume_from_checkpoint) / STATE, weights_only=True))
         super()._load_from_checkpoint(resume_from_checkpoint, self._language_model() if model is None else model)
 
     def _load_best_model(self) -> None:

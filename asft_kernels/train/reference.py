@@ -1,0 +1,122 @@
+"""What an objective needs beside policy and labels: as columns of the pairs, once, and from there into batches."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from asft_kernels.data import PairCollator
+from asft_kernels.data.diff_marks import diff_marks
+from asft_kernels.data.pairs import IGNORE_INDEX
+from asft_kernels.integrations.hf_model import PreferenceModel
+from asft_kernels.objectives import BMC, PoFT, weighted_reference
+from asft_kernels.score.scoring import reference_logps, score_pairs
+from asft_kernels.score.table import SIDES, load_scores, load_token_logps, mean_avg_logps
+from asft_kernels.train.on_pairs import OnPairs
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TokenLogps = tuple[list[Tensor], list[Tensor]]  # of chosen and rejected answers, n tensors (length,) each
+
+
+def with_reference(
+    pairs: "Dataset", model: PreferenceModel, *, scores: Sequence[str], tokenizer: Any, batch_size: int, label: str
+) -> "Dataset":
+    """pairs with the columns that `ObjectiveCollator` hands to the model's objective.
+
+    scores: files of asft-score, one a reference model; none: the model as it is now is the reference, scored here
+    under a progress bar named label. DataError for files that do not fit the pairs.
+    """
+    objective = model.objective
+    live: dict[str, Any] = {"batch_size": batch_size, "progress": label}
+    if isinstance(objective, BMC):
+        return _with_marks(pairs, model, objective, scores, tokenizer, live)
+    if not objective.needs_reference:
+        return pairs
+    if isinstance(objective, OnPairs) and isinstance(objective.single, PoFT):
+        if scores:
+            values = mean_avg_logps(scores, pairs)[None]
+        else:
+            lengths = [[max(len(answer), 1) for answer in pairs[side]] for side in SIDES]
+            values = reference_logps(model, pairs, PairCollator(0), **live) / torch.tensor(lengths)
+    elif scores:
+        values = load_scores(scores, pairs, tokenizer)
+    else:
+        values = reference_logps(model, pairs, PairCollator(0), **live)
+    for side, of_side in zip(SIDES, values.unbind(dim=1), strict=True):
+        pairs = pairs.add_column(f"ref_{side}_logps", of_side.T.tolist())  # pyright: ignore[reportCallIssue]
+    return pairs
+
+
+def _with_marks(
+    pairs: "Dataset",
+    model: PreferenceModel,
+    objective: BMC,
+    scores: Sequence[str],
+    tokenizer: Any,
+    live: dict[str, Any],
+) -> "Dataset":
+    marks = [diff_marks(chosen, rejected) for chosen, rejected in zip(pairs["chosen"], pairs["rejected"], strict=True)]
+    columns: dict[str, list[Any]] = {f"{side}_marks": [m[i] for m in marks] for i, side in enumerate(SIDES)}
+    if objective.needs_reference:
+        tokens = load_token_logps(scores[0], pairs, tokenizer) if scores else _token_logps(model, pairs, live)
+        for i, side in enumerate(SIDES):
+            if objective.ref_per_token:
+                columns[f"ref_{side}_token_logps"] = [values.tolist() for values in tokens[i]]
+            else:
+                columns[f"ref_{side}_logps"] = [
+                    weighted_reference(values[None], torch.tensor([m[i]]), objective.delta, shift=False).tolist()
+                    for values, m in zip(tokens[i], marks, strict=True)
+                ]
+    for name, values in columns.items():
+        pairs = pairs.add_column(name, values)  # pyright: ignore[reportCallIssue]
+    return pairs
+
+
+def _token_logps(model: PreferenceModel, pairs: "Dataset", live: dict[str, Any]) -> TokenLogps:
+    tokens: TokenLogps = ([torch.empty(0)] * len(pairs), [torch.empty(0)] * len(pairs))
+    for batch in score_pairs(model, pairs, PairCollator(0), **live):
+        for of_side, scored in zip(tokens, batch.token_logps, strict=True):
+            for row, values in zip(batch.rows.tolist(), scored, strict=True):
+                of_side[row] = values
+    return tokens
+
+
+class ObjectiveCollator(PairCollator):
+    """Batches with what the columns of `with_reference` hold: ref_logps, token_weights; and nll_labels.
+
+    nll_on_prompt: the likelihood term over prompt and answer of the chosen rows.
+    """
+
+    def __init__(self, pad_token_id: int, *, nll_on_prompt: bool = False):
+        super().__init__(pad_token_id)
+        self.nll_on_prompt = nll_on_prompt
+
+    def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = super().__call__(pairs)
+        labels = batch["labels"]
+        if self.nll_on_prompt:
+            chosen = slice(len(pairs))
+            batch["nll_labels"] = batch["input_ids"][chosen].masked_fill(
+                batch["attention_mask"][chosen] == 0, IGNORE_INDEX
+            )
+        if "ref_chosen_logps" in pairs[0]:
+            sums = [pair[f"ref_{side}_logps"] for side in SIDES for pair in pairs]
+            ref = torch.tensor(sums, dtype=torch.float64).T  # (K, 2B)
+            batch["ref_logps"] = ref[0] if len(ref) == 1 else ref
+        if "chosen_marks" in pairs[0]:
+            batch["token_weights"] = _at_labels(labels, [pair[f"{s}_marks"] for s in SIDES for pair in pairs])
+        if "ref_chosen_token_logps" in pairs[0]:
+            at_labels = _at_labels(labels, [pair[f"ref_{s}_token_logps"] for s in SIDES for pair in pairs])
+            batch["ref_logps"] = at_labels.roll(-1, dims=1)  # where fused_linear_logps has them; a prompt comes first
+        return batch
+
+
+def _at_labels(labels: Tensor, values: list[Any]) -> Tensor:
+    """(2B, T) fp32: each row's values where its labels are, 0 elsewhere."""
+    spread = torch.zeros(labels.shape)
+    for row, of_row in enumerate(values):
+        spread[row, labels[row] != IGNORE_INDEX] = torch.tensor(of_row, dtype=torch.float32)
+    return spread

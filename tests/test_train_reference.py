@@ -1,0 +1,162 @@
+"""asft-train with every objective: what needs a reference, marks or state gets it, live or from files of asft-score."""
+
+import json
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs the train extra: transformers")
+pytest.importorskip("datasets", reason="needs the train extra: datasets")
+pytest.importorskip("accelerate", reason="needs the train extra: accelerate")
+pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
+
+from asft_kernels import fused_linear_logps
+from asft_kernels.data import PairCollator, load_pairs
+from asft_kernels.data.diff_marks import diff_marks
+from asft_kernels.integrations.hf_model import PreferenceModel
+from asft_kernels.objectives import BMC, KTO, OBJECTIVES, SFT, PoFT
+from asft_kernels.score import main as score
+from asft_kernels.sequence import Logps
+from asft_kernels.train import main
+from asft_kernels.train.on_pairs import OnPairs
+from asft_kernels.train.reference import ObjectiveCollator, with_reference
+from tiny_lm import pairs, saved_tiny_model, tiny_model, tiny_tokenizer, write_lines
+
+LIMITS = ["--max-length", "64", "--max-prompt-length", "32"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """(model, data): no dropout, so that policy and reference agree before the first step."""
+    folder = tmp_path_factory.mktemp("files")
+    return saved_tiny_model(folder / "model"), write_lines(folder / "pairs.jsonl", pairs(12))
+
+
+def trained(files, folder, *options, steps=2):
+    """Training rows of metrics.jsonl."""
+    model, data = files
+    common = ["--model", str(model), "--data", str(data), *LIMITS, "--disable-tqdm", "true", "--learning-rate", "1e-2"]
+    common += ["--per-device-train-batch-size", "4", "--max-steps", str(steps), "--eval-every-nth", "4"]
+    assert main([*common, "--output-dir", str(folder), *options]) == 0
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == "train"]
+
+
+OWN_COMMANDS = {"fpo", "dnpo"}
+ARGUMENTS = {"bmc": ["base=dpo"]}
+# -log sigmoid(0): all of these look at log-ratios alone, and at the start every one is 0.
+AT_LOG_2 = ["dpo", "robust", "sigmoid_norm", "mrpo", "poft"]
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in OWN_COMMANDS])
+def test_every_objective_trains(files, tmp_path, name):
+    given = ARGUMENTS.get(name, [])
+    rows = trained(files, tmp_path, "--objective", name, *(["--objective-args", *given] if given else []))
+    assert len(rows) == 2
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+    if name in AT_LOG_2:
+        # Margins are differences of fp32 sums of 30 tokens at 5.6 nats: 1e-5 at most, a tenth of it in the loss.
+        assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert rows[1]["loss"] != pytest.approx(math.log(2), abs=1e-5)
+    if name == "kto":
+        assert rows[0]["loss"] == pytest.approx(0.5, abs=1e-5)
+
+
+@pytest.mark.parametrize("weighting", ["own", "policy"])
+def test_bmc_begins_at_log_2_with_either_weighting(files, tmp_path, weighting):
+    """The reference's weighted sums are the policy's: each log-probability stands at its token, with its own mark."""
+    options = ["--objective", "bmc", "--objective-args", "base=dpo", "delta=1.5", f"ref_weighting={weighting}"]
+    assert trained(files, tmp_path, *options)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("dpo", []), ("poft", []), ("bmc", ["base=dpo"]), ("bmc", ["base=dpo", "ref_weighting=policy"])],
+)
+def test_scores_of_a_file_are_those_of_the_model(files, tmp_path, name, arguments):
+    model, data = files
+    scored = ["--model", str(model), "--data", str(data), "--output", str(tmp_path / "scores"), "--token-logps"]
+    assert score([*scored, *LIMITS]) == 0
+    (file,) = (tmp_path / "scores").glob("*.parquet")
+    objective = ["--objective", name, *(["--objective-args", *arguments] if arguments else [])]
+    live = trained(files, tmp_path / "live", *objective)
+    from_file = trained(files, tmp_path / "file", *objective, "--ref-scores", str(file))
+    for one, other in zip(live, from_file, strict=True):  # batches of another order round otherwise
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+def test_two_references_reach_mrpo(files, tmp_path):
+    model, data = files
+    other = saved_tiny_model(tmp_path / "other", initializer_range=0.5)
+    names = ["--model", str(model), "--model", str(other)]
+    assert score([*names, "--data", str(data), "--output", str(tmp_path / "scores"), *LIMITS]) == 0
+    found = sorted(map(str, (tmp_path / "scores").glob("*.parquet")))
+    own = next(path for path in found if path.endswith("model.parquet"))
+    both = [own, *(path for path in found if path != own)]
+    loss = trained(files, tmp_path / "two", "--objective", "mrpo", "--ref-scores", *both)[0]["loss"]
+    assert abs(loss - math.log(2)) > 1e-3
+
+
+def test_marks_and_prompt_labels_stand_at_their_tokens():
+    data = {"prompt": [5, 6], "chosen": [7, 8, 9], "rejected": [7, 4]}
+    marks = diff_marks(data["chosen"], data["rejected"])
+    pair = {**data, "chosen_marks": marks[0], "rejected_marks": marks[1]}
+    pair |= {"ref_chosen_token_logps": [-1.0, -2.0, -3.0], "ref_rejected_token_logps": [-4.0, -5.0]}
+    batch = ObjectiveCollator(0, nll_on_prompt=True)([pair])
+    assert batch["token_weights"][:, :6].tolist() == [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0]]
+    assert batch["ref_logps"][:, :6].tolist() == [[0, -1, -2, -3, 0, 0], [0, -4, -5, 0, 0, 0]]
+    assert batch["nll_labels"][:, :6].tolist() == [[5, 6, 7, 8, 9, -100]]
+
+
+def test_reference_per_token_has_the_layout_of_the_fused_call(tmp_path):
+    dataset, _ = load_pairs(write_lines(tmp_path / "p.jsonl", pairs(3)), tiny_tokenizer())
+    model = PreferenceModel(tiny_model(), BMC("dpo", ref_weighting="policy"))
+    options = {"scores": [], "tokenizer": tiny_tokenizer(), "batch_size": 2, "label": "reference"}
+    rows = [with_reference(dataset, model, **options)[i] for i in range(3)]
+    batch = ObjectiveCollator(0)(rows)
+    plain = PairCollator(0)(rows)
+    hidden = model.hidden_states(plain["input_ids"], plain["attention_mask"])
+    own = fused_linear_logps(hidden, model.lm_head, plain["labels"])
+    # The same products in batches of other padding: fp32 sums of 16 terms, and V = 259.
+    torch.testing.assert_close(batch["ref_logps"], own.detach(), rtol=0, atol=1e-5)
+
+
+def test_state_of_an_objective_is_resumed(files, tmp_path):
+    objective = ["--objective", "lmpo", "--save-steps", "2", "--lr-scheduler-type", "constant"]
+    whole = trained(files, tmp_path / "whole", *objective, steps=4)
+    trained(files, tmp_path / "cut", *objective, steps=2)
+    resumed = trained(files, tmp_path / "cut", *objective, "--resume", steps=4)
+    for one, other in zip(whole, resumed, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert one["target_margin"] == pytest.approx(other["target_margin"], rel=1e-6)
+
+
+def test_single_answers_on_pairs_see_pairs_that_count():
+    sums = torch.tensor([-3.0, -8.0, -5.0, 0.0], dtype=torch.float64)  # the second pair has an empty rejected answer
+    policy = Logps(sums, torch.tensor([2, 4, 5, 0]))
+    assert OnPairs(SFT("token"))(policy).loss[0].item() == 3.0 / 2
+    ref = torch.tensor([-1.0, -2.0, -9.0, -9.0], dtype=torch.float64)
+    assert OnPairs(PoFT())(policy, ref).loss[0].item() == pytest.approx(math.log1p(math.exp(1.5 - 1)), rel=1e-12)
+    kto = OnPairs(KTO(beta=1.0, undesirable_weight=2.0))(policy, policy.sum - 1.0).loss[0].item()
+    good, bad = 1 / (1 + math.exp(1)), 1 / (1 + math.exp(-1))
+    assert kto == pytest.approx((good + 2 * bad) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--objective", "fpo"], "fpo needs an autoencoder's features"),
+        (["--objective", "dnpo"], "python -m asft_kernels.dnpo"),
+        (["--objective", "nosuch"], "--objective: objective: got 'nosuch', need one of 'asft'"),
+        (["--objective", "dpo", "--objective-args", "beta"], "--objective-args: got 'beta', need NAME=VALUE"),
+        (["--objective", "dpo", "--lam", "2"], "dpo: got the parameter 'lam', need one of beta, label_smoothing"),
+        (["--ref-scores", "a.parquet"], "--ref-scores: got files, need none: asft has no reference"),
+        (["--objective", "dpo", "--nll-on-prompt"], "--nll-on-prompt: dpo has no separate likelihood term"),
+        (["--objective", "dpo", "--ref-scores", "nosuch.parquet"], "nosuch.parquet"),
+    ],
+)
+def test_errors(files, tmp_path, capsys, arguments, text):
+    model, data = files
+    assert main(["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path), *LIMITS, *arguments]) == 2
+    assert text in capsys.readouterr().err
