@@ -153,8 +153,8 @@ def objective_object(objective: object) -> None:
 
 
 def weights_like_labels(token_weights: object, labels: Tensor) -> None:
-    floating = isinstance(token_weights, Tensor) and token_weights.is_floating_point()
-    if not floating or token_weights.shape != labels.shape:
+    given = token_weights if isinstance(token_weights, Tensor) else None
+    if given is None or not given.is_floating_point() or given.shape != labels.shape:
         need = f"a floating tensor of shape {tuple(labels.shape)}, one weight a label"
         _refuse("token_weights", _what(token_weights), need)
 

@@ -261,7 +261,7 @@ def test_chats_dialogues_and_other_field_names(tmp_path, capsys):
 
 def test_what_rad_writes_trains(tmp_path, capsys):
     """Read by load_pairs: as chats, and as texts for a tokenizer without a chat template."""
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets", reason="needs the train extra: datasets")
     for chat, options in ((True, []), (False, ["--no-system-role"])):
         written, _ = call(tmp_path, capsys, "rad", [scored(i) for i in range(3)], *options)
         pairs, report = load_pairs(tmp_path / "out.jsonl", tiny_tokenizer(chat=chat))
@@ -527,7 +527,7 @@ def test_braces_and_earlier_turns_stand_in_the_request_as_they_are():
 
 
 def test_dialogues_keep_their_form(tmp_path):
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets", reason="needs the train extra: datasets")
     turn = "\n\nHuman: Why?\n\nAssistant:"
     [[row]], _ = bridged([{"chosen": f"{turn} so.", "rejected": f"{turn} no."}], Echo())
     assert row == {"prompt": turn, "chosen": " NO.", "rejected": " no.", "original_chosen": " so."}

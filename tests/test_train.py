@@ -18,11 +18,12 @@ pytest.importorskip("datasets", reason="needs the train extra: datasets")
 pytest.importorskip("accelerate", reason="needs the train extra: accelerate")
 pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
 
+import transformers
+
 from asft_kernels import train as train_package
 from asft_kernels.data import load_pairs
 from asft_kernels.integrations.hf_model import PreferenceModel
 from asft_kernels.train import main
-from asft_kernels.train import run as run_module
 from asft_kernels.train.arguments import RunArguments
 from asft_kernels.train.metrics import Evaluation, MetricsFile, change
 from asft_kernels.train.run import _command
@@ -294,7 +295,7 @@ def test_a_model_that_cannot_be_one_is_refused_before_the_hub_is_asked(job, tmp_
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "model.gguf").touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_module.AutoTokenizer, "from_pretrained", Mock(side_effect=AssertionError("asked")))
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", Mock(side_effect=AssertionError("asked")))
     assert main([*job, "--output-dir", "out", "--model", name]) == 2
     need = "need a folder that from_pretrained reads, or a hub name as org/name"
     assert f"--model: got {name!r}, {what}; {need}" in capsys.readouterr().err
@@ -302,7 +303,7 @@ def test_a_model_that_cannot_be_one_is_refused_before_the_hub_is_asked(job, tmp_
 
 def test_a_hub_name_is_asked_for(job, tmp_path, capsys, monkeypatch):
     asked = Mock(side_effect=OSError("no network"))
-    monkeypatch.setattr(run_module.AutoTokenizer, "from_pretrained", asked)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", asked)
     assert main([*job, "--output-dir", str(tmp_path / "out"), "--model", "org/name"]) == 2
     assert "--model: 'org/name' cannot be loaded" in capsys.readouterr().err
     asked.assert_called_once_with("org/name")
@@ -318,7 +319,9 @@ def test_a_hub_name_is_asked_for(job, tmp_path, capsys, monkeypatch):
 )
 @pytest.mark.parametrize("option", ["--data", "--eval-data"])
 def test_data_is_checked_before_the_model_is_loaded(job, tmp_path, capsys, monkeypatch, option, lines, message):
-    monkeypatch.setattr(run_module.AutoModelForCausalLM, "from_pretrained", Mock(side_effect=AssertionError("loaded")))
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", Mock(side_effect=AssertionError("loaded"))
+    )
     path = tmp_path / "bad.jsonl"
     if lines is not None:
         write_lines(path, lines)

@@ -102,10 +102,12 @@ class DNPOTrainer:
                 for model in (self.reference, self.policy)
             )
             counts = counting(policy, paired=True)
-            count = counts.sum().item()
+            figures = {"pairs": counts.sum().double(), **self._clean_figures(policy, ref, counts)}
+            values = dict(zip(figures, torch.stack([*figures.values()]).tolist(), strict=True))
+            count = values.pop("pairs")
             pairs += count
-            for name, value in self._clean_figures(policy, ref, counts).items():
-                sums[name] = sums.get(name, 0.0) + count * value.item()
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + count * value
         self.policy.train()
         return {"pairs": pairs, **{name: value / max(pairs, 1) for name, value in sums.items()}}
 

@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from asft_kernels.data import DataError
     from asft_kernels.integrations.hf_model import UnsupportedHead
+    from asft_kernels.integrations.loading import ModelProblem
     from asft_kernels.train.arguments import ArgumentProblem, JobArguments, RunArguments
     from asft_kernels.train.run import run
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return 130 if run(job, args).stopped else 0
-    except (ArgumentProblem, DataError, UnsupportedHead) as error:
+    except (ArgumentProblem, DataError, ModelProblem, UnsupportedHead) as error:
         print(f"asft-train: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -5,8 +5,6 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerState
+from transformers import TrainerState
 
 from asft_kernels.data import PairCollator, load_pairs, split_every_nth
 from asft_kernels.integrations.hf_model import PreferenceModel, verify_head
+from asft_kernels.integrations.loading import check_positions, load_causal_lm, load_tokenizer
 from asft_kernels.train.arguments import ArgumentProblem, JobArguments, RunArguments
 from asft_kernels.train.metrics import Evaluation, MetricsFile, change, change_table
 from asft_kernels.train.on_pairs import on_pairs
@@ -53,7 +51,7 @@ class Result:
 
 
 def run(job: JobArguments, args: RunArguments, say: Any = print, say_at_once: Any = None) -> Result:
-    """Train as the arguments say. ArgumentProblem, DataError or UnsupportedHead on bad input.
+    """Train as the arguments say. ArgumentProblem, DataError, ModelProblem or UnsupportedHead on bad input.
 
     say: takes the report, text by text; say_at_once: what a user who stops the run waits for.
     """
@@ -68,17 +66,13 @@ def run(job: JobArguments, args: RunArguments, say: Any = print, say_at_once: An
     if checkpoint:
         _same_settings(source / "run.json", settings, say)
 
-    _folder_or_hub_name(job.model)
-    with _loading(job.model):
-        tokenizer, config = AutoTokenizer.from_pretrained(job.model), AutoConfig.from_pretrained(job.model)
-    train, evaluation, report = _data(job, tokenizer, config)  # what is wrong there is said before the long wait
+    tokenizer, config = load_tokenizer(job.model)
+    check_positions(config, job.max_length)
+    train, evaluation, report = _data(job, tokenizer)  # what is wrong there is said before the long wait
     say(report)
     say(f"{len(train)} pairs for training, {len(evaluation) if evaluation else 0} for evaluation")
-    dtype = job.dtype if job.dtype == "auto" else getattr(torch, job.dtype)
-    with _loading(job.model):
-        language_model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
     model = PreferenceModel(
-        language_model,
+        load_causal_lm(job.model, job.dtype),
         on_pairs(objective),
         logit_scale=job.logit_scale,
         softcap=job.softcap,
@@ -242,40 +236,8 @@ def _same_settings(path: Path, settings: dict[str, Any], say: Any) -> None:
         say(f"--max-steps was {steps[0]} and is {steps[1]} now: the learning rate goes on by the new schedule")
 
 
-def _folder_or_hub_name(model: str) -> None:
-    """Refuses what cannot be either, before the hub is asked for it."""
-    path = Path(model)
-    if path.is_dir():
-        return
-    try:
-        validate_repo_id(model)
-        plausible = "/" in model and not path.exists()
-    except HFValidationError:
-        plausible = False
-    if not plausible:
-        what = "a file" if path.exists() else "no such folder, and no hub name either"
-        raise ArgumentProblem(
-            f"--model: got {model!r}, {what}; need a folder that from_pretrained reads, or a hub name as org/name"
-        )
-
-
-@contextmanager
-def _loading(model: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ArgumentProblem(
-            f"--model: {model!r} cannot be loaded as a causal language model with its "
-            f"tokenizer ({reason}); need a folder that from_pretrained reads, or a hub name"
-        ) from error
-
-
-def _data(job: JobArguments, tokenizer: Any, config: Any) -> tuple[Any, Any, str]:
+def _data(job: JobArguments, tokenizer: Any) -> tuple[Any, Any, str]:
     """(training pairs, evaluation pairs or None, what was read and left out)."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions and job.max_length > positions:
-        raise ArgumentProblem(f"--max-length: got {job.max_length}, need at most {positions}, the model's positions")
     limits: dict[str, Any] = dict(max_length=job.max_length, max_prompt_length=job.max_prompt_length, strict=job.strict)
     train, report = load_pairs(job.data, tokenizer, **limits)
     text, evaluation = str(report), None
