@@ -1,6 +1,7 @@
 # make demo   fine-tune a small model on the package's own pairs, and compare with the plain path
 # make test   the whole test suite, one summary at the end
-# make bench  time, memory and accuracy beside the other packages: 20 minutes on a CPU; results in bench_results/
+# make bench  time, memory and accuracy beside the other packages: 20 minutes on a CPU; results in bench_results/,
+#             and README.md's figures are drawn from them
 # make lint   ruff and pyright
 # Each first makes .venv with what it needs from the package index, once: again only when setup.py
 # or constraints.txt has changed. All share that folder, so the second one has little to install.
@@ -36,8 +37,8 @@ test: venv
 # A run that was cut off goes on when started again.
 bench: venv
 	@$(call install,bench)
-	$(PY) -m benchmarks.run $(ARGS)
-	$(PY) -m benchmarks.accuracy; code=$$?; $(PY) -m benchmarks.report --write && exit $$code
+	@code=0; $(PY) -m benchmarks.run $(ARGS) || code=$$?; $(PY) -m benchmarks.accuracy || code=$$?; \
+	$(PY) -m benchmarks.report --write && exit $$code
 
 lint: venv
 	@$(call install,dev,test)

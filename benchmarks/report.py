@@ -22,6 +22,7 @@ from benchmarks.tables import (
     SHAPE,
     Row,
     accuracy_table,
+    answering_peers,
     contestant_table,
     cost_table,
     groups,
@@ -180,9 +181,9 @@ def ratio_cell(row: Row | None) -> str:
 
 
 def where_peers_win(rows: list[Row]) -> list[str]:
-    """One line a case, of all that were measured but the growth sets."""
+    """One line a case, of all in which a peer was measured but the growth sets."""
     compared = (r for r in rows if r["kind"] == "cost" and not r["set"].startswith("growth-"))
-    cases = groups(compared, "set", *SHAPE)
+    cases = {key: case for key, case in groups(compared, "set", *SHAPE).items() if answering_peers(case)}
     found = [
         f"- {shape_of(case[0])}, loss {case[0]['loss']}: {'; '.join(peers_ahead(case))}"
         for case in cases.values()

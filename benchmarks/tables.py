@@ -127,6 +127,10 @@ def one_line(reason: str | None) -> str:
     return text if len(text) <= 120 else text[:119] + "…"
 
 
+def answering_peers(rows: list[Row]) -> list[Row]:
+    return [r for r in rows if r["status"] == "ok" and r["package"] != OURS and r["contestant"] != BARE]
+
+
 def peers_ahead(rows: list[Row]) -> list[str]:
     """Where a peer's time or memory is below that of our default call, at one shape, in words."""
     found = []
@@ -135,7 +139,7 @@ def peers_ahead(rows: list[Row]) -> list[str]:
         default = ours.pop(OUR_DEFAULT[rows[0]["device"]], None)
         if default is None:
             continue
-        peers = [r for r in contestants if r["status"] == "ok" and r["package"] != OURS and r["contestant"] != BARE]
+        peers = answering_peers(contestants)
         for what, field in (("time", "seconds"), ("memory", "extra_bytes")):
             for peer in sorted((r for r in peers if r[field] is not None), key=lambda r: r[field]):
                 if default["status"] != "ok":
@@ -194,6 +198,8 @@ def twin_table(rows: list[Row]) -> list[str]:
 
 
 def verdict(rows: list[Row]) -> str:
+    if not answering_peers(rows):
+        return "No peer was measured here."
     found = peers_ahead(rows)
     return f"**A peer wins:** {'; '.join(found)}." if found else "No peer takes less time or memory here."
 

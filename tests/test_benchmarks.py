@@ -122,12 +122,12 @@ def test_ratios_are_to_the_bare_products(prepared):
 
 def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     """What has a row at this commit is not measured again; a line that was cut off does not count as one."""
-    measured = []
+    measured, status = [], "refused"
 
     def fake(case, contestants, prepared, *, limit):
         measured.append((case.id, [c.name for c in contestants]))
         return [
-            {"kind": "cost", **case.row, "contestant": c.name, "status": "failed", "reason": "fake"}
+            {"kind": "cost", **case.row, "contestant": c.name, "package": c.package, "status": status, "reason": "fake"}
             for c in contestants
         ]
 
@@ -146,8 +146,12 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert len(run.rows_of(path)) == 4
     run.run(cases, [], path, facts, limit=1)
     assert len(measured) == 1
-    run.run(cases, [], path, {"commit": "def"}, limit=1)
-    assert len(measured) == 3
+    status = "failed"  # a peer that was not installed, a GPU that others held: again
+    assert run.run(cases, [], path, {"commit": "def"}, limit=1) == 0
+    assert run.run(cases, [], path, {"commit": "def"}, limit=1) == 0
+    assert len(measured) == 5
+    ours = [replace(CASE, contestants=(BARE, "asft_kernels torch"))]
+    assert run.run(ours, [], path, {"commit": "ghi"}, limit=1) == 1
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -39,6 +39,24 @@ def test_gemm_count(hidden_grad, weight_grad, cache_bytes, expected, dtype):
     assert gemms(call, n, 1024, 64) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("gap", [26.0, 60.0])  # a sum of many passes the bound, or each logit
+@pytest.mark.parametrize("where", [0, 9])
+def test_a_label_far_below_costs_one_chunk_more(where, gap):
+    """Its reference moves in the chunk that shows it, which is computed twice, and in no other."""
+    case = make_case(rows=4, T=17, D=64, V=1000)
+    n = int((case.labels[:, 1:] != IGNORE).sum())
+    row, position = (case.labels[:, 1:] != IGNORE).nonzero()[0].tolist()
+    hidden, weight = case.hidden.detach().clone(), torch.zeros(1000, 64)
+    hidden[..., 0], weight[100 * where :, 0] = 0.0, 1.0  # the last chunks are high, and only for this token
+    hidden[row, position, 0] = gap
+    labels = case.labels.clone()
+    labels[row, position + 1] = 0
+    weight[0] = 0.0
+    with torch.no_grad():
+        products = gemms(lambda: fused_linear_logps(hidden, weight, labels, chunk_size=100), n, 1000, 64)
+    assert products == pytest.approx(1.1, rel=1e-9)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_one_gemm_without_grad_mode(mode):
     """Leaves that ask for gradients are not enough: evaluation must not pay for a backward."""

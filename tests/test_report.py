@@ -84,7 +84,11 @@ def test_peers_that_win_are_named_in_words():
     shares = [r | {"set": "valid-share"} for r in MAIN]
     assert "in 1 of 1 cases:" in report.where_peers_win(shares)[0]
     assert "none of the 0" in report.where_peers_win([r | {"set": "growth-n"} for r in MAIN])[0]
-    assert report.where_peers_win([row()]) == ["In none of the 1 cases does a peer take less time or memory than ours."]
+    slow = PEER | {"seconds": 2.0}
+    nowhere = "In none of the 1 cases does a peer take less time or memory than ours."
+    assert report.where_peers_win([row(), slow]) == [nowhere]
+    assert "none of the 0" in report.where_peers_win([row(), slow | {"status": "out of memory"}])[0]
+    assert tables.verdict([row()]) == "No peer was measured here."
 
 
 def test_slope_is_the_exponent():
