@@ -1,0 +1,244 @@
+"""Every objective on the same real preference pairs with the same budget: what moves, how fast, at which memory.
+
+    python -m benchmarks.methods --model FOLDER --data pairs.jsonl.gz
+
+One row a method goes to bench_results/methods/rows.jsonl; methods that have one are left out, so a run that was cut
+off goes on when started again. Each trains in a process of its own: asft-train, or the method's own command. Before
+and after, asft-score scores the held-out pairs, so that all are compared by the same figures. The objectives of the
+abstract's claim (ASFT, DPO, ORPO) are scored every few steps, for the picture. `python -m benchmarks.methods_report`
+draws it, and the table.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.machine import about, require
+
+FOLDER = Path(__file__).parents[1] / "bench_results" / "methods"
+ROWS = FOLDER / "rows.jsonl"
+PICTURED_EVERY = 5  # steps
+BUDGET = ("--learning-rate", "2e-5", "--seed", "0")
+LIMITS = ("--max-length", "512", "--max-prompt-length", "256")
+TRAIN = "asft_kernels.train"
+
+
+@dataclass(frozen=True)
+class Method:
+    """objective: as asft-train takes it; arguments: further ones, with {name} of the files in `prepare`."""
+
+    name: str
+    arguments: tuple[str, ...] = ()
+    objective: str = ""  # default: the name
+    module: str = TRAIN
+    pictured: bool = False
+    needs: tuple[str, ...] = ()  # files of `prepare`
+
+
+METHODS = (
+    Method("asft", pictured=True),
+    Method("dpo", pictured=True),
+    Method("orpo", pictured=True),
+    Method("sft"),
+    Method("robust", ("--objective-args", "label_smoothing=0.1")),
+    Method("ipo"),
+    Method("hinge"),
+    Method("hinge_norm"),
+    Method("sigmoid_norm"),
+    Method("simpo"),
+    Method("cpo"),
+    Method("kto"),
+    Method("lmpo"),
+    Method("poft", ("--ref-scores", "{own_scores}", "{sft_scores}"), needs=("own_scores", "sft_scores")),
+    Method("rpo"),
+    Method("mrpo", ("--ref-scores", "{own_scores}", "{sft_scores}"), needs=("own_scores", "sft_scores")),
+    Method("bmc"),
+    Method("fpo", ("--sae", "{sae}"), needs=("sae",)),
+    Method("dnpo", module="asft_kernels.dnpo"),
+    Method("sapo-asft", ("--token-generate-length", "32"), objective="asft", module="asft_kernels.sapo"),
+)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines; none if there is no file. A killed run may have left half of the last one."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def python(module: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", module, *arguments]
+
+
+def run(command: list[str], log: Path) -> tuple[float, int]:
+    """Seconds and peak resident bytes of the command. Its output goes to log; RuntimeError names that if it fails."""
+    start = time.perf_counter()
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.terminate()
+            raise
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit status {process.returncode}; its output is in {log}")
+    return time.perf_counter() - start, usage.ru_maxrss * 1024
+
+
+def split(data: Path, folder: Path, train: int, held_out: int) -> tuple[Path, Path]:
+    """The first lines of data as training pairs, the next ones as evaluation pairs."""
+    files = folder / "train.jsonl", folder / "eval.jsonl"
+    with (gzip.open if data.suffix == ".gz" else open)(data, "rt") as source:
+        for path, count in zip(files, (train, held_out), strict=True):
+            path.write_text("".join(line for line, _ in zip(source, range(count), strict=False)))
+    return files
+
+
+def scores_of(model: Path, data: Path, folder: Path) -> Path:
+    """The file of asft-score, made if it is not there."""
+    found = list(folder.glob("*.parquet"))
+    if not found:
+        run(
+            python("asft_kernels.score", "--model", str(model), "--data", str(data), "--output", str(folder), *LIMITS),
+            folder.with_name(folder.name + ".log"),
+        )
+        found = list(folder.glob("*.parquet"))
+    return found[0]
+
+
+def answers(path: Path) -> dict[str, tuple[float, float]]:
+    """Mean log-probabilities of chosen and rejected answer by the pair's id, where both have tokens."""
+    from pyarrow import parquet
+
+    rows = parquet.read_table(path).to_pylist()
+    return {
+        row["id"]: (row["chosen_logps"] / row["chosen_length"], row["rejected_logps"] / row["rejected_length"])
+        for row in rows
+        if row["chosen_length"] and row["rejected_length"]
+    }
+
+
+def prepare(name: str, model: Path, train: Path, work: Path) -> Path:
+    """A file that methods need, made if it is not there."""
+    if name == "own_scores":
+        return scores_of(model, train, work / "scores-own")
+    if name == "sft_scores":  # a second reference: the model that the row of sft left
+        return scores_of(work / "sft-model", train, work / "scores-sft")
+    path = work / "sae.safetensors"
+    if not path.is_file():
+        command = python("asft_kernels.sae", "--model", str(model), "--data", str(train), "--output", str(path))
+        run(command, work / "sae.log")
+    return path
+
+
+def command_of(method: Method, args: argparse.Namespace, train: Path, held_out: Path, out: Path) -> list[str]:
+    own = args.module_arguments(method)
+    given = ["--model", str(args.model), "--data", str(train), "--output-dir", str(out)]
+    given += ["--max-steps", str(args.steps), *BUDGET, *LIMITS]
+    if method.module == "asft_kernels.dnpo":
+        return python(method.module, *given, "--batch-size", str(args.pairs), *own)
+    given += ["--per-device-train-batch-size", str(args.pairs), "--objective", method.objective or method.name]
+    given += ["--save-strategy", "steps", "--save-steps", str(args.steps), "--save-only-model"]
+    if method.pictured:
+        given += ["--eval-data", str(held_out), "--eval-strategy", "steps", "--eval-steps", str(PICTURED_EVERY)]
+    return python(method.module, *given, *own)
+
+
+def measure(method: Method, args: argparse.Namespace, train: Path, held_out: Path) -> dict[str, Any]:
+    out = args.work / method.name
+    shutil.rmtree(out, ignore_errors=True)
+    seconds, peak = run(command_of(method, args, train, held_out, out), args.work / f"{method.name}.log")
+    for checkpoint in out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    before = answers(scores_of(args.model, held_out, args.work / "scores-before"))
+    after = answers(scores_of(out, held_out, out / "scores"))
+    rows = read_lines(out / "metrics.jsonl")
+    steps = [row for row in rows if row["kind"] == "train"]
+    if method.name == "sft":
+        shutil.rmtree(args.work / "sft-model", ignore_errors=True)
+        out.rename(args.work / "sft-model")
+    else:
+        shutil.rmtree(out)
+    return {
+        "method": method.name,
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "steps": len(steps),
+        "tokens_per_second": statistics.median(row["tokens_per_second"] for row in steps[1:]),
+        "loss": [row["loss"] for row in steps],
+        "held_out": [
+            [row["step"], row["chosen_avg_logp"], row["rejected_avg_logp"]] for row in rows if row["kind"] == "eval"
+        ],
+        "answers": [[*before[key], *after[key]] for key in before],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of a causal language model")
+    parser.add_argument("--data", type=Path, required=True, help="preference pairs: JSON lines, plain or gzipped")
+    parser.add_argument("--methods", nargs="+", default=[m.name for m in METHODS], help="default: all")
+    parser.add_argument("--steps", type=int, default=40, help="optimiser steps; default 40")
+    parser.add_argument("--pairs", type=int, default=4, help="pairs a step; default 4")
+    parser.add_argument("--held-out", type=int, default=128, help="lines to evaluate on; default 128")
+    parser.add_argument(
+        "--work", type=Path, default=Path("methods-work"), help="folder for models; default: %(default)s"
+    )
+    parser.add_argument("--rows", type=Path, default=ROWS, help="file for the rows; default: %(default)s")
+    args = parser.parse_args()
+    require("transformers", "pyarrow", "datasets")
+    unknown = set(args.methods) - {m.name for m in METHODS}
+    if unknown:
+        parser.error(f"--methods: no {', '.join(sorted(unknown))}; there are {', '.join(m.name for m in METHODS)}")
+    for path in (args.model, args.data):
+        if not path.exists():
+            parser.error(f"{path}: no such file or folder")
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.rows.parent.mkdir(parents=True, exist_ok=True)
+    # A quarter more than are needed: some lines are no pairs, some prompts too long.
+    train, held_out = split(args.data, args.work, args.steps * args.pairs * 5 // 4, args.held_out)
+
+    def module_arguments(method: Method) -> list[str]:
+        files = {name: str(prepare(name, args.model, train, args.work)) for name in method.needs}
+        return [argument.format(**files) for argument in method.arguments]
+
+    args.module_arguments = module_arguments
+    facts = about("cpu", "benchmarks.methods", sys.argv[1:])
+    facts |= {"data": args.data.name, "data_sha256": hashlib.sha256(args.data.read_bytes()).hexdigest()}
+    facts |= {"model": args.model.name, "pairs_per_step": args.pairs}
+    done = {row["method"] for row in read_lines(args.rows)}
+    failed = []
+    with tqdm([m for m in METHODS if m.name in args.methods and m.name not in done], unit="method") as bar:
+        for method in bar:
+            bar.set_postfix_str(method.name)
+            try:
+                row = measure(method, args, train, held_out)
+            except RuntimeError as error:
+                failed.append(f"{method.name}: {error}")
+                tqdm.write(failed[-1])
+                continue
+            with args.rows.open("a") as file:
+                file.write(json.dumps({**row, "about": facts}) + "\n")
+    if failed:
+        sys.exit(f"{len(failed)} methods failed: their rows are missing; start the command again for them")
+    print(f"{args.rows}: complete; now: python -m benchmarks.methods_report")
+
+
+if __name__ == "__main__":
+    main()
