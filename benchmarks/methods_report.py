@@ -1,0 +1,137 @@
+"""The table and the picture of benchmarks.methods: python -m benchmarks.methods_report"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import require
+from benchmarks.methods import FOLDER, METHODS, ROWS, read_lines
+from benchmarks.tables import MIB, markdown, sources
+
+HEADER = [
+    "objective",
+    "accuracy, %",
+    "margin, nats",
+    "margin moved",
+    "chosen moved",
+    "rejected moved",
+    "tokens/s",
+    "memory beyond SFT, MiB",
+]
+CHOSEN, REJECTED = "#1b7837", "#b2182b"
+
+
+def moved(before: list[float], after: list[float]) -> str:
+    """Mean of the differences and its paired standard error."""
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return f"{statistics.fmean(differences):+.3f} ± {error:.3f}"
+
+
+def line(row: dict[str, Any], sft_peak: int | None) -> list[str]:
+    chosen, rejected, new_chosen, new_rejected = (list(column) for column in zip(*row["answers"], strict=True))
+    old = [c - r for c, r in zip(chosen, rejected, strict=True)]
+    new = [c - r for c, r in zip(new_chosen, new_rejected, strict=True)]
+    return [
+        row["method"],
+        f"{statistics.fmean(m > 0 for m in new) * 100:.1f}",
+        f"{statistics.fmean(new):+.3f}",
+        moved(old, new),
+        moved(chosen, new_chosen),
+        moved(rejected, new_rejected),
+        f"{row['tokens_per_second']:.0f}",
+        "–" if sft_peak is None else f"{(row['peak_bytes'] - sft_peak) / MIB:+.0f}",
+    ]
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Before and after, on the same held-out pairs, and what a step costs."""
+    order = [method.name for method in METHODS]
+    rows = sorted(rows, key=lambda row: order.index(row["method"]))
+    peaks = {row["method"]: row["peak_bytes"] for row in rows}
+    chosen, rejected, *_ = (list(column) for column in zip(*rows[0]["answers"], strict=True))
+    margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
+    before = [
+        "*before*",
+        f"{statistics.fmean(m > 0 for m in margins) * 100:.1f}",
+        f"{statistics.fmean(margins):+.3f}",
+        "",
+        f"from {statistics.fmean(chosen):.3f}",
+        f"from {statistics.fmean(rejected):.3f}",
+        "",
+        "",
+    ]
+    return markdown(HEADER, [before, *(line(row, peaks.get("sft")) for row in rows)], words=1)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """How far the mean log-probabilities of held-out answers moved, step by step; a panel an objective."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row["held_out"]]
+    if not rows:
+        return
+    figure = Figure(figsize=(3.6 * len(rows), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, row in zip(figure.subplots(1, len(rows), sharey=True, squeeze=False)[0], rows, strict=True):
+        steps, chosen, rejected = zip(*row["held_out"], strict=True)
+        for values, colour, name in ((chosen, CHOSEN, "chosen"), (rejected, REJECTED, "rejected")):
+            axes.plot(steps, [v - values[0] for v in values], color=colour, marker="o", markersize=3, label=name)
+        axes.axhline(0, color="0.6", linewidth=0.8)
+        axes.set_title(row["method"].upper())
+        axes.set_xlabel("optimiser step")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("mean log-probability a token,\nchange in nats")
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def text(rows: list[dict[str, Any]]) -> str:
+    about = rows[0]["about"]
+    shown = [{**row, "file": ROWS.name} for row in rows]
+    missing = [method.name for method in METHODS if method.name not in {row["method"] for row in rows}]
+    parts = [
+        "# Every objective on the same real pairs",
+        "",
+        f"{about['model']}, the first pairs of {about['data']} (sha256 {about['data_sha256'][:12]}…), {rows[0]['steps']} "
+        f"steps of {about['pairs_per_step']} pairs, one learning rate and one seed for all; the paper's parameters "
+        f"unless the code of `benchmarks/methods.py` names others. {len(rows[0]['answers'])} held-out pairs, scored "
+        "before and after; ± is the paired standard error of the change. Accuracy: share of pairs whose chosen answer "
+        "is likelier a token. Margin: difference of the mean log-probabilities a token. Memory: peak of the process, "
+        "compared with that of sft.",
+        "",
+        *table(rows),
+        "",
+        sources(shown),
+        "",
+    ]
+    if missing:
+        parts += [f"Not measured yet: {', '.join(missing)}.", ""]
+    pictured = [row for row in rows if row["held_out"]]
+    if pictured:
+        parts += ["![Movement of held-out log-probabilities](likelihoods.png)", ""]
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=Path, default=ROWS, help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=FOLDER, help="folder for README.md and picture; default: %(default)s"
+    )
+    args = parser.parse_args()
+    require("matplotlib")
+    rows = read_lines(args.rows)
+    if not rows:
+        sys.exit(f"{args.rows}: no rows; measure first: python -m benchmarks.methods")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "README.md").write_text(text(rows))
+    draw(rows, args.out / "likelihoods.png")
+    print(f"{args.out / 'README.md'} is written")
+
+
+if __name__ == "__main__":
+    main()
