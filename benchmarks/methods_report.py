@@ -96,12 +96,12 @@ def text(rows: list[dict[str, Any]]) -> str:
     parts = [
         "# Every objective on the same real pairs",
         "",
-        f"{about['model']}, the first pairs of {about['data']} (sha256 {about['data_sha256'][:12]}…), {rows[0]['steps']} "
-        f"steps of {about['pairs_per_step']} pairs, one learning rate and one seed for all; the paper's parameters "
-        f"unless the code of `benchmarks/methods.py` names others. {len(rows[0]['answers'])} held-out pairs, scored "
-        "before and after; ± is the paired standard error of the change. Accuracy: share of pairs whose chosen answer "
-        "is likelier a token. Margin: difference of the mean log-probabilities a token. Memory: peak of the process, "
-        "compared with that of sft.",
+        f"{about['model']}, the first pairs of {about['data']} (sha256 {about['data_sha256'][:12]}…), "
+        f"{rows[0]['steps']} steps of {about['pairs_per_step']} pairs, one learning rate and one seed for all; "
+        "the paper's parameters unless `benchmarks/methods.py` names others. "
+        f"{len(rows[0]['answers'])} held-out pairs, scored before and after; ± is the paired standard error of the "
+        "change. Accuracy: share of pairs whose chosen answer is likelier a token. Margin: difference of the mean "
+        "log-probabilities a token. Memory: peak of the process, compared with that of sft.",
         "",
         *table(rows),
         "",

@@ -1,0 +1,56 @@
+"""benchmarks.methods: the split of the data, the figures of the table, the picture."""
+
+import gzip
+import json
+import sys
+
+import pytest
+
+from benchmarks.methods import read_lines, run, split
+from benchmarks.methods_report import draw, table, text
+
+ABOUT = {
+    "model": "m", "data": "d.jsonl", "data_sha256": "0" * 64, "pairs_per_step": 4, "machine": "chip", "python": "3",
+    "torch": "2", "commit": "c", "command": "python -m benchmarks.methods", "date": "2030-01-02",
+}  # fmt: skip
+# chosen, rejected, and both after: margins 1, -1 before, 2, 1 after
+ANSWERS = [[-2.0, -3.0, -1.0, -3.0], [-4.0, -3.0, -2.5, -3.5]]
+
+
+def row(method, peak=2**30, held_out=()):
+    return {
+        "method": method, "peak_bytes": peak, "steps": 40, "tokens_per_second": 250.4, "answers": ANSWERS,
+        "held_out": [*held_out], "about": ABOUT,
+    }  # fmt: skip
+
+
+def test_training_and_evaluation_lines_do_not_overlap(tmp_path):
+    source = tmp_path / "pairs.jsonl.gz"
+    with gzip.open(source, "wt") as file:
+        file.writelines(json.dumps({"number": i}) + "\n" for i in range(10))
+    train, held_out = split(source, tmp_path, 5, 3)
+    assert [r["number"] for r in read_lines(train)] == [0, 1, 2, 3, 4]
+    assert [r["number"] for r in read_lines(held_out)] == [5, 6, 7]
+
+
+def test_figures_of_the_table():
+    """By hand: margins move by 1 and 2, chosen by 1 and 1.5, rejected by 0 and -0.5."""
+    lines = table([row("dpo", 2**30 + 3 * 2**20), row("sft")])
+    assert lines[2] == "| *before* | 50.0 | +0.000 |  | from -3.000 | from -3.000 |  |  |"
+    assert lines[3] == "| dpo | 100.0 | +1.500 | +1.500 ± 0.500 | +1.250 ± 0.250 | -0.250 ± 0.250 | 250 | +3 |"
+    assert lines[4].startswith("| sft |") and lines[4].endswith("| +0 |")
+
+
+def test_text_names_what_is_missing(tmp_path):
+    written = text([row("asft", held_out=[[0, -2.0, -2.0], [5, -1.5, -1.8]])])
+    assert "Not measured yet: dpo, orpo, sft" in written and "likelihoods.png" in written
+    draw([row("asft", held_out=[[0, -2.0, -2.0], [5, -1.5, -1.8]])], tmp_path / "likelihoods.png")
+    assert (tmp_path / "likelihoods.png").stat().st_size > 1000
+
+
+def test_a_failed_command_is_named_with_its_output(tmp_path):
+    with pytest.raises(RuntimeError, match=r"exit status 3; its output is in .*log"):
+        run([sys.executable, "-c", "print('why'); raise SystemExit(3)"], tmp_path / "log")
+    assert (tmp_path / "log").read_text() == "why\n"
+    seconds, peak = run([sys.executable, "-c", "x = bytearray(2**26)"], tmp_path / "log")
+    assert seconds > 0 and peak > 2**26
