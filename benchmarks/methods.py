@@ -12,6 +12,7 @@ draws it, and the table.
 import argparse
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -86,7 +87,7 @@ def python(module: str, *arguments: str) -> list[str]:
 
 
 def run(command: list[str], log: Path) -> tuple[float, int]:
-    """Seconds and peak resident bytes of the command. Its output goes to log; RuntimeError names that if it fails."""
+    """Seconds and peak resident bytes of the command (at least this process's: it begins as its copy). Its output goes to log; RuntimeError names that if it fails."""
     start = time.perf_counter()
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
@@ -106,7 +107,7 @@ def split(data: Path, folder: Path, train: int, held_out: int) -> tuple[Path, Pa
     files = folder / "train.jsonl", folder / "eval.jsonl"
     with (gzip.open if data.suffix == ".gz" else open)(data, "rt") as source:
         for path, count in zip(files, (train, held_out), strict=True):
-            path.write_text("".join(line for line, _ in zip(source, range(count), strict=False)))
+            path.write_text("".join(itertools.islice(source, count)))
     return files
 
 
