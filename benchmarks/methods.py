@@ -87,7 +87,10 @@ def python(module: str, *arguments: str) -> list[str]:
 
 
 def run(command: list[str], log: Path) -> tuple[float, int]:
-    """Seconds and peak resident bytes of the command (at least this process's: it begins as its copy). Its output goes to log; RuntimeError names that if it fails."""
+    """Seconds and peak resident bytes of the command; the peak is at least that of this process.
+
+    Its output goes to log; RuntimeError names that if it fails.
+    """
     start = time.perf_counter()
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
