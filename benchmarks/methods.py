@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.machine import about, require
+from benchmarks.run import append, rows_of
 
 FOLDER = Path(__file__).parents[1] / "bench_results" / "methods"
 ROWS = FOLDER / "rows.jsonl"
@@ -66,20 +66,10 @@ METHODS = (
     Method("poft", ("--ref-scores", "{own_scores}", "{sft_scores}"), needs=("own_scores", "sft_scores")),
     Method("rpo"),
     Method("mrpo", ("--ref-scores", "{own_scores}", "{sft_scores}"), needs=("own_scores", "sft_scores")),
-    Method("bmc"),
-    Method("fpo", ("--sae", "{sae}"), needs=("sae",)),
+    Method("bmc", ("--objective-args", "base=dpo")),
     Method("dnpo", module="asft_kernels.dnpo"),
     Method("sapo-asft", ("--token-generate-length", "32"), objective="asft", module="asft_kernels.sapo"),
 )
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines; none if there is no file. A killed run may have left half of the last one."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
 
 
 def python(module: str, *arguments: str) -> list[str]:
@@ -98,6 +88,7 @@ def run(command: list[str], log: Path) -> tuple[float, int]:
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:
             process.terminate()
+            process.wait()
             raise
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -142,22 +133,22 @@ def prepare(name: str, model: Path, train: Path, work: Path) -> Path:
     """A file that methods need, made if it is not there."""
     if name == "own_scores":
         return scores_of(model, train, work / "scores-own")
-    if name == "sft_scores":  # a second reference: the model that the row of sft left
-        return scores_of(work / "sft-model", train, work / "scores-sft")
-    path = work / "sae.safetensors"
-    if not path.is_file():
-        command = python("asft_kernels.sae", "--model", str(model), "--data", str(train), "--output", str(path))
-        run(command, work / "sae.log")
-    return path
+    second = work / "sft-model"  # a second reference: what the method sft left
+    if not second.is_dir():
+        raise RuntimeError(f"{second} is missing; take sft into --methods, with rows that do not hold it yet")
+    return scores_of(second, train, work / "scores-sft")
 
 
 def command_of(method: Method, args: argparse.Namespace, train: Path, held_out: Path, out: Path) -> list[str]:
-    own = args.module_arguments(method)
+    files = {name: str(prepare(name, args.model, train, args.work)) for name in method.needs}
+    own = [argument.format(**files) for argument in method.arguments]
     given = ["--model", str(args.model), "--data", str(train), "--output-dir", str(out)]
     given += ["--max-steps", str(args.steps), *BUDGET, *LIMITS]
     if method.module == "asft_kernels.dnpo":
         return python(method.module, *given, "--batch-size", str(args.pairs), *own)
-    given += ["--per-device-train-batch-size", str(args.pairs), "--objective", method.objective or method.name]
+    # Evaluation and the reference's scores take no larger batches: the peak is to be that of a step.
+    given += [f"--per-device-{kind}-batch-size={args.pairs}" for kind in ("train", "eval")]
+    given += ["--objective", method.objective or method.name]
     given += ["--save-strategy", "steps", "--save-steps", str(args.steps), "--save-only-model"]
     if method.pictured:
         given += ["--eval-data", str(held_out), "--eval-strategy", "steps", "--eval-steps", str(PICTURED_EVERY)]
@@ -172,7 +163,7 @@ def measure(method: Method, args: argparse.Namespace, train: Path, held_out: Pat
         shutil.rmtree(checkpoint)
     before = answers(scores_of(args.model, held_out, args.work / "scores-before"))
     after = answers(scores_of(out, held_out, out / "scores"))
-    rows = read_lines(out / "metrics.jsonl")
+    rows = rows_of(out / "metrics.jsonl")
     steps = [row for row in rows if row["kind"] == "train"]
     if method.name == "sft":
         shutil.rmtree(args.work / "sft-model", ignore_errors=True)
@@ -193,14 +184,20 @@ def measure(method: Method, args: argparse.Namespace, train: Path, held_out: Pat
     }
 
 
+def at_least_two(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"got {text!r}, need a whole number of at least 2")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of a causal language model")
     parser.add_argument("--data", type=Path, required=True, help="preference pairs: JSON lines, plain or gzipped")
     parser.add_argument("--methods", nargs="+", default=[m.name for m in METHODS], help="default: all")
-    parser.add_argument("--steps", type=int, default=40, help="optimiser steps; default 40")
-    parser.add_argument("--pairs", type=int, default=4, help="pairs a step; default 4")
-    parser.add_argument("--held-out", type=int, default=128, help="lines to evaluate on; default 128")
+    parser.add_argument("--steps", type=at_least_two, default=40, help="optimiser steps; default 40")
+    parser.add_argument("--pairs", type=at_least_two, default=4, help="pairs a step; default 4")
+    parser.add_argument("--held-out", type=at_least_two, default=128, help="lines to evaluate on; default 128")
     parser.add_argument(
         "--work", type=Path, default=Path("methods-work"), help="folder for models; default: %(default)s"
     )
@@ -213,20 +210,25 @@ def main() -> None:
     for path in (args.model, args.data):
         if not path.exists():
             parser.error(f"{path}: no such file or folder")
+    settings = {
+        "model": args.model.name,
+        "data": args.data.name,
+        "data_sha256": hashlib.sha256(args.data.read_bytes()).hexdigest(),
+        "steps": args.steps,
+        "pairs_per_step": args.pairs,
+        "held_out": args.held_out,
+    }
+    rows = rows_of(args.rows)
+    if any(row["settings"] != settings for row in rows):
+        parser.error(f"--rows: {args.rows} holds rows of {rows[0]['settings']}, need {settings}; name another file")
+    # What was prepared for other settings must not be taken.
+    args.work = args.work / hashlib.sha256(json.dumps([settings, str(args.model.resolve())]).encode()).hexdigest()[:12]
     args.work.mkdir(parents=True, exist_ok=True)
-    args.rows.parent.mkdir(parents=True, exist_ok=True)
     # A quarter more than are needed: some lines are no pairs, some prompts too long.
     train, held_out = split(args.data, args.work, args.steps * args.pairs * 5 // 4, args.held_out)
 
-    def module_arguments(method: Method) -> list[str]:
-        files = {name: str(prepare(name, args.model, train, args.work)) for name in method.needs}
-        return [argument.format(**files) for argument in method.arguments]
-
-    args.module_arguments = module_arguments
     facts = about("cpu", "benchmarks.methods", sys.argv[1:])
-    facts |= {"data": args.data.name, "data_sha256": hashlib.sha256(args.data.read_bytes()).hexdigest()}
-    facts |= {"model": args.model.name, "pairs_per_step": args.pairs}
-    done = {row["method"] for row in read_lines(args.rows)}
+    done = {row["method"] for row in rows}
     failed = []
     with tqdm([m for m in METHODS if m.name in args.methods and m.name not in done], unit="method") as bar:
         for method in bar:
@@ -237,8 +239,7 @@ def main() -> None:
                 failed.append(f"{method.name}: {error}")
                 tqdm.write(failed[-1])
                 continue
-            with args.rows.open("a") as file:
-                file.write(json.dumps({**row, "about": facts}) + "\n")
+            append(args.rows, [{**row, "settings": settings, "about": facts}])
     if failed:
         sys.exit(f"{len(failed)} methods failed: their rows are missing; start the command again for them")
     print(f"{args.rows}: complete; now: python -m benchmarks.methods_report")

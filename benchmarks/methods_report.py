@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import require
-from benchmarks.methods import FOLDER, METHODS, ROWS, read_lines
+from benchmarks.methods import FOLDER, METHODS, ROWS
+from benchmarks.run import rows_of
 from benchmarks.tables import MIB, markdown, sources
 
 HEADER = [
@@ -90,14 +91,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def text(rows: list[dict[str, Any]]) -> str:
-    about = rows[0]["about"]
+    settings = rows[0]["settings"]
     shown = [{**row, "file": ROWS.name} for row in rows]
     missing = [method.name for method in METHODS if method.name not in {row["method"] for row in rows}]
     parts = [
         "# Every objective on the same real pairs",
         "",
-        f"{about['model']}, the first pairs of {about['data']} (sha256 {about['data_sha256'][:12]}…), "
-        f"{rows[0]['steps']} steps of {about['pairs_per_step']} pairs, one learning rate and one seed for all; "
+        f"{settings['model']}, the first pairs of {settings['data']} (sha256 {settings['data_sha256'][:12]}…), "
+        f"{rows[0]['steps']} steps of {settings['pairs_per_step']} pairs, one learning rate and one seed for all; "
         "the paper's parameters unless `benchmarks/methods.py` names others. "
         f"{len(rows[0]['answers'])} held-out pairs, scored before and after; ± is the paired standard error of the "
         "change. Accuracy: share of pairs whose chosen answer is likelier a token. Margin: difference of the mean "
@@ -124,7 +125,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     require("matplotlib")
-    rows = read_lines(args.rows)
+    rows = rows_of(args.rows)
     if not rows:
         sys.exit(f"{args.rows}: no rows; measure first: python -m benchmarks.methods")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,26 @@
 """benchmarks.methods: the split of the data, the figures of the table, the picture."""
 
+import argparse
 import gzip
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks.methods import read_lines, run, split
+from asft_kernels.dnpo import _parser as dnpo_parser
+from asft_kernels.sapo.arguments import SapoArguments
+from asft_kernels.train.arguments import JobArguments, RunArguments
+from benchmarks import methods
+from benchmarks.methods import METHODS, command_of, run, split
 from benchmarks.methods_report import draw, table, text
+from benchmarks.run import rows_of
 
 ABOUT = {
-    "model": "m", "data": "d.jsonl", "data_sha256": "0" * 64, "pairs_per_step": 4, "machine": "chip", "python": "3",
+    "machine": "chip", "python": "3",
     "torch": "2", "commit": "c", "command": "python -m benchmarks.methods", "date": "2030-01-02",
 }  # fmt: skip
+SETTINGS = {"model": "m", "data": "d.jsonl", "data_sha256": "0" * 64, "pairs_per_step": 4}
 # chosen, rejected, and both after: margins 1, -1 before, 2, 1 after
 ANSWERS = [[-2.0, -3.0, -1.0, -3.0], [-4.0, -3.0, -2.5, -3.5]]
 
@@ -20,7 +28,7 @@ ANSWERS = [[-2.0, -3.0, -1.0, -3.0], [-4.0, -3.0, -2.5, -3.5]]
 def row(method, peak=2**30, held_out=()):
     return {
         "method": method, "peak_bytes": peak, "steps": 40, "tokens_per_second": 250.4, "answers": ANSWERS,
-        "held_out": [*held_out], "about": ABOUT,
+        "held_out": [*held_out], "about": ABOUT, "settings": SETTINGS,
     }  # fmt: skip
 
 
@@ -29,8 +37,8 @@ def test_training_and_evaluation_lines_do_not_overlap(tmp_path):
     with gzip.open(source, "wt") as file:
         file.writelines(json.dumps({"number": i}) + "\n" for i in range(10))
     train, held_out = split(source, tmp_path, 5, 3)
-    assert [r["number"] for r in read_lines(train)] == [0, 1, 2, 3, 4]
-    assert [r["number"] for r in read_lines(held_out)] == [5, 6, 7]
+    assert [r["number"] for r in rows_of(train)] == [0, 1, 2, 3, 4]
+    assert [r["number"] for r in rows_of(held_out)] == [5, 6, 7]
 
 
 def test_figures_of_the_table():
@@ -59,3 +67,30 @@ def test_a_failed_command_is_named_with_its_output(tmp_path):
 def test_peak_memory_is_the_commands_own(tmp_path):
     _, peak = run([sys.executable, "-c", "x = b'x' * 2**30"], tmp_path / "log")
     assert 2**30 < peak < 2**30 + 2**27  # beside it an interpreter
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_every_command_is_one_that_its_program_takes(method, monkeypatch, tmp_path):
+    from transformers import HfArgumentParser
+
+    monkeypatch.setattr(methods, "prepare", lambda name, *_: tmp_path / name)
+    args = argparse.Namespace(model=Path("m"), steps=40, pairs=4, work=tmp_path)
+    command = command_of(method, args, Path("train"), Path("eval"), tmp_path / "out")[3:]
+    if method.module == "asft_kernels.dnpo":
+        assert dnpo_parser().parse_args(command).max_steps == 40
+        return
+    job = SapoArguments if method.module == "asft_kernels.sapo" else JobArguments
+    parsed, running = HfArgumentParser([job, RunArguments]).parse_args_into_dataclasses(command)
+    assert parsed.objective == (method.objective or method.name)
+    assert (running.max_steps, running.per_device_eval_batch_size) == (40, 4)
+
+
+def test_rows_of_other_settings_are_not_mixed(monkeypatch, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(row("sft")) + "\n")
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    given = ["methods", "--model", str(tmp_path), "--data", str(tmp_path / "pairs.jsonl"), "--rows", str(rows)]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit):
+        methods.main()
+    assert "need {'model'" in capsys.readouterr().err
