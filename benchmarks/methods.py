@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -79,7 +80,7 @@ def python(module: str, *arguments: str) -> list[str]:
 def run(command: list[str], log: Path) -> tuple[float, int]:
     """Seconds and peak resident bytes of the command; the peak is at least that of this process.
 
-    Its output goes to log; RuntimeError names that if it fails.
+    Its output goes to log; RuntimeError with its last line if it fails.
     """
     start = time.perf_counter()
     with log.open("w") as out:
@@ -92,7 +93,10 @@ def run(command: list[str], log: Path) -> tuple[float, int]:
             raise
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)}: exit status {process.returncode}; its output is in {log}")
+        last = log.read_text(errors="replace").strip().rpartition("\n")[2]
+        raise RuntimeError(
+            f"exit status {process.returncode}: {last}; the whole output is in {log}: {shlex.join(command)}"
+        )
     return time.perf_counter() - start, usage.ru_maxrss * 1024
 
 

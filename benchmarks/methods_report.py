@@ -102,7 +102,9 @@ def text(rows: list[dict[str, Any]]) -> str:
         "the paper's parameters unless `benchmarks/methods.py` names others. "
         f"{len(rows[0]['answers'])} held-out pairs, scored before and after; ± is the paired standard error of the "
         "change. Accuracy: share of pairs whose chosen answer is likelier a token. Margin: difference of the mean "
-        "log-probabilities a token. Memory: peak of the process, compared with that of sft.",
+        "log-probabilities a token. Memory: peak of the process, compared with that of sft. "
+        "kto's reference point is 0, as asft-train estimates none; dnpo takes the same pairs in another order; fpo is "
+        "not among them, as asft-train does not run it.",
         "",
         *table(rows),
         "",

@@ -59,7 +59,7 @@ def test_text_names_what_is_missing(tmp_path):
 
 
 def test_a_failed_command_is_named_with_its_output(tmp_path):
-    with pytest.raises(RuntimeError, match=r"exit status 3; its output is in .*log"):
+    with pytest.raises(RuntimeError, match=r"exit status 3: why; the whole output is in .*log"):
         run([sys.executable, "-c", "print('why'); raise SystemExit(3)"], tmp_path / "log")
     assert (tmp_path / "log").read_text() == "why\n"
 
