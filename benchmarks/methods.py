@@ -68,6 +68,7 @@ METHODS = (
     Method("rpo"),
     Method("mrpo", ("--ref-scores", "{own_scores}", "{sft_scores}"), needs=("own_scores", "sft_scores")),
     Method("bmc", ("--objective-args", "base=dpo")),
+    Method("fpo", ("--sae", "{sae}"), needs=("sae",)),
     Method("dnpo", module="asft_kernels.dnpo"),
     Method("sapo-asft", ("--token-generate-length", "32"), objective="asft", module="asft_kernels.sapo"),
 )
@@ -135,6 +136,12 @@ def answers(path: Path) -> dict[str, tuple[float, float]]:
 
 def prepare(name: str, model: Path, train: Path, work: Path) -> Path:
     """A file that methods need, made if it is not there."""
+    if name == "sae":
+        path = work / "sae.safetensors"
+        if not path.exists():
+            given = ("--model", str(model), "--data", str(train), "--output", str(path))
+            run(python("asft_kernels.sae", *given, *LIMITS), work / "sae.log")
+        return path
     if name == "own_scores":
         return scores_of(model, train, work / "scores-own")
     second = work / "sft-model"  # a second reference: what the method sft left

@@ -320,7 +320,7 @@ def test_lmpo_in_training_from_hidden_states(dtype):
 RANK = """
 import os, sys
 import torch, torch.distributed as dist
-from asft_kernels.objectives import LMPO
+from asft_kernels.objectives import LMPO, kto_kl
 from asft_kernels.sequence import Logps
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
@@ -333,13 +333,14 @@ empty = torch.zeros(2, dtype=torch.int64) if rank == 0 else lengths[[1, 2, 4, 5]
 objective(Logps(sums[rows], empty))  # a rank without a counting pair joins all the same
 if rank == 0:
     objective.eval()(Logps(sums[rows], lengths[rows]))  # alone: in evaluation nobody waits for anybody
-torch.save((losses, objective.state_dict()), folder + f"/rank{rank}")
+kl = kto_kl(sums[rows], sums[rows] - (-4, 3)[rank])
+torch.save((losses, objective.state_dict(), kl), folder + f"/rank{rank}")
 dist.barrier()
 os._exit(0)  # gloo's threads now and then abort a process that ends in the ordinary way
 """
 
 
-def test_lmpo_statistics_are_of_all_ranks(tmp_path):
+def test_statistics_of_lmpo_and_kto_are_of_all_ranks(tmp_path):
     """Ranks of one and two pairs have the losses and the state of one process with the three."""
     (tmp_path / "rank.py").write_text(RANK)
     torch.save((SUMS, LENGTHS), tmp_path / "batch")
@@ -355,7 +356,9 @@ def test_lmpo_statistics_are_of_all_ranks(tmp_path):
     ]
     errors = [worker.communicate(timeout=120)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], errors
-    (losses0, state0), (losses1, state1) = (torch.load(tmp_path / f"rank{rank}") for rank in (0, 1))
+    (losses0, state0, kl0), (losses1, state1, kl1) = (torch.load(tmp_path / f"rank{rank}") for rank in (0, 1))
+    # Gains of -4 on two rows and of 3 on four: the mean first, held at 0 after it.
+    assert kl0.item() == kl1.item() == pytest.approx((2 * -4 + 4 * 3) / 6)
     whole = LMPO()
     for scale, first, second in zip((1.0, 2.0), losses0, losses1, strict=True):
         assert relative_error(torch.cat([first, second]), whole(policy(SUMS * scale)).loss) <= 1e-12

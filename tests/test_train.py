@@ -26,7 +26,7 @@ from asft_kernels.integrations.hf_model import PreferenceModel
 from asft_kernels.train import main
 from asft_kernels.train.arguments import RunArguments
 from asft_kernels.train.metrics import Evaluation, MetricsFile, change
-from asft_kernels.train.run import _command
+from asft_kernels.train.run_folder import command
 from asft_kernels.train.trainer import PreferenceTrainer
 from tiny_lm import pairs, saved_tiny_model, tiny_model, tiny_tokenizer, write_lines
 
@@ -242,7 +242,7 @@ def test_ctrl_c_without_checkpoints_saves_none(job, tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize("resume", [["--resume"], ["--resume", "out/checkpoint-4"], ["--resume=out/checkpoint-4"]])
 def test_printed_command_drops_resume_and_its_value(monkeypatch, resume):
     monkeypatch.setattr(sys, "argv", ["asft-train", "--data", "a b", *resume, "--lam", "2"])
-    assert _command() == "asft-train --data 'a b' --lam 2"
+    assert command() == "asft-train --data 'a b' --lam 2"
 
 
 @pytest.mark.parametrize(

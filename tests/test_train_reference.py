@@ -21,7 +21,7 @@ from asft_kernels.sequence import Logps
 from asft_kernels.train import main
 from asft_kernels.train.on_pairs import OnPairs
 from asft_kernels.train.reference import ObjectiveCollator, with_reference
-from tiny_lm import pairs, saved_tiny_model, tiny_model, tiny_tokenizer, write_lines
+from tiny_lm import pairs, saved_sae, saved_tiny_model, tiny_model, tiny_tokenizer, write_lines
 
 LIMITS = ["--max-length", "64", "--max-prompt-length", "32"]
 
@@ -43,16 +43,17 @@ def trained(files, folder, *options, steps=2):
     return [row for row in rows if row["kind"] == "train"]
 
 
-OWN_COMMANDS = {"fpo", "dnpo"}
-ARGUMENTS = {"bmc": ["base=dpo"]}
+OWN_COMMANDS = {"dnpo"}
+ARGUMENTS = {"bmc": ["base=dpo"], "fpo": ["top_k=4"]}
 # -log sigmoid(0): all of these look at log-ratios alone, and at the start every one is 0.
-AT_LOG_2 = ["dpo", "robust", "sigmoid_norm", "mrpo", "poft"]
+AT_LOG_2 = ["dpo", "robust", "sigmoid_norm", "mrpo", "poft", "fpo"]
 
 
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in OWN_COMMANDS])
 def test_every_objective_trains(files, tmp_path, name):
     given = ARGUMENTS.get(name, [])
-    rows = trained(files, tmp_path, "--objective", name, *(["--objective-args", *given] if given else []))
+    sae = ["--sae", str(saved_sae(tmp_path / "sae.npz"))] if name == "fpo" else []
+    rows = trained(files, tmp_path, "--objective", name, *sae, *(["--objective-args", *given] if given else []))
     assert len(rows) == 2
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
     if name in AT_LOG_2:
@@ -112,7 +113,7 @@ def test_marks_and_prompt_labels_stand_at_their_tokens():
 def test_reference_per_token_has_the_layout_of_the_fused_call(tmp_path):
     dataset, _ = load_pairs(write_lines(tmp_path / "p.jsonl", pairs(3)), tiny_tokenizer())
     model = PreferenceModel(tiny_model(), BMC("dpo", ref_weighting="policy"))
-    options = {"scores": [], "tokenizer": tiny_tokenizer(), "batch_size": 2, "label": "reference"}
+    options = {"scores": [], "tokenizer": tiny_tokenizer(), "batch_size": 2, "label": "reference", "max_length": 64}
     rows = [with_reference(dataset, model, **options)[i] for i in range(3)]
     batch = ObjectiveCollator(0)(rows)
     plain = PairCollator(0)(rows)
@@ -146,7 +147,12 @@ def test_single_answers_on_pairs_see_pairs_that_count():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--objective", "fpo"], "fpo needs an autoencoder's features"),
+        (["--objective", "fpo"], "--sae: fpo needs the file of an autoencoder"),
+        (["--objective", "fpo", "--sae", "nosuch.npz"], "--sae: nosuch.npz: no such file"),
+        (["--objective", "dpo", "--sae", "a.npz"], "--sae: got a.npz, need none: dpo reads no features"),
+        (["--objective", "bmc", "--objective-args", "base=fpo"], "with fpo inside a paired objective"),
+        (["--objective", "dpo + kto"], "with kto inside a paired objective"),
+        (["--objective", "kto", "--ref-scores", "a.parquet"], "its reference is --model as it comes"),
         (["--objective", "dnpo"], "python -m asft_kernels.dnpo"),
         (["--objective", "nosuch"], "--objective: objective: got 'nosuch', need one of 'asft'"),
         (["--objective", "dpo", "--objective-args", "beta"], "--objective-args: got 'beta', need NAME=VALUE"),

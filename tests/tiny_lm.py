@@ -74,3 +74,16 @@ def write_lines(path: Path, rows: list) -> Path:
     """Rows as JSON lines; a str row is written as it is."""
     path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
     return path
+
+
+def saved_sae(path: Path, features: int = 24) -> Path:
+    """A random ReLU autoencoder of the tiny model's hidden states."""
+    import torch
+
+    from asft_kernels.sae import SparseAutoencoder, write_sae
+
+    generator = torch.Generator().manual_seed(0)
+    size = tiny_config().hidden_size
+    encoder = torch.randn(size, features, generator=generator)
+    write_sae(SparseAutoencoder(encoder, torch.zeros(features), encoder.T, torch.zeros(size)), path)
+    return path

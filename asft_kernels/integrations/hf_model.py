@@ -56,6 +56,9 @@ class PreferenceModel(nn.Module):
     logit_scale, softcap: what the head does to its product; None: as the config says.
     objective: a name or an object, as `fused_preference_loss` takes; paired (`asft_kernels.train.on_pairs` makes
         one of sft, poft and kto). One with state (lmpo) is a submodule: its buffers move and are saved with it.
+    step_inputs: None, or a module that makes objective_inputs at every step (`asft_kernels.train.step_inputs`): called
+        with this model, input_ids, attention_mask, labels and, as keywords, the batch's tensors that its
+        `batch_entries` name; returns (hidden states for the head, objective_inputs).
     loss_options: further keywords of `fused_preference_loss`: backend, cache_bytes, ...
 
     Raises UnsupportedHead for encoder-decoders and models without an output head.
@@ -69,6 +72,7 @@ class PreferenceModel(nn.Module):
         model: nn.Module,
         objective: str | Objective = "asft",
         *,
+        step_inputs: nn.Module | None = None,
         logit_scale: float | None = None,
         softcap: float | None = None,
         **loss_options: Any,
@@ -86,6 +90,7 @@ class PreferenceModel(nn.Module):
         self.logit_scale = from_config[0] if logit_scale is None else logit_scale
         self.softcap = from_config[1] if softcap is None else softcap
         self.objective: Any = get_objective(objective) if isinstance(objective, str) else objective
+        self.step_inputs: Any = step_inputs
         self.loss_options = loss_options
 
     @property
@@ -114,8 +119,13 @@ class PreferenceModel(nn.Module):
         number: their sum divided by it, so that micro-batches and ranks whose number is the total
         of all add up to the mean over all, whatever their sizes.
         """
+        if self.step_inputs is None:
+            hidden = self.hidden_states(input_ids, attention_mask)
+        else:
+            own = {name: batch.pop(name) for name in self.step_inputs.batch_entries}
+            hidden, batch["objective_inputs"] = self.step_inputs(self, input_ids, attention_mask, labels, **own)
         result: Any = fused_preference_loss(
-            self.hidden_states(input_ids, attention_mask),
+            hidden,
             self.lm_head,
             labels,
             self.objective,

@@ -109,6 +109,13 @@ def sum_of(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(tensors)).sum(dim=0)
 
 
+def sum_over_ranks(sums: Tensor) -> Tensor:
+    """In place, over all processes where torch.distributed runs; each of them must call it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    return sums
+
+
 def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
     """Implicit rewards of (B,) pairs, as trainers log them."""
     chosen, rejected = chosen.detach(), rejected.detach()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from asft_kernels.objectives.base import LossTerms, Objective, require_input, require_number
+from asft_kernels.objectives.base import LossTerms, Objective, require_input, require_number, sum_over_ranks
 from asft_kernels.objectives.dpo import log_ratio
 from asft_kernels.sequence import Logps
 
@@ -64,7 +64,9 @@ def kto_kl(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """KTO's reference point: mean of S - ref_S over mismatched answers, at least 0, detached.
 
     logps, ref_logps: sums (R,) under policy and reference, without gradients, of rows that join each prompt to the
-    answer of another one (a batch's answers moved on by one place). With several ranks gather both first: the mean
-    is theirs together, and only then held at 0.
+    answer of another one (a batch's answers moved on by one place). With several ranks each gives its own rows, and
+    all must call it: the mean is over all of them, and only then held at 0. 0 without rows.
     """
-    return (logps - ref_logps).mean().clamp(min=0).detach()
+    gains = (logps - ref_logps).detach()
+    total, rows = sum_over_ranks(torch.stack([gains.double().sum(), gains.new_tensor(len(gains), dtype=torch.float64)]))
+    return (total / rows.clamp(min=1)).clamp(min=0).to(gains.dtype)

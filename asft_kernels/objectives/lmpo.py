@@ -6,7 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from asft_kernels.objectives.base import LossTerms, Objective, counting, require_number, reward_metrics
+from asft_kernels.objectives.base import (
+    LossTerms,
+    Objective,
+    counting,
+    require_number,
+    reward_metrics,
+    sum_over_ranks,
+)
 from asft_kernels.sequence import Logps
 
 DECAY = 0.9
@@ -72,9 +79,9 @@ class LMPO(nn.Module, Objective):
     @torch.no_grad()
     def _update(self, values: Tensor, counts: Tensor) -> None:
         """By the mean and the unbiased deviation over all ranks. Reads nothing on the host."""
-        pairs, total = _over_ranks(torch.stack([counts.sum().double(), torch.where(counts, values, 0).sum()]))
+        pairs, total = sum_over_ranks(torch.stack([counts.sum().double(), torch.where(counts, values, 0).sum()]))
         mean = total / pairs.clamp(min=1)
-        squares = _over_ranks(torch.where(counts, (values - mean).square(), 0).sum())
+        squares = sum_over_ranks(torch.where(counts, (values - mean).square(), 0).sum())
         std = (squares / (pairs - 1).clamp(min=1)).sqrt()
         weight = (1 - DECAY) * (pairs >= 2).to(self.running_mean)
         self.running_mean.lerp_(mean.to(self.running_mean), weight)
@@ -83,9 +90,3 @@ class LMPO(nn.Module, Objective):
 
     def extra_repr(self) -> str:
         return f"beta={self.beta}, gamma_beta_ratio={self.gamma_beta_ratio}, lam={self.lam}, power={self.power}"
-
-
-def _over_ranks(sums: Tensor) -> Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(sums)
-    return sums

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from asft_kernels.objectives import ASFT, BMC, DNPO, get_objective
+from asft_kernels.objectives import ASFT, BMC, DNPO, FPO, KTO, WeightedSum, get_objective
 
 
 class ArgumentProblem(ValueError):
@@ -43,6 +43,13 @@ class JobArguments:
         metadata={"help": "files of asft-score with the reference's log-probabilities, one a reference model; "
                   "default: --model as it comes is scored first"},
     )  # fmt: skip
+    sae: str | None = field(
+        default=None,
+        metadata={"help": "fpo's autoencoder, .npz or .safetensors: python -m asft_kernels.sae"},
+    )
+    sae_layer: int = field(
+        default=-1, metadata={"help": "where it reads hidden states: -1 the head's input, l the output of block l"}
+    )
     max_length: int = field(default=1024, metadata={"help": "tokens of prompt and answer; longer answers are cut"})
     max_prompt_length: int = field(default=512, metadata={"help": "tokens; pairs with a longer prompt are left out"})
     strict: bool = field(default=False, metadata={"help": "unusable rows are an error"})
@@ -106,10 +113,24 @@ class JobArguments:
     def _can_train(self, objective: Any) -> None:
         if isinstance(objective, DNPO):
             raise ArgumentProblem("--objective: dnpo trains its reference's noise, too: python -m asft_kernels.dnpo")
-        if "feature_distance" in {**objective.inputs, **objective.optional_inputs}:
+        inside = [term for _, term in objective.terms] if isinstance(objective, WeightedSum) else [objective]
+        for name, kind in (("feature_distance", FPO), ("desirable", KTO)):
+            alone = kind is FPO or not objective.paired
+            if name in objective.inputs and not (alone and any(isinstance(term, kind) for term in inside)):
+                raise ArgumentProblem(
+                    f"--objective: got {self.objective} with {kind.__name__.lower()} inside a paired objective, "
+                    f"which asft-train does not train; need {kind.__name__.lower()} by itself"
+                )
+        if ("feature_distance" in objective.inputs) != (self.sae is not None):
             raise ArgumentProblem(
-                "--objective: fpo needs an autoencoder's features at every step, which asft-train does not compute; "
-                "docs/objectives/fpo.md has the calls for a loop of your own"
+                "--sae: fpo needs the file of an autoencoder; python -m asft_kernels.sae trains one"
+                if self.sae is None
+                else f"--sae: got {self.sae}, need none: {self.objective} reads no features"
+            )
+        if self.ref_scores and {"feature_distance", "kl"} & {*objective.inputs, *objective.optional_inputs}:
+            raise ArgumentProblem(
+                f"--ref-scores: got files, need none: {self.objective} asks the reference for more than they hold, so "
+                "its reference is --model as it comes"
             )
         if self.ref_scores and not objective.needs_reference:
             raise ArgumentProblem(f"--ref-scores: got files, need none: {self.objective} has no reference")

@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from asft_kernels.data import PairCollator
+from asft_kernels.data import DataError, PairCollator
 from asft_kernels.data.diff_marks import diff_marks
 from asft_kernels.data.pairs import IGNORE_INDEX
 from asft_kernels.integrations.hf_model import PreferenceModel
 from asft_kernels.objectives import BMC, PoFT, weighted_reference
+from asft_kernels.sae.cache import ReferenceFeatures
 from asft_kernels.score.scoring import reference_logps, score_pairs
 from asft_kernels.score.table import SIDES, load_scores, load_token_logps, mean_avg_logps
 from asft_kernels.train.on_pairs import OnPairs
+from asft_kernels.train.step_inputs import MismatchInputs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,12 +24,19 @@ TokenLogps = tuple[list[Tensor], list[Tensor]]  # of chosen and rejected answers
 
 
 def with_reference(
-    pairs: "Dataset", model: PreferenceModel, *, scores: Sequence[str], tokenizer: Any, batch_size: int, label: str
+    pairs: "Dataset",
+    model: PreferenceModel,
+    *,
+    scores: Sequence[str],
+    tokenizer: Any,
+    batch_size: int,
+    label: str,
+    max_length: int,
 ) -> "Dataset":
-    """pairs with the columns that `ObjectiveCollator` hands to the model's objective.
+    """pairs with the columns that `ObjectiveCollator` hands to the model's objective and step_inputs.
 
     scores: files of asft-score, one a reference model; none: the model as it is now is the reference, scored here
-    under a progress bar named label. DataError for files that do not fit the pairs.
+    under a progress bar named label. max_length: of the pairs, in tokens. DataError for files that do not fit them.
     """
     objective = model.objective
     live: dict[str, Any] = {"batch_size": batch_size, "progress": label}
@@ -47,6 +56,27 @@ def with_reference(
         values = reference_logps(model, pairs, PairCollator(0), **live)
     for side, of_side in zip(SIDES, values.unbind(dim=1), strict=True):
         pairs = pairs.add_column(f"ref_{side}_logps", of_side.T.tolist())  # pyright: ignore[reportCallIssue]
+    return _with_mismatched(pairs, model, max_length, live) if isinstance(model.step_inputs, MismatchInputs) else pairs
+
+
+def _with_mismatched(pairs: "Dataset", model: PreferenceModel, max_length: int, live: dict[str, Any]) -> "Dataset":
+    """pairs with the answers of another pair, cut so that prompt and answer fit, and their sums under the model.
+
+    The other pair stands half the dataset away: neighbours often share a prompt. TRL moves answers on within a batch.
+    """
+    count = len(pairs)
+    if count < 2:
+        raise DataError("kto: got 1 pair, need at least 2: the reference point joins prompts to other prompts' answers")
+    room = [max_length - len(prompt) for prompt in pairs["prompt"]]
+    moved = pairs.select([(row + count // 2) % count for row in range(count)])
+    answers = {side: [answer[:left] for answer, left in zip(moved[side], room, strict=True)] for side in SIDES}
+    mismatched = pairs
+    for side in SIDES:
+        mismatched = mismatched.remove_columns(side).add_column(side, answers[side])  # pyright: ignore[reportCallIssue]
+        pairs = pairs.add_column(f"mismatched_{side}", answers[side])  # pyright: ignore[reportCallIssue]
+    live = {**live, "progress": f"{live['progress']}, mismatched answers"}
+    for side, sums in zip(SIDES, reference_logps(model, mismatched, PairCollator(0), **live)[0], strict=True):
+        pairs = pairs.add_column(f"mismatched_ref_{side}_logps", sums.tolist())  # pyright: ignore[reportCallIssue]
     return pairs
 
 
@@ -87,12 +117,12 @@ def _token_logps(model: PreferenceModel, pairs: "Dataset", live: dict[str, Any])
 class ObjectiveCollator(PairCollator):
     """Batches with what the columns of `with_reference` hold: ref_logps, token_weights; and nll_labels.
 
-    nll_on_prompt: the likelihood term over prompt and answer of the chosen rows.
+    nll_on_prompt: the likelihood term over prompt and answer of the chosen rows. features: the reference's, for fpo.
     """
 
-    def __init__(self, pad_token_id: int, *, nll_on_prompt: bool = False):
+    def __init__(self, pad_token_id: int, *, nll_on_prompt: bool = False, features: ReferenceFeatures | None = None):
         super().__init__(pad_token_id)
-        self.nll_on_prompt = nll_on_prompt
+        self.nll_on_prompt, self.features = nll_on_prompt, features
 
     def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = super().__call__(pairs)
@@ -106,6 +136,13 @@ class ObjectiveCollator(PairCollator):
             sums = [pair[f"ref_{side}_logps"] for side in SIDES for pair in pairs]
             ref = torch.tensor(sums, dtype=torch.float64).T  # (K, 2B)
             batch["ref_logps"] = ref[0] if len(ref) == 1 else ref
+        if "mismatched_chosen" in pairs[0]:
+            rows = [{"prompt": pair["prompt"], **{s: pair[f"mismatched_{s}"] for s in SIDES}} for pair in pairs]
+            batch |= {f"mismatched_{name}": tensor for name, tensor in super().__call__(rows).items()}
+            sums = [pair[f"mismatched_ref_{side}_logps"] for side in SIDES for pair in pairs]
+            batch["mismatched_ref_logps"] = torch.tensor(sums, dtype=torch.float64)
+        if self.features is not None:
+            batch["ref_pooled"] = self.features.pooled([pair["id"] for pair in pairs])
         if "chosen_marks" in pairs[0]:
             batch["token_weights"] = _at_labels(labels, [pair[f"{s}_marks"] for s in SIDES for pair in pairs])
         if "ref_chosen_token_logps" in pairs[0]:
