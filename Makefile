@@ -8,6 +8,7 @@
 #
 #   make test PYTHON=python3.12          another interpreter (after `make clean`)
 #   make test ARGS="plain compile"       some parts only; make demo ARGS="--help"
+#   make bench ARGS="main"               some sets only (--list: which); draw them: python -m benchmarks.report --write
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -37,8 +38,8 @@ test: venv
 # A run that was cut off goes on when started again.
 bench: venv
 	@$(call install,bench)
-	@code=0; $(PY) -m benchmarks.run $(ARGS) || code=$$?; $(PY) -m benchmarks.accuracy || code=$$?; \
-	$(PY) -m benchmarks.report --write && exit $$code
+	@$(if $(ARGS),$(PY) -m benchmarks.run $(ARGS),code=0; $(PY) -m benchmarks.run || code=$$?; \
+	$(PY) -m benchmarks.accuracy || code=$$?; $(PY) -m benchmarks.report --write && exit $$code)
 
 lint: venv
 	@$(call install,dev,test)

@@ -113,11 +113,11 @@ def growth(device: str, dtype: str, D: int, V: int, N: int) -> list[Case]:
     against_n = [
         Case("growth-n", work, tokens, tokens, V=V, contestants=(*OURS, *UNCACHED, "plain torch"), **shape)
         for work in (FROZEN, TRAINABLE)
-        for tokens in (256, 1024, 4096)
+        for tokens in (256, 1024, 4096, 8192)
     ]
     against_v = [
         Case("growth-v", TRAINABLE, N // 2, N // 2, V=vocab, contestants=(*OURS, "plain torch"), **shape)
-        for vocab in (8192, 16384, 32768, 65536, 131072)
+        for vocab in (8192, 32768, 65536, 131072, 262144)
     ]
     against_pairs = [
         Case(
@@ -149,13 +149,16 @@ def cpu_cases() -> list[Case]:
         for loss, name in (("simpo", "SimPO"), ("dpo", "DPO"), ("orpo", "ORPO"))
     ]  # fmt: skip
     # In plain torch the log-softmax of M V logits and two gradients of its size are 24 GiB, before anything else.
-    beyond = Case("beyond-plain", TRAINABLE, 2048, 8192, 64, 262144, rounds=1, contestants=(*OURS, "plain torch"))
+    beyond = Case("beyond-plain", TRAINABLE, 2048, 8192, 64, 262144, rounds=3, contestants=(*OURS, "plain torch"))
     return [*main, *share, *low, *losses, *growth("cpu", "float32", 256, 8192, 512), beyond]
 
 
 def floor_cases() -> list[Case]:
-    """How near our schedule comes to its own products: corners of N and V. In the third E exceeds the default cache."""
+    """How near our schedule comes to its own products: corners of N and V.
+
+    Where both are large E exceeds the default cache."""
     shapes = [(256, 32000, 1024, 5), (256, 262144, 1024, 3), (2048, 262144, 512, 3), (8192, 32000, 1024, 3)]
+    shapes.append((8192, 262144, 512, 2))
     contestants = (*OURS, "asft_kernels torch, all E kept")
     return [
         Case("floor", work, N, N, D, V, rounds=rounds, contestants=contestants)

@@ -129,7 +129,7 @@ export PYTHON LOGS OUT WANTED="torch triton pytest hypothesis tqdm numpy matplot
 
 step environment 30 bash -c environment
 if ! have $WANTED > /dev/null; then
-    step install 90 bash -c install
+    step install 80 bash -c install
     have $WANTED | tee -a "$SUMMARY"
 fi
 slug=$("$PYTHON" -c "import torch
@@ -150,7 +150,7 @@ else
     headline=smoke suite=smoke shape=(--hidden-size 24 --vocab 70 --tokens 16 33)
 fi
 step parity 150 bash -c 'tests "$@"' - "${key[@]}"
-step headline 210 bash -c 'measure "$@"' - "$headline"
+step headline 195 bash -c 'measure "$@"' - "$headline"
 step device-tests 240 bash -c 'tests "$@"' - "${rest[@]}"
 step kernel-tests 240 bash -c 'tests "$@"' - "${kernels[@]}"
 step autotune 90 "$PYTHON" -m asft_kernels.autotune "${shape[@]}" --dtype bfloat16

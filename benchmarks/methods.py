@@ -238,7 +238,9 @@ def main() -> None:
     # A quarter more than are needed: some lines are no pairs, some prompts too long.
     train, held_out = split(args.data, args.work, args.steps * args.pairs * 5 // 4, args.held_out)
 
-    facts = about("cpu", "benchmarks.methods", sys.argv[1:])
+    # Names for paths: the row is read on other machines.
+    words = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]
+    facts = about("cpu", "benchmarks.methods", words)
     done = {row["method"] for row in rows}
     failed = []
     with tqdm([m for m in METHODS if m.name in args.methods and m.name not in done], unit="method") as bar:

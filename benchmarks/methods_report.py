@@ -21,6 +21,10 @@ HEADER = [
     "tokens/s",
     "memory beyond SFT, MiB",
 ]
+CLAIM = (
+    "ASFT's abstract (arXiv 2409.10571) says of DPO that it lowers the likelihood of rejected answers faster than it "
+    "raises that of chosen ones, and of ASFT that it does better. On these held-out pairs, in this short run:"
+)
 CHOSEN, REJECTED = "#1b7837", "#b2182b"
 
 
@@ -67,6 +71,17 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return markdown(HEADER, [before, *(line(row, peaks.get("sft")) for row in rows)], words=1)
 
 
+def verdict(row: dict[str, Any]) -> str:
+    """How far the mean log-probabilities of the held-out answers went in the whole run."""
+    (_, *first), (_, *last) = row["held_out"][0], row["held_out"][-1]
+    chosen, rejected = (b - a for a, b in zip(first, last, strict=True))
+    faster = "chosen" if abs(chosen) > abs(rejected) else "rejected"
+    return (
+        f"- {row['method']}: chosen {'rose' if chosen > 0 else 'fell'} by {abs(chosen):.3f} nats a token, rejected "
+        f"{'rose' if rejected > 0 else 'fell'} by {abs(rejected):.3f}; {faster} moved faster."
+    )
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """How far the mean log-probabilities of held-out answers moved, step by step; a panel an objective."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -103,8 +118,8 @@ def text(rows: list[dict[str, Any]]) -> str:
         f"{len(rows[0]['answers'])} held-out pairs, scored before and after; ± is the paired standard error of the "
         "change. Accuracy: share of pairs whose chosen answer is likelier a token. Margin: difference of the mean "
         "log-probabilities a token. Memory: peak of the process, compared with that of sft. "
-        "kto's reference point is 0, as asft-train estimates none; dnpo takes the same pairs in another order; fpo is "
-        "not among them, as asft-train does not run it.",
+        "Each method ran once: of two runs the memory differs by 1 to 2 %. dnpo takes the same pairs in another order; "
+        "fpo's autoencoder was trained on the training pairs first, and that is in none of the figures.",
         "",
         *table(rows),
         "",
@@ -115,6 +130,7 @@ def text(rows: list[dict[str, Any]]) -> str:
         parts += [f"Not measured yet: {', '.join(missing)}.", ""]
     pictured = [row for row in rows if row["held_out"]]
     if pictured:
+        parts += ["## How chosen and rejected likelihoods move", "", CLAIM, "", *(verdict(row) for row in pictured), ""]
         parts += ["![Movement of held-out log-probabilities](likelihoods.png)", ""]
     return "\n".join(parts)
 

@@ -1,6 +1,6 @@
 """Tables and pictures of what was measured, drawn from the rows under bench_results/.
 
-python -m benchmarks.report                    # prints the report of the newest rows of each device and set
+python -m benchmarks.report                    # prints the report: each case as last measured, by machine
 python -m benchmarks.report --write            # README's summary, bench_results/REPORT.md and its pictures
 python -m benchmarks.report FILE …             # of these rows alone
 python -m benchmarks.report FILE … --out DIR   # REPORT.md and pictures of these rows alone, in a folder
@@ -11,6 +11,8 @@ Rows of the smoke suite are no measurement and are left out.
 import argparse
 import re
 import sys
+import zlib
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from benchmarks.cases import WORKS
 from benchmarks.machine import require
 from benchmarks.rows import is_smoke, read_rows, row_file
 from benchmarks.tables import (
+    BARE,
     OUR_DEFAULT,
     SHAPE,
     Row,
@@ -57,14 +60,39 @@ def row_files() -> list[Path]:
 
 
 def newest_rows(files: list[Path]) -> dict[str, list[Row]]:
-    """Rows by the device that their files are named after: each set of each kind from the newest file that has it."""
-    newest: dict[str, dict[tuple, list[Row]]] = {}
+    """Rows by machine, named after the device of their files: of each case the last run with all its contestants.
+
+    Contestants are compared within a run alone, so a later run of some of them replaces nothing. Two machines of one
+    device's name get a digest of their own behind it.
+    """
+    newest: dict[tuple[str, str], dict[tuple, list[Row]]] = {}
     for path in files:
         device = re.sub(r"^\d{4}-\d\d-\d\d-", "", path.stem)
-        measured = (row for row in read_rows(path) if not is_smoke(row))
-        newest.setdefault(device, {}).update(groups(measured, "kind", "set"))
-    by_device = {device: [row for rows in sets.values() for row in rows] for device, sets in newest.items()}
-    return {device: rows for device, rows in by_device.items() if rows}
+        for (case, machine, _), rows in runs_of(path).items():
+            cases = newest.setdefault((device, machine), {})
+            if {row["contestant"] for row in cases.get(case, [])} <= {row["contestant"] for row in rows}:
+                cases[case] = rows
+    machines = Counter(device for device, _ in newest)
+    return {
+        device if machines[device] == 1 else f"{device}-{zlib.crc32(machine.encode()):08x}": in_order(cases)
+        for (device, machine), cases in newest.items()
+    }
+
+
+def runs_of(path: Path) -> dict[tuple, list[Row]]:
+    """Rows by (case, machine, commit): what one run measured, in the order of the file."""
+    found: dict[tuple, list[Row]] = {}
+    for row in read_rows(path):
+        if not is_smoke(row):
+            case = tuple(row.get(field) for field in ("kind", "set", "inputs", "source", "work", *SHAPE))
+            found.setdefault((case, row["about"]["machine"], row["about"]["commit"]), []).append(row)
+    return found
+
+
+def in_order(cases: dict[tuple, list[Row]]) -> list[Row]:
+    """Case by case; the cases of a set stand together, sets in order of their first."""
+    sets = groups((row for rows in cases.values() for row in rows), "kind", "set")
+    return [row for rows in sets.values() for row in rows]
 
 
 def report(files: list[Path]) -> str:
@@ -198,11 +226,14 @@ def growth_sentence(rows: list[Row], device: str) -> str:
     """Slopes of our default path, trainable head."""
     found = []
     for set_name, symbol in (("growth-n", "N"), ("growth-v", "V"), ("growth-pairs", "pairs")):
-        line = [r for r in rows if r["kind"] == "cost" and r["set"] == set_name and r["status"] == "ok"]
-        ours = [r for r in line if r["contestant"] == OUR_DEFAULT[device] and r["work"] == WORKS[-1]]
-        slope = log_slope([(AXES[set_name](r), r["seconds"]) for r in ours])
-        if slope is not None:
-            found.append(f"{symbol}^{slope:.2f}")
+        line = [r for r in rows if (r["kind"], r["set"], r["status"], r["work"]) == ("cost", set_name, "ok", WORKS[-1])]
+        slopes = [
+            log_slope([(AXES[set_name](r), r["seconds"]) for r in line if r["contestant"] == name])
+            for name in (OUR_DEFAULT[device], BARE)
+        ]
+        if slopes[0] is not None:
+            beside = "" if slopes[1] is None else f" (bare products {symbol}^{slopes[1]:.2f})"
+            found.append(f"{symbol}^{slopes[0]:.2f}{beside}")
     return f"With a trainable head our time grows as {', '.join(found)}." if found else "Growth: not measured yet."
 
 

@@ -9,15 +9,16 @@ from benchmarks.tables import SHAPE, Row
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of a file, each with the file's name; of a measurement that was repeated, the last."""
+    """Rows of a file, each with the file's name; of a measurement that was repeated with the same sources, the last."""
     rows = {}
     for line in path.read_text(errors="replace").splitlines():
         with suppress(json.JSONDecodeError):  # a run that was ended may leave half a line
             row = json.loads(line)
             if not (isinstance(row, dict) and {"kind", "set", "contestant", "about"} <= row.keys()):
                 continue
-            fields = ("kind", "set", "case", "inputs", "work", "contestant", *SHAPE)
-            rows[tuple(row.get(f) for f in fields)] = row | {"file": path.name}
+            fields = [row.get(f) for f in ("kind", "set", "case", "inputs", "work", "contestant", *SHAPE)]
+            about = [row["about"].get(f) for f in ("commit", "machine")]
+            rows[(*fields, *about)] = row | {"file": path.name}
     return list(rows.values())
 
 

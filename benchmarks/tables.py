@@ -1,5 +1,6 @@
 """Markdown tables of benchmark rows (one dict a measurement, as benchmarks.run and benchmarks.accuracy write them)."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -165,8 +166,14 @@ def peer_table(rows: list[Row]) -> list[str]:
         right = [(r, ours[case_of(r)]) for r in line if r["status"] == "ok"]
         cells = [span([r["seconds"] / o["seconds"] for r, o in right if r["work"] == work]) for work in WORKS]
         memory = [r["extra_bytes"] / o["extra_bytes"] for r, o in right if r["extra_bytes"] and o["extra_bytes"]]
-        lines.append([dtype, contestant, *cells, span(memory), f"{len(right)} of {len(line)}"])
-    return markdown(["dtype", "peer", *(f"time, {work}" for work in WORKS), "memory", "right"], lines)
+        lines.append([dtype, contestant, *cells, span(memory), outcomes(line)])
+    return markdown(["dtype", "peer", *(f"time, {work}" for work in WORKS), "memory", "cases"], lines)
+
+
+def outcomes(rows: list[Row]) -> str:
+    """How many cases there were, and of how many there is no time, for which reason."""
+    count = Counter(r["status"] for r in rows)
+    return ", ".join([str(len(rows)), *(f"{n} {status}" for status, n in count.items() if status != "ok")])
 
 
 def case_of(row: Row) -> tuple:

@@ -152,7 +152,7 @@ class Contender:
             release(self.case.device)
             return {}
         exact = Exact(**torch.load(self.folder / EXACT, map_location=self.case.device))
-        errors, allowed = compare(result, exact), tolerance(self.case, exact)
+        errors, allowed = compare(result, exact), tolerance(self.case, exact, self.contestant.package)
         del result, exact
         release(self.case.device)
         return {

@@ -149,10 +149,15 @@ def test_summary_stands_between_its_marks(file):
     assert once.startswith(f"before\n{report.BEGIN}\n")
     assert once.endswith(f"{report.END}\nafter\n")
     assert "stale" not in once
-    assert "| float32 | fast peer | – | **0.75** | – | 4.50 | 1 of 1 |" in once
+    assert "| float32 | fast peer | – | **0.75** | – | 4.50 | 1 |" in once
     assert "4 pairs, float32 | – | 1.02 | – |" in once
     assert "With a trainable head our time grows as N^1.00, V^1.00." in once
     assert report.written(once, [file]) == once
+
+
+def test_cases_without_a_time_are_counted_by_their_reason():
+    failed = PEER | {"status": "failed", "seconds": None, "extra_bytes": None}
+    assert tables.outcomes([PEER, failed, WRONG, failed]) == "4, 2 failed, 1 refused"
 
 
 def test_contestants_are_listed_with_their_notes():
@@ -178,7 +183,7 @@ def test_peers_are_held_against_our_default_and_other_settings_stand_beside_it()
     assert tables.peers_ahead([failed, PEER])[0] == "fast peer in time, frozen head (ours: failed)"
 
 
-def test_each_set_comes_from_the_newest_file_that_has_it(tmp_path, monkeypatch):
+def test_each_case_comes_from_the_newest_run_that_has_it_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
 
     def write(name, *rows):
@@ -189,11 +194,25 @@ def test_each_set_comes_from_the_newest_file_that_has_it(tmp_path, monkeypatch):
     write("2030-01-02-cpu", row(seconds=9.0), row(set="floor", D=1024), accuracy("Liger", "liger-kernel", 1e-3))
     write("2030-01-10-cpu", row(seconds=1.0))
     rows = report.newest_rows(report.row_files())["cpu"]
-    assert [(r["kind"], r["set"], r["file"]) for r in rows] == [
-        ("cost", "main", "2030-01-10-cpu.jsonl"),
-        ("cost", "floor", "2030-01-02-cpu.jsonl"),
-        ("accuracy", "accuracy", "2030-01-02-cpu.jsonl"),
+    main, other = ("cost", "main", "2030-01-10-cpu.jsonl"), ("accuracy", "accuracy", "2030-01-02-cpu.jsonl")
+    floor = ("cost", "floor", "2030-01-02-cpu.jsonl")
+    assert [(r["kind"], r["set"], r["file"]) for r in rows] == [main, floor, other]
+    later = ABOUT | {"commit": "def5678"}
+    write("2030-01-11-cpu", row(D=128, about=later), PEER, row(seconds=3.0, about=later), PEER | {"about": later})
+    rows = report.newest_rows(report.row_files())["cpu"]
+    assert [(r["D"], r["seconds"], r["file"][:10]) for r in rows if r["set"] == "main"] == [
+        (64, 3.0, "2030-01-11"),
+        (64, 1.5, "2030-01-11"),  # both of the commit that has both: nothing is compared across runs
+        (128, 2.0, "2030-01-11"),
     ]
+    write("2030-01-12-cpu", row(seconds=5.0))
+    assert all(r["file"] != "2030-01-12-cpu.jsonl" for r in report.newest_rows(report.row_files())["cpu"])
+    another = write("2030-01-13-cpu", row(seconds=7.0, about=ABOUT | {"machine": "Other CPU"}))
+    by_machine = report.newest_rows(report.row_files())
+    assert sorted(len(rows) for rows in by_machine.values()) == [1, 5]
+    assert all(name.startswith("cpu-") for name in by_machine)
+    assert [len({r["about"]["machine"] for r in rows}) for rows in by_machine.values()] == [1, 1]
+    another.unlink()
     write("2030-01-01-nvidia-h100", row("asft_kernels triton", device="cuda", set="headline"))
     readme = report.written(f"{report.BEGIN}{report.END}", report.row_files())
     assert "**CPU: " in readme
@@ -207,7 +226,7 @@ def test_unknown_memory_is_a_dash(file):
     file.write_text("".join(json.dumps(r) + "\n" for r in unknown))
     assert cells(tables.cost_table([PEER | {"extra_bytes": None}]), "fast peer")[4] == "–"
     assert len(tables.peers_ahead([row(), PEER | {"extra_bytes": None}])) == 1
-    assert "| float32 | fast peer | – | **0.75** | – | – | 1 of 1 |" in report.summary([file])
+    assert "| float32 | fast peer | – | **0.75** | – | – | 1 |" in report.summary([file])
     assert "in memory" not in report.report([file]).split("### Where a peer wins")[1]
     assert plots.draw(report.read_rows(file), "cpu", file.parent)
 

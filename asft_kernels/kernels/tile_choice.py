@@ -81,7 +81,10 @@ def stored_times(device: torch.device) -> dict[str, dict[str, float]]:
 
 def store_times(device: torch.device, problem: Problem, milliseconds: dict[str, float]) -> Path:
     """Adds a problem to the device's file and returns its path."""
-    path, problems = cache_file(device), {**stored_times(device), str(problem): milliseconds}
+    stored_times.cache_clear()  # another process may have stored some since this one looked
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a file that does not fit: it is replaced here
+        path, problems = cache_file(device), {**stored_times(device), str(problem): milliseconds}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
         json.dump({**_identity(device), "milliseconds": problems}, file, indent=1)
