@@ -12,7 +12,7 @@ import pytest
 from asft_kernels.dnpo import _parser as dnpo_parser
 from asft_kernels.sapo.arguments import SapoArguments
 from asft_kernels.train.arguments import JobArguments, RunArguments
-from benchmarks import methods
+from benchmarks import methods, methods_report
 from benchmarks.methods import METHODS, command_of, run, split
 from benchmarks.methods_report import draw, table, text
 from benchmarks.run import rows_of
@@ -102,3 +102,15 @@ def test_rows_of_other_settings_are_not_mixed(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         methods.main()
     assert "need {'model'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("end", "text"),
+    [
+        ([40, -2.0, -3.25], "chosen rose by 0.500 nats a token, rejected fell by 0.250; chosen moved faster."),
+        ([40, -2.6, -3.75], "chosen fell by 0.100 nats a token, rejected fell by 0.750; rejected moved faster."),
+    ],
+)
+def test_movement_in_words(end, text):
+    row = {"method": "dpo", "held_out": [[0, -2.5, -3.0], [5, 9.0, 9.0], end]}
+    assert methods_report.verdict(row) == f"- dpo: {text}"

@@ -110,6 +110,16 @@ def test_marks_and_prompt_labels_stand_at_their_tokens():
     assert batch["nll_labels"][:, :6].tolist() == [[5, 6, 7, 8, 9, -100]]
 
 
+def test_bmc_weighs_no_token_of_the_likelihood_term(files, tmp_path):
+    """The authors' code for ORPO: ours reports -avg of the chosen answers, whatever delta, and trains on that."""
+    objective = ["--objective", "bmc", "--objective-args", "base=orpo"]
+    weighted = trained(files, tmp_path / "bmc", *objective, "delta=9.0")[0]
+    plain = trained(files, tmp_path / "orpo", "--objective", "orpo")[0]
+    assert weighted["sft"] == pytest.approx(plain["sft"], rel=1e-5)
+    assert weighted["align"] != pytest.approx(plain["align"], rel=1e-2)
+    assert weighted["loss"] - plain["loss"] == pytest.approx(0.1 * (weighted["align"] - plain["align"]), rel=1e-3)
+
+
 def test_reference_per_token_has_the_layout_of_the_fused_call(tmp_path):
     dataset, _ = load_pairs(write_lines(tmp_path / "p.jsonl", pairs(3)), tiny_tokenizer())
     model = PreferenceModel(tiny_model(), BMC("dpo", ref_weighting="policy"))

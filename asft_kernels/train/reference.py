@@ -117,12 +117,20 @@ def _token_logps(model: PreferenceModel, pairs: "Dataset", live: dict[str, Any])
 class ObjectiveCollator(PairCollator):
     """Batches with what the columns of `with_reference` hold: ref_logps, token_weights; and nll_labels.
 
-    nll_on_prompt: the likelihood term over prompt and answer of the chosen rows. features: the reference's, for fpo.
+    nll_on_prompt: the likelihood term over prompt and answer of the chosen rows. unweighted_nll: over the answer, its
+    tokens unweighted (bmc). features: the reference's, for fpo.
     """
 
-    def __init__(self, pad_token_id: int, *, nll_on_prompt: bool = False, features: ReferenceFeatures | None = None):
+    def __init__(
+        self,
+        pad_token_id: int,
+        *,
+        nll_on_prompt: bool = False,
+        unweighted_nll: bool = False,
+        features: ReferenceFeatures | None = None,
+    ):
         super().__init__(pad_token_id)
-        self.nll_on_prompt, self.features = nll_on_prompt, features
+        self.nll_on_prompt, self.unweighted_nll, self.features = nll_on_prompt, unweighted_nll, features
 
     def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = super().__call__(pairs)
@@ -132,6 +140,8 @@ class ObjectiveCollator(PairCollator):
             batch["nll_labels"] = batch["input_ids"][chosen].masked_fill(
                 batch["attention_mask"][chosen] == 0, IGNORE_INDEX
             )
+        elif self.unweighted_nll:
+            batch["nll_labels"] = labels[: len(pairs)]
         if "ref_chosen_logps" in pairs[0]:
             sums = [pair[f"ref_{side}_logps"] for side in SIDES for pair in pairs]
             ref = torch.tensor(sums, dtype=torch.float64).T  # (K, 2B)

@@ -12,6 +12,7 @@ from transformers import TrainerState
 from asft_kernels.data import PairCollator, load_pairs, split_every_nth
 from asft_kernels.integrations.hf_model import PreferenceModel, verify_head
 from asft_kernels.integrations.loading import check_positions, load_causal_lm, load_tokenizer
+from asft_kernels.objectives import BMC
 from asft_kernels.sae.cache import ReferenceFeatures, write_reference_features
 from asft_kernels.train.arguments import JobArguments, RunArguments
 from asft_kernels.train.metrics import Evaluation, MetricsFile, change, change_table
@@ -109,7 +110,12 @@ def run(job: JobArguments, args: RunArguments, say: Any = print, say_at_once: An
         args,
         tokenizer=tokenizer,
         metrics=metrics,
-        collator=ObjectiveCollator(pad_token(tokenizer), nll_on_prompt=job.nll_on_prompt, features=features),
+        collator=ObjectiveCollator(
+            pad_token(tokenizer),
+            nll_on_prompt=job.nll_on_prompt,
+            unweighted_nll=isinstance(objective, BMC) and objective.uses_nll_labels,
+            features=features,
+        ),
         train_dataset=train,
         eval_dataset=evaluation,
         callbacks=[stop],
