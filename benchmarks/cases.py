@@ -154,11 +154,11 @@ def cpu_cases() -> list[Case]:
 
 
 def floor_cases() -> list[Case]:
-    """How near our schedule comes to its own products: corners of N and V.
-
-    Where both are large E exceeds the default cache."""
-    shapes = [(256, 32000, 1024, 5), (256, 262144, 1024, 3), (2048, 262144, 512, 3), (8192, 32000, 1024, 3)]
-    shapes.append((8192, 262144, 512, 2))
+    """How near our schedule comes to its own products: corners of N and V. Where both are large E exceeds the cache."""
+    shapes = [
+        (256, 32000, 1024, 5), (256, 262144, 1024, 3), (2048, 262144, 512, 3), (8192, 32000, 1024, 3),
+        (8192, 262144, 512, 2),
+    ]  # fmt: skip
     contestants = (*OURS, "asft_kernels torch, all E kept")
     return [
         Case("floor", work, N, N, D, V, rounds=rounds, contestants=contestants)

@@ -198,6 +198,13 @@ def test_every_candidate_is_timed(device, capsys):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_capped_candidate_is_right_by_torch(dtype, device):
+    problem = replace(TINY, dtype=dtype, softcap=True)
+    assert autotune.tune(problem, 70, torch.device(device), lambda call: 1.0, (SMALL,)) == {str(SMALL): 1.0}
+
+
+@pytest.mark.interpreter
 def test_wrong_and_failing_candidates_are_left_out(device, monkeypatch, capsys):
     failing, wrong, late = (replace(SMALL, num_stages=n) for n in (3, 4, 5))
     right = autotune.logits_exp

@@ -7,6 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from asft_kernels.sae import SparseAutoencoder, write_sae
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}<eos>\n{% endfor %}"
     "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
@@ -78,10 +80,6 @@ def write_lines(path: Path, rows: list) -> Path:
 
 def saved_sae(path: Path, features: int = 24) -> Path:
     """A random ReLU autoencoder of the tiny model's hidden states."""
-    import torch
-
-    from asft_kernels.sae import SparseAutoencoder, write_sae
-
     generator = torch.Generator().manual_seed(0)
     size = tiny_config().hidden_size
     encoder = torch.randn(size, features, generator=generator)

@@ -14,18 +14,10 @@ from asft_kernels.sapo.arguments import SapoArguments
 from asft_kernels.sapo.buffer import ReplayBuffer
 from asft_kernels.sapo.data import load_chosen
 from asft_kernels.sapo.trainer import SapoTrainer
+from asft_kernels.train import run_folder
 from asft_kernels.train.arguments import ArgumentProblem, RunArguments
 from asft_kernels.train.metrics import Evaluation, MetricsFile, change, change_table
 from asft_kernels.train.plot import plot_curves
-from asft_kernels.train.run_folder import (
-    command,
-    find_checkpoint,
-    last_step,
-    require_same_settings,
-    same_folder,
-    versions,
-    write_json,
-)
 from asft_kernels.train.trainer import BEFORE, StopWhenAsked, saves
 
 FREE_ON_RESUME = ("resume", "strict", "backend", "cache_bytes")
@@ -38,7 +30,7 @@ def run(job: SapoArguments, args: RunArguments, say: Any = print) -> bool:
     folder = Path(str(args.output_dir))
     objective = job.build_objective()
     settings = {**asdict(job), **args.to_dict(), "world_size": args.world_size, "objective": repr(objective)}
-    checkpoint = find_checkpoint(job, args, folder)
+    checkpoint = run_folder.find_checkpoint(job, args, folder)
     if checkpoint:
         _same_run(checkpoint, folder, settings, say)
 
@@ -57,10 +49,12 @@ def run(job: SapoArguments, args: RunArguments, say: Any = print) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     metrics = MetricsFile(folder / "metrics.jsonl", writes=first)
     done = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else None
-    complete = done is not None and done["global_step"] >= last_step(args, done)
+    complete = done is not None and done["global_step"] >= run_folder.last_step(args, done)
     metrics.start(done["global_step"] if done else None, complete)
     if first and not checkpoint:
-        write_json(folder / "run.json", {"command": _own_command(), "versions": versions(), "settings": settings})
+        run_folder.write_json(
+            folder / "run.json", {"command": _own_command(), "versions": run_folder.versions(), "settings": settings}
+        )
     stop = StopWhenAsked(say)
     trainer = SapoTrainer(
         model,
@@ -101,12 +95,12 @@ def run(job: SapoArguments, args: RunArguments, say: Any = print) -> bool:
 
 
 def _same_run(checkpoint: Path, folder: Path, settings: dict[str, Any], say: Any) -> None:
-    if not same_folder(checkpoint.parent, folder):
+    if not run_folder.same_folder(checkpoint.parent, folder):
         raise ArgumentProblem(
             f"--resume: {checkpoint} is of the run in {checkpoint.parent}, need a checkpoint of --output-dir; "
             "name that folder as --output-dir"
         )
-    require_same_settings(folder / "run.json", settings, say)
+    run_folder.require_same_settings(folder / "run.json", settings, say)
     old = json.loads((folder / "run.json").read_text())["settings"]
     for name in (field.name for field in fields(SapoArguments)):
         if name not in FREE_ON_RESUME and old.get(name) != settings[name]:
@@ -135,7 +129,9 @@ def _conclude(folder: Path, trainer: SapoTrainer, job: SapoArguments, say: Any, 
     if compare and trainer.evaluation is not None and (folder / BEFORE).is_file():
         changes = change(Evaluation.load(folder / BEFORE), trainer.evaluation)
         pairs = len(trainer.evaluation.column("margin"))
-        write_json(folder / "summary.json", {"step": trainer.state.global_step, "pairs": pairs, "changes": changes})
+        run_folder.write_json(
+            folder / "summary.json", {"step": trainer.state.global_step, "pairs": pairs, "changes": changes}
+        )
         say(change_table(changes, pairs))
     errors = {name: row["standard_error"] for name, row in changes.items()}
     title = f"SAPO with {job.objective}, {Path(job.model).name} on {Path(job.data).name}"
@@ -144,4 +140,4 @@ def _conclude(folder: Path, trainer: SapoTrainer, job: SapoArguments, say: Any, 
 
 
 def _own_command() -> str:
-    return command().replace("asft-train", "python -m asft_kernels.sapo", 1)
+    return run_folder.command().replace("asft-train", "python -m asft_kernels.sapo", 1)

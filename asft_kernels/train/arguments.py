@@ -113,14 +113,15 @@ class JobArguments:
     def _can_train(self, objective: Any) -> None:
         if isinstance(objective, DNPO):
             raise ArgumentProblem("--objective: dnpo trains its reference's noise, too: python -m asft_kernels.dnpo")
-        inside = [term for _, term in objective.terms] if isinstance(objective, WeightedSum) else [objective]
-        for name, kind in (("feature_distance", FPO), ("desirable", KTO)):
-            alone = kind is FPO or not objective.paired
-            if name in objective.inputs and not (alone and any(isinstance(term, kind) for term in inside)):
-                raise ArgumentProblem(
-                    f"--objective: got {self.objective} with {kind.__name__.lower()} inside a paired objective, "
-                    f"which asft-train does not train; need {kind.__name__.lower()} by itself"
-                )
+        if "desirable" in objective.inputs and not isinstance(objective, KTO):
+            raise ArgumentProblem(
+                f"--objective: got {self.objective}, need kto by itself: a sum does not tell it which answers are good"
+            )
+        if "feature_distance" in objective.inputs and fpo_of(objective) is None:
+            raise ArgumentProblem(
+                f"--objective: {self.objective} has fpo for its base, which asft-train does not train; need fpo by "
+                "itself or in a sum"
+            )
         if ("feature_distance" in objective.inputs) != (self.sae is not None):
             raise ArgumentProblem(
                 "--sae: fpo needs the file of an autoencoder; python -m asft_kernels.sae trains one"
@@ -138,6 +139,12 @@ class JobArguments:
             raise ArgumentProblem(f"--ref-scores: got {len(self.ref_scores)} files, need one: bmc has one reference")
         if self.nll_on_prompt and not objective.uses_nll_labels:
             raise ArgumentProblem(f"--nll-on-prompt: {self.objective} has no separate likelihood term; leave it out")
+
+
+def fpo_of(objective: Any) -> FPO | None:
+    """The fpo that objective is, or has as a term of its sum."""
+    terms = [term for _, term in objective.terms] if isinstance(objective, WeightedSum) else [objective]
+    return next((term for term in terms if isinstance(term, FPO)), None)
 
 
 def _literal(value: str) -> Any:

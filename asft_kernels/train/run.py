@@ -14,20 +14,12 @@ from asft_kernels.integrations.hf_model import PreferenceModel, verify_head
 from asft_kernels.integrations.loading import check_positions, load_causal_lm, load_tokenizer
 from asft_kernels.objectives import BMC
 from asft_kernels.sae.cache import ReferenceFeatures, write_reference_features
+from asft_kernels.train import run_folder
 from asft_kernels.train.arguments import JobArguments, RunArguments
 from asft_kernels.train.metrics import Evaluation, MetricsFile, change, change_table
 from asft_kernels.train.on_pairs import on_pairs
 from asft_kernels.train.plot import plot_curves
 from asft_kernels.train.reference import ObjectiveCollator, with_reference
-from asft_kernels.train.run_folder import (
-    command,
-    find_checkpoint,
-    last_step,
-    require_same_settings,
-    same_folder,
-    versions,
-    write_json,
-)
 from asft_kernels.train.step_inputs import FeatureInputs, step_inputs_for
 from asft_kernels.train.trainer import BEFORE, PreferenceTrainer, StopWhenAsked, pad_token, saves
 
@@ -56,10 +48,10 @@ def run(job: JobArguments, args: RunArguments, say: Any = print, say_at_once: An
     folder = Path(str(args.output_dir))
     objective = job.build_objective()
     settings = {**asdict(job), **args.to_dict(), "world_size": args.world_size, "objective": repr(objective)}
-    checkpoint = find_checkpoint(job, args, folder)
+    checkpoint = run_folder.find_checkpoint(job, args, folder)
     source = checkpoint.parent if checkpoint else folder  # where that run's run.json and figures are
     if checkpoint:
-        require_same_settings(source / "run.json", settings, say)
+        run_folder.require_same_settings(source / "run.json", settings, say)
 
     tokenizer, config = load_tokenizer(job.model)
     check_positions(config, job.max_length)
@@ -79,24 +71,27 @@ def run(job: JobArguments, args: RunArguments, say: Any = print, say_at_once: An
 
     folder.mkdir(parents=True, exist_ok=True)
     metrics = MetricsFile(folder / "metrics.jsonl", writes=first)
-    if first and not same_folder(source, folder):  # --resume PATH: the new folder starts with the old one's rows
+    if first and not run_folder.same_folder(
+        source, folder
+    ):  # --resume PATH: the new folder starts with the old one's rows
         for name in ("metrics.jsonl", BEFORE):
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
     done = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else None
-    complete = done is not None and done["global_step"] >= last_step(args, done)
+    complete = done is not None and done["global_step"] >= run_folder.last_step(args, done)
     # With the best model restored at the end, the last step's evaluation is not made again.
     metrics.start(done["global_step"] if done else None, complete and not args.load_best_model_at_end)
     if first and not (checkpoint and (folder / "run.json").is_file()):
-        write_json(
+        run_folder.write_json(
             folder / "run.json",
-            {"command": command(), "versions": versions(), "settings": settings},
+            {"command": run_folder.command(), "versions": run_folder.versions(), "settings": settings},
         )
     stop = StopWhenAsked(say_at_once)
     if not job.ref_scores and model.objective.needs_reference:
         model.to(args.device)  # to be scored as it comes; else the Trainer moves it
-    scoring: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": args.per_device_eval_batch_size}
-    scoring["max_length"] = job.max_length
+    scoring: dict[str, Any] = {
+        "tokenizer": tokenizer, "batch_size": args.per_device_eval_batch_size, "max_length": job.max_length,
+    }  # fmt: skip
     train = with_reference(train, model, scores=job.ref_scores, label="reference, training pairs", **scoring)
     if evaluation:
         evaluation = with_reference(
@@ -138,7 +133,9 @@ def run(job: JobArguments, args: RunArguments, say: Any = print, say_at_once: An
         before = Evaluation.load(stored) if checkpoint and stored.is_file() else trainer.before
         changes: dict[str, dict[str, float]] = {}
         if stop.stopped:
-            rest = f"go on with: {command()} --resume" if saves(args) else "--save-strategy no: no checkpoint"
+            rest = (
+                f"go on with: {run_folder.command()} --resume" if saves(args) else "--save-strategy no: no checkpoint"
+            )
             say_at_once(f"stopped after step {trainer.state.global_step}; {rest}")
         else:
             if trainer.restored_step is not None:
@@ -155,7 +152,7 @@ def run(job: JobArguments, args: RunArguments, say: Any = print, say_at_once: An
         plot_curves(metrics.rows(), plot, f"{job.objective}, {_short(job.model)} on {Path(job.data).name}", errors)
         pairs = len(before.column("margin")) if before else 0
         if changes:
-            write_json(
+            run_folder.write_json(
                 folder / "summary.json",
                 {"step": trainer.restored_step or trainer.state.global_step, "pairs": pairs, "changes": changes},
             )

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from asft_kernels.functional import fused_linear_logps
 from asft_kernels.integrations.hf_model import PreferenceModel
-from asft_kernels.objectives import FPO, WeightedSum, kto_kl
+from asft_kernels.objectives import kto_kl
 from asft_kernels.sae.autoencoder import SparseAutoencoder
 from asft_kernels.sae.features import fpo_inputs
 from asft_kernels.sae.files import read_sae
 from asft_kernels.sae.hidden import check_layer, hidden_states
-from asft_kernels.train.arguments import ArgumentProblem
+from asft_kernels.train.arguments import ArgumentProblem, fpo_of
 
 
 class FeatureInputs(nn.Module):
@@ -61,7 +61,7 @@ class MismatchInputs(nn.Module):
 
 
 def step_inputs_for(objective: Any, sae: str | os.PathLike[str] | None, layer: int, model: Any) -> nn.Module | None:
-    """The module that an objective of single steps' inputs needs, None for the others.
+    """The module that objective needs, None for one without inputs of each step.
 
     sae, layer: of --sae and --sae-layer. ArgumentProblem where they do not fit model.
     """
@@ -88,9 +88,3 @@ def step_inputs_for(objective: Any, sae: str | os.PathLike[str] | None, layer: i
             f"--objective-args: top_k: got {fpo.top_k}, need at most {autoencoder.features}, the features of {sae}"
         )
     return FeatureInputs(autoencoder, layer, fpo.top_k)
-
-
-def fpo_of(objective: Any) -> FPO | None:
-    """The fpo that objective is, or has as a term of its sum."""
-    terms = [term for _, term in objective.terms] if isinstance(objective, WeightedSum) else [objective]
-    return next((term for term in terms if isinstance(term, FPO)), None)
