@@ -139,8 +139,8 @@ def prepare(name: str, model: Path, train: Path, work: Path) -> Path:
     if name == "sae":
         path = work / "sae.safetensors"
         if not path.exists():
-            given = ("--model", str(model), "--data", str(train), "--output", str(path))
-            run(python("asft_kernels.sae", *given, *LIMITS), work / "sae.log")
+            given = ("--model", str(model), "--data", str(train), "--output", str(path), "--max-length", "512")
+            run(python("asft_kernels.sae", *given), work / "sae.log")
         return path
     if name == "own_scores":
         return scores_of(model, train, work / "scores-own")

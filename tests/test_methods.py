@@ -16,6 +16,7 @@ from benchmarks import methods, methods_report
 from benchmarks.methods import METHODS, command_of, run, split
 from benchmarks.methods_report import draw, table, text
 from benchmarks.run import rows_of
+from tiny_lm import pairs, write_lines
 
 ABOUT = {
     "machine": "chip", "python": "3",
@@ -91,6 +92,14 @@ def test_every_command_is_one_that_its_program_takes(method, monkeypatch, tmp_pa
     parsed, running = HfArgumentParser([job, RunArguments]).parse_args_into_dataclasses(command)
     assert parsed.objective == (method.objective or method.name)
     assert (running.max_steps, running.per_device_eval_batch_size) == (40, 4)
+
+
+def test_the_autoencoder_of_fpo_is_made_by_a_command_that_its_program_takes(tmp_path):
+    """The command itself, up to the model that is not there."""
+    with pytest.raises(RuntimeError) as failed:
+        methods.prepare("sae", tmp_path / "nosuch", write_lines(tmp_path / "train.jsonl", pairs(4)), tmp_path)
+    assert "unrecognized" not in (tmp_path / "sae.log").read_text()
+    assert "nosuch" in str(failed.value).partition("; the whole output")[0]
 
 
 def test_rows_of_other_settings_are_not_mixed(monkeypatch, tmp_path, capsys):
