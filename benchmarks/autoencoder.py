@@ -57,11 +57,11 @@ def text(rows: list[dict[str, Any]]) -> str:
     if any(settings != same[0] for settings in same):
         raise ValueError("rows: got rows that differ in more than --l1, need one table's; name another file")
     settings = first["settings"]
+    layer = "input of the head" if settings["layer"] < 0 else f"output of block {settings['layer']}"
     return "\n".join(
         [
-            f"{first['model']}, {'input of the head' if settings['layer'] < 0 else 'block {layer}'.format(**settings)}, "
-            f"on {first['data']} (sha256 {first['data_sha256'][:12]}…): {settings['features']:,} features, "
-            f"{first['training_tokens']:,} tokens, {first['steps_done']} steps of {settings['batch_size']:,}. Figures "
+            f"{first['model']}, {layer}, on {first['data']} (sha256 {first['data_sha256'][:12]}…): "
+            f"{settings['features']:,} features, {first['training_tokens']:,} tokens, {first['steps_done']} steps of {settings['batch_size']:,}. Figures "
             f"of {first['held_out']['tokens']:,} tokens of held-out pairs; the machine did other work meanwhile.",
             "",
             *markdown(HEADER, [line(row) for row in sorted(rows, key=lambda row: -row["settings"]["l1"])], words=1),
