@@ -61,8 +61,9 @@ def text(rows: list[dict[str, Any]]) -> str:
     return "\n".join(
         [
             f"{first['model']}, {layer}, on {first['data']} (sha256 {first['data_sha256'][:12]}…): "
-            f"{settings['features']:,} features, {first['training_tokens']:,} tokens, {first['steps_done']} steps of {settings['batch_size']:,}. Figures "
-            f"of {first['held_out']['tokens']:,} tokens of held-out pairs; the machine did other work meanwhile.",
+            f"{settings['features']:,} features, {first['training_tokens']:,} tokens, {first['steps_done']} steps of "
+            f"{settings['batch_size']:,}. Figures of {first['held_out']['tokens']:,} tokens of held-out pairs; "
+            "the machine did other work meanwhile.",
             "",
             *markdown(HEADER, [line(row) for row in sorted(rows, key=lambda row: -row["settings"]["l1"])], words=1),
             "",

@@ -37,7 +37,7 @@ from asft_kernels.score.table import (
 )
 from asft_kernels.score.unfinished import UnfinishedScores
 from cases import gemms
-from tiny_lm import pairs, saved_tiny_model, tiny_model, tiny_tokenizer, write_lines
+from tiny_lm import ARROW_KINDS, pairs, saved_tiny_model, stored, tiny_model, tiny_tokenizer, write_lines
 
 ROOT = Path(__file__).parents[1]
 LIMITS = dict(max_length=64, max_prompt_length=48)
@@ -380,28 +380,7 @@ def test_importing_the_command_imports_no_optional_package():
 # Parquet and Arrow in
 
 
-def stored(rows, folder, kind):
-    """`rows` as a file or folder of that kind, several batches long."""
-    dataset = datasets.Dataset.from_list(rows)
-    path = folder / kind
-    table = dataset.with_format("arrow")[:]
-    if kind == "parquet":
-        parquet.write_table(table, path, row_group_size=10)
-    elif kind == "arrow file":
-        with pa.ipc.new_file(path, table.schema) as writer:
-            writer.write_table(table, max_chunksize=10)
-    elif kind == "arrow stream":
-        with pa.ipc.new_stream(path, table.schema) as writer:
-            writer.write_table(table, max_chunksize=10)
-    else:
-        dataset.save_to_disk(path, num_shards=3)
-    return path
-
-
-KINDS = ["parquet", "arrow file", "arrow stream", "folder"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ARROW_KINDS)
 def test_rows_are_the_same_from_parquet_and_arrow(tmp_path, kind):
     chat = [{"role": "user", "content": "Hi"}]
     rows = [{**row, "prompt": [*chat, {"role": "user", "content": row["prompt"]}]} for row in pairs(150)]
@@ -412,7 +391,7 @@ def test_rows_are_the_same_from_parquet_and_arrow(tmp_path, kind):
     assert (report.rows, report.bad) == (150, {"missing key 'rejected'": [71]})
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ARROW_KINDS)
 def test_ids_do_not_depend_on_the_kind_of_file_nor_on_the_tokenizer(data, tmp_path, kind):
     path = stored(pairs(23), tmp_path, kind)
     assert loaded(path, chat=True)["id"][:] == loaded(data)["id"][:23]

@@ -13,6 +13,7 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}<eos>\n{% endfor %}"
     "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
 )
+ARROW_KINDS = ["parquet", "arrow file", "arrow stream", "folder"]
 SPECIAL = ["<pad>", "<eos>", "<turn>"]
 
 
@@ -75,6 +76,28 @@ def pairs(count: int) -> list[dict[str, str]]:
 def write_lines(path: Path, rows: list) -> Path:
     """Rows as JSON lines; a str row is written as it is."""
     path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return path
+
+
+def stored(rows: list[dict], folder: Path, kind: str) -> Path:
+    """Rows as a file or folder of one of ARROW_KINDS, several batches long."""
+    import datasets
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    dataset = datasets.Dataset.from_list(rows)
+    path = folder / kind
+    table = dataset.with_format("arrow")[:]
+    if kind == "parquet":
+        parquet.write_table(table, path, row_group_size=10)
+    elif kind == "arrow file":
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=10)
+    elif kind == "arrow stream":
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=10)
+    else:
+        dataset.save_to_disk(path, num_shards=min(3, len(rows)))
     return path
 
 

@@ -2,8 +2,9 @@
 
 asft-data rad scored.jsonl conditioned.jsonl
 
-Reads and writes JSON lines, plain or gzipped (by the output's name). Memory does not grow with the
-file, bad rows are named, and the same command goes on where an interrupted run stopped.
+Reads JSON lines, Parquet, Arrow and folders that datasets saved; writes JSON lines, plain or gzipped
+(by the output's name). Memory does not grow with the file, bad rows are named, and the same command
+goes on where an interrupted run stopped.
 """
 
 import argparse

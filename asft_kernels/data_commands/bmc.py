@@ -2,16 +2,16 @@
 
 arXiv 2408.07471 (BMC): pairs of an answer and its own edit differ only where it matters. The edits
 come from a language model (--model), or from a file (--edits) of rows {"line": 3, "edited": "..."}
-that name lines of the input, in rising order. Written: prompt, chosen (the edit), rejected,
-original_chosen.
+that name lines (of Parquet and Arrow: rows) of the input, in rising order. Written: prompt, chosen
+(the edit), rejected, original_chosen.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from asft_kernels.data import BadRow, DataError, Pair, parse_pair, read_rows
-from asft_kernels.data.rows import json_type
+from asft_kernels.data import BadRow, DataError, Pair, parse_pair
+from asft_kernels.data.rows import KINDS, RowFile, json_type, parse_row
 from asft_kernels.data_commands.fields import Messages, whole
 from asft_kernels.data_commands.report import Report
 from asft_kernels.data_commands.stream import run_stream
@@ -66,7 +66,7 @@ class GenerationEditor:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="folder or hub name of the language model that edits")
-    source.add_argument("--edits", help="JSON lines of edits made elsewhere")
+    source.add_argument("--edits", help=f"edits made elsewhere: {KINDS}")
     parser.add_argument("--batch-size", type=whole(1), default=8, help="answers edited together (8)")
     parser.add_argument("--max-new-tokens", type=whole(1), default=1024, help="longer edits are cut (1024)")
 
@@ -160,8 +160,9 @@ def edits_from_file(path: str) -> Edits:
 
 def _edit_rows(path: str) -> Iterator[tuple[int, str]]:
     last = 0
-    for number, row in read_rows(path):
-        where = f"--edits: {path}, line {number}"
+    rows = RowFile(path, "--edits")
+    for number, stored in rows:
+        row, where = parse_row(stored), f"--edits: {path}, {rows.numbered} {number}"
         if isinstance(row, BadRow):
             raise DataError(f"{where}: {row}")
         line, edited = row.get("line"), row.get("edited")

@@ -1,21 +1,24 @@
 """The output of an unfinished run, and how far it has come.
 
 OUT.partial grows and becomes OUT at the end. Beside it OUT.state says how far input and OUT.partial
-go together: lines read, a digest of them, bytes written, and the counts. A run that finds the two cuts
-OUT.partial back to those bytes and goes on with the next line, if the options are the same and so
-is every line read before: later lines may have been mended.
+go together: rows read, a digest of them, bytes written, and the counts. A run that finds the two cuts
+OUT.partial back to those bytes and goes on with the next row, if the options are the same and so
+is every row read before: later ones may have been mended.
 """
 
 import gzip
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import date
+from datetime import time as clock_time
 from pathlib import Path
 from typing import Any
 
-from asft_kernels.data import DataError
+from asft_kernels.data import BadRow, DataError
+from asft_kernels.data.rows import RowFile
 from asft_kernels.data_commands.report import Report
 
 COMMIT_BYTES = 1 << 20  # of output held back at most, before OUT.partial and OUT.state are brought together
@@ -30,21 +33,21 @@ class State:
 
     settings: Row
     report: Report
-    line: int = 0
-    digest: str = ""  # of the lines up to that one
+    line: int = 0  # or row: the number of the last one done
+    digest: str = ""  # of all up to that one
     size: int = 0  # bytes of OUT.partial
 
 
 class Partial:
     """OUT.partial and OUT.state. A gzipped output is a chain of gzip members, one for each commit."""
 
-    def __init__(self, output: Path, settings: Row, source: Path):
+    def __init__(self, output: Path, settings: Row, source: RowFile):
         self.output, self.source = output, source
         self.path = output.with_name(output.name + ".partial")
         self.state_path = output.with_name(output.name + ".state")
         self.settings = json.loads(json.dumps(settings))  # as they come back from the file
         self.pending, self.digest, self.committed = bytearray(), hashlib.blake2b(), time.monotonic()
-        self.state = self._found() or State(self.settings, Report(str(source)))
+        self.state = self._found() or State(self.settings, Report(str(source.path), numbered=source.numbered))
         self.report = self.state.report
 
     def _found(self) -> State | None:
@@ -61,7 +64,7 @@ class Partial:
             raise DataError(f"output: {self.path} was begun with {was}, and now it is {now}; {self._anew}")
         if self.path.stat().st_size < state.size:
             raise DataError(f"output: {self.path} is shorter than the {state.size} bytes written; {self._anew}")
-        print(f"goes on after line {state.line} of {state.report.source}")
+        print(f"goes on after {state.report.numbered} {state.line} of {state.report.source}")
         return state
 
     @property
@@ -78,27 +81,30 @@ class Partial:
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    def new_lines(self, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-        """`lines` without those done before. Raises DataError if these are not the lines that were done."""
+    def new_rows(self, rows: Iterable[tuple[int, bytes | Row]]) -> Iterator[tuple[int, bytes | Row]]:
+        """Those of a RowFile that were not done before. Raises DataError if the first are not those that were done."""
         number, done = 0, self.state.line
-        other = DataError(f"output: {self.path} was begun from another input than {self.source}; {self._anew}")
-        for number, line in lines:
-            self.digest.update(line.rstrip() + b"\n")
+        other = DataError(f"output: {self.path} was begun from another input than {self.source.path}; {self._anew}")
+        for number, stored in rows:
+            # As text with str() of what JSON lacks: the same for the same row, and nothing reads it back.
+            text = stored.rstrip() if isinstance(stored, bytes) else json.dumps(stored, default=str).encode()
+            self.digest.update(text + b"\n")
             if number == done and self.digest.hexdigest() != self.state.digest:
                 raise other
             if number > done:
-                yield number, line
+                yield number, stored
         if number < done:
             raise other
 
     def write(self, rows: list[Row]) -> None:
-        for row in rows:
-            # Half a surrogate pair, which UTF-8 lacks, becomes the escape that JSON has for it.
-            self.pending += json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+        """All of them, or none and BadRow where one has a value that JSON lacks."""
+        # Half a surrogate pair, which UTF-8 lacks, becomes the escape that JSON has for it.
+        texts = [json.dumps(row, ensure_ascii=False, default=_as_json) for row in rows]
+        self.pending += b"".join(text.encode(errors="backslashreplace") + b"\n" for text in texts)
         self.report.written += len(rows)
 
     def batch_done(self, line: int) -> None:
-        """Every line up to `line` is converted."""
+        """Every row up to that of the number `line` is converted."""
         self.state.line = line
         if len(self.pending) >= COMMIT_BYTES or time.monotonic() - self.committed >= COMMIT_SECONDS:
             self._commit()
@@ -121,8 +127,15 @@ class Partial:
         """OUT.partial becomes OUT."""
         if not self.report.written:
             first = f"; first bad row: {self.report.first_bad}" if self.report.first_bad else ""
-            raise DataError(f"input: no row of {self.source} gave a row to write{first}\n{self.report}")
+            raise DataError(f"input: no row of {self.source.path} gave a row to write{first}\n{self.report}")
         self._flush()
         self.file.close()
         self.path.replace(self.output)
         self.state_path.unlink(missing_ok=True)
+
+
+def _as_json(value: object) -> str:
+    """Of Parquet and Arrow: dates and times as ISO 8601 has them."""
+    if isinstance(value, date | clock_time):
+        return value.isoformat()
+    raise BadRow("value that JSON lacks", f"got {type(value).__name__}; leave its column out")

@@ -10,9 +10,10 @@ Tally = dict[str, Any]  # {"count": how many, "lines": the first line numbers, o
 
 @dataclass
 class Report:
-    """Counts by kind, with the first line numbers (from 1). All of it is JSON."""
+    """Counts by kind, with the first numbers (from 1) of lines or rows. All of it is JSON."""
 
     source: str
+    numbered: str = "line"  # or "row": what `RowFile.numbered` says
     rows: int = 0
     written: int = 0
     bad: dict[str, Tally] = field(default_factory=dict)  # rows that cannot be used
@@ -21,19 +22,25 @@ class Report:
 
     def add_bad(self, line: int, problem: BadRow) -> None:
         _add(self.bad, problem.kind, line, 1)
-        self.first_bad = self.first_bad or f"line {line}: {problem}"
+        self.first_bad = self.first_bad or f"{self.numbered} {line}: {problem}"
 
     def note(self, line: int, what: str, count: int = 1) -> None:
-        """`count` times `what` in this line; nothing for 0."""
+        """`count` times `what` in this row; nothing for 0."""
         if count:
             _add(self.notes, what, line, count)
 
     def __str__(self) -> str:
         bad = sum(tally["count"] for tally in self.bad.values())
         text = [f"{self.source}: {self.rows} rows, {bad} bad; {self.written} rows written"]
-        text += [f"  bad, {kind}: {_shown(tally)}" for kind, tally in _largest_first(self.bad)]
-        text += [f"  {what}: {_shown(tally)}" for what, tally in _largest_first(self.notes)]
+        text += [f"  bad, {kind}: {self._shown(tally)}" for kind, tally in _largest_first(self.bad)]
+        text += [f"  {what}: {self._shown(tally)}" for what, tally in _largest_first(self.notes)]
         return "\n".join(text)
+
+    def _shown(self, tally: Tally) -> str:
+        lines = tally["lines"]
+        more = ", ..." if len(lines) > LINES_SHOWN else ""
+        named = f"{self.numbered}{'s' * (len(lines) > 1)} {', '.join(map(str, lines[:LINES_SHOWN]))}"
+        return f"{tally['count']} ({named}{more})"
 
 
 def _add(tallies: dict[str, Tally], kind: str, line: int, count: int) -> None:
@@ -45,9 +52,3 @@ def _add(tallies: dict[str, Tally], kind: str, line: int, count: int) -> None:
 
 def _largest_first(tallies: dict[str, Tally]) -> list[tuple[str, Tally]]:
     return sorted(tallies.items(), key=lambda item: -item[1]["count"])
-
-
-def _shown(tally: Tally) -> str:
-    lines = tally["lines"]
-    more = ", ..." if len(lines) > LINES_SHOWN else ""
-    return f"{tally['count']} (line{'s' * (len(lines) > 1)} {', '.join(map(str, lines[:LINES_SHOWN]))}{more})"

@@ -1,27 +1,25 @@
 """Rows in, rows out, a batch at a time: what every data command does around its own conversion."""
 
 import argparse
-import gzip
-import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from asft_kernels.data.rows import GZIP_MAGIC, BadRow, DataError
-from asft_kernels.data.rows import _row as parse_row
+from asft_kernels.data.rows import KINDS, BadRow, DataError, RowFile, parse_row
 from asft_kernels.data_commands.partial import Partial, Row
 from asft_kernels.data_commands.report import Report
 
 NOT_SETTINGS = ("input", "output", "strict", "overwrite")  # a run may go on with others
+NOT_WRITTEN = (".parquet", ".arrow")
 STRICT = "--strict is on: mend it and run the same command again, or go without --strict to leave such rows out"
 
-# (line number, row) of a batch -> for each, the rows to write or what is wrong with it.
+# (number, row) of a batch -> for each, the rows to write or what is wrong with it.
 Convert = Callable[[list[tuple[int, Row]], Report], Iterable[list[Row] | BadRow]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What every data command takes."""
-    parser.add_argument("input", help="JSON lines, plain or gzipped")
+    parser.add_argument("input", help=KINDS)
     parser.add_argument("output", help="JSON lines, gzipped if the name ends with .gz")
     parser.add_argument("--strict", action="store_true", help="a bad row is an error")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is there already")
@@ -48,25 +46,24 @@ def run_stream(args: argparse.Namespace, convert: Convert, *, batch_size: int = 
     """
     from tqdm import tqdm
 
-    source, output = Path(args.input), Path(args.output)
-    if not source.is_file():
-        what = "is a folder" if source.is_dir() else "no such file"
-        raise DataError(f"input: got {str(source)!r}, {what}; need a file of JSON lines, plain or gzipped")
+    source, output = RowFile(args.input, "input"), Path(args.output)
+    if output.suffix in NOT_WRITTEN:
+        raise DataError(f"output: got {str(output)!r}, need a name of JSON lines: .jsonl, or .jsonl.gz for gzipped")
     if output.exists() and not args.overwrite:
         raise DataError(f"output: {output} is there already; add --overwrite to replace it, or name another file")
-    if output.is_dir() or (output.exists() and output.samefile(source)):
+    if output.is_dir() or (output.exists() and output.samefile(source.path)):
         raise DataError(f"output: got {str(output)!r}, a folder or the input itself; need another file")
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    unit: dict[str, Any] = {"unit": "B", "unit_scale": True} if source.numbered == "line" else {"unit": " rows"}
     # The bar shows on terminals only.
     with (
         Partial(output, settings, source) as partial,
-        tqdm(total=source.stat().st_size, desc=source.name, unit="B", unit_scale=True, disable=None) as bar,
-        closing(_lines(source, bar.update)) as lines,
+        tqdm(total=source.size, desc=source.path.name, disable=None, **unit) as bar,
     ):
         report = partial.report
         if args.strict and report.bad:
-            raise DataError(f"input: {source}: {report.first_bad}; {STRICT}")
-        for batch in _batches(lines, partial, batch_size):
+            raise DataError(f"input: {source.path}: {report.first_bad}; {STRICT}")
+        for batch in _batches(partial.new_rows(_shown(source, bar)), batch_size):
             report.rows += len(batch)
             rows, problems = [], {}
             for line, row in batch:
@@ -75,13 +72,15 @@ def run_stream(args: argparse.Namespace, convert: Convert, *, batch_size: int = 
                 else:
                     rows.append((line, row))
             for (line, _), result in zip(rows, convert(rows, report), strict=True):
-                if isinstance(result, BadRow):
-                    problems[line] = result
-                else:
+                try:
+                    if isinstance(result, BadRow):
+                        raise result
                     partial.write(result)
+                except BadRow as problem:
+                    problems[line] = problem
             for line, problem in sorted(problems.items()):
                 if args.strict:
-                    raise DataError(f"input: {source}: line {line}: {problem}; {STRICT}")
+                    raise DataError(f"input: {source.path}: {source.numbered} {line}: {problem}; {STRICT}")
                 report.add_bad(line, problem)
             partial.batch_done(batch[-1][0])
         partial.finish()
@@ -89,41 +88,20 @@ def run_stream(args: argparse.Namespace, convert: Convert, *, batch_size: int = 
     return report
 
 
-def _batches(
-    lines: Iterator[tuple[int, bytes]], partial: Partial, size: int
-) -> Iterator[list[tuple[int, Row | BadRow]]]:
-    """Batches of (line number, row or what is wrong with it), from the first line not done on.
+def _shown(source: RowFile, bar: Any) -> Iterator[tuple[int, bytes | Row]]:
+    """The rows of source, as the progress bar shows them."""
+    for entry in source:
+        yield entry
+        bar.update(source.position - bar.n)
 
-    Empty lines are bad rows, except at the very end of the file.
-    """
-    batch, empty = [], 0
-    for number, line in partial.new_lines(lines):
-        if not line.strip():
-            empty += 1
-            continue
-        batch += [(before, BadRow("empty line")) for before in range(number - empty, number)]
-        batch.append((number, parse_row(line)))
-        empty = 0
+
+def _batches(stored: Iterator[tuple[int, bytes | Row]], size: int) -> Iterator[list[tuple[int, Row | BadRow]]]:
+    """Batches of (number, row or what is wrong with it)."""
+    batch = []
+    for number, row in stored:
+        batch.append((number, parse_row(row)))
         if len(batch) >= size:
             yield batch
             batch = []
     if batch:
         yield batch
-
-
-def _lines(path: Path, advance: Callable[[int], object]) -> Generator[tuple[int, bytes], None, None]:
-    """(number from 1, line) of a file, gzipped or not by its first bytes; `advance` hears of the bytes read."""
-    number, position = 0, 0
-    with path.open("rb") as raw:
-        zipped = raw.read(len(GZIP_MAGIC)) == GZIP_MAGIC
-        raw.seek(0)
-        try:
-            for number, line in enumerate(gzip.GzipFile(fileobj=raw) if zipped else raw, start=1):
-                yield number, line
-                advance(raw.tell() - position)
-                position = raw.tell()
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(
-                f"input: {path} cannot be read beyond line {number} ({error}); is the copy complete? "
-                "with a complete one the same command goes on"
-            ) from error
