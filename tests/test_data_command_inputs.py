@@ -210,13 +210,20 @@ def test_the_progress_bar_goes_from_nothing_to_all(tmp_path, monkeypatch, kind):
 
 def test_a_null_is_a_missing_key_inside_of_rows_too(tmp_path, capsys):
     """Rows with scores of other names share one type, and a null stands for what a row lacks."""
-    pair = {"prompt": "Why?", "chosen": "good", "rejected": "bad"}
+    named = [{"role": "user", "content": "Why?", "name": "Ann"}]
+    pair = {"prompt": [{**named[0], "name": None}], "chosen": "good", "rejected": "bad"}
     rows = [
         {**pair, "chosen_score": {"help": 8, "truth": None}, "rejected_score": {"help": 3, "truth": None}},
-        {**pair, "chosen_score": {"help": None, "truth": 9}, "rejected_score": {"help": None, "truth": 4}},
+        {
+            **pair,
+            "prompt": named,
+            "chosen_score": {"help": None, "truth": 9},
+            "rejected_score": {"help": None, "truth": 4},
+        },
     ]
     source = stored(rows, tmp_path, "parquet")
     assert [row["chosen_score"] for _, row in read_rows(source)] == [{"help": 8}, {"truth": 9}]
+    assert [row["prompt"] for _, row in read_rows(source)] == [[{"role": "user", "content": "Why?"}], named]
     run(source, tmp_path / "out.jsonl", "--strict")
     assert len(read(tmp_path / "out.jsonl")) == 4
     rewards = [{"prompt": "a", "responses": ["x", "y"], "rewards": [1.0, None]}]

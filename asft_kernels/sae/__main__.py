@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from asft_kernels.data import load_pairs, split_every_nth
+from asft_kernels.data.rows import KINDS
 from asft_kernels.integrations.loading import check_positions, load_causal_lm, load_tokenizer
 from asft_kernels.sae.collect import collect_tokens
 from asft_kernels.sae.files import check_suffix, write_sae
@@ -30,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m asft_kernels.sae", description=(__doc__ or "").split("\n", 2)[2])
     add = parser.add_argument
     add("--model", required=True, help="folder or hub name of a causal language model")
-    add("--data", required=True, help="preference pairs: JSON lines, plain or gzipped")
+    add("--data", required=True, help=f"preference pairs: {KINDS}")
     add("--output", required=True, help="file to write: .safetensors, or .npz as Gemma Scope's")
     add("--layer", type=int, default=HEAD_INPUT, help="-1 (default): the head's input; 0, 1, ...: that block's output")
     add("--features", type=_positive, default=4096, help="F, default 4096")

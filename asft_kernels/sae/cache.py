@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from asft_kernels.data import PairCollator, load_pairs
+from asft_kernels.data.rows import KINDS
 from asft_kernels.integrations.loading import check_positions, load_causal_lm, load_tokenizer
 from asft_kernels.sae.autoencoder import SparseAutoencoder
 from asft_kernels.sae.features import pooled_features
@@ -150,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 done, 2 bad input (said on stderr), 130 stopped by Ctrl-C, with no file left."""
     parser = argparse.ArgumentParser(prog="python -m asft_kernels.sae.cache", description=(__doc__ or "").split(":")[0])
     parser.add_argument("--model", required=True, help="folder or hub name of the reference model")
-    parser.add_argument("--data", required=True, help="preference pairs: JSON lines, plain or gzipped")
+    parser.add_argument("--data", required=True, help=f"preference pairs: {KINDS}")
     parser.add_argument("--sae", required=True, help="autoencoder: .npz or .safetensors")
     parser.add_argument("--output", required=True, help="file to write, .arrow")
     parser.add_argument("--layer", type=int, default=HEAD_INPUT, help="-1 (default): the head's input; l: block l")

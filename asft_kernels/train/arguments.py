@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from asft_kernels.data.rows import KINDS
 from asft_kernels.objectives import ASFT, BMC, DNPO, FPO, KTO, WeightedSum, get_objective
 
 
@@ -18,7 +19,7 @@ class JobArguments:
     """Model, data and loss."""
 
     model: str = field(metadata={"help": "folder or hub name of a causal language model"})
-    data: str = field(metadata={"help": "preference pairs: JSON lines, plain or gzipped"})
+    data: str = field(metadata={"help": f"preference pairs: {KINDS}"})
     eval_data: str | None = field(default=None, metadata={"help": "pairs to evaluate on, same formats"})
     eval_every_nth: int | None = field(
         default=None,
