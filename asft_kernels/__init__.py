@@ -7,6 +7,7 @@ First of all ASFT: Aligned Supervised Fine-Tuning through Absolute Likelihood, a
 from asft_kernels.functional import fused_asft_loss, fused_linear_logps, fused_preference_loss
 from asft_kernels.nn import FusedASFTLoss
 from asft_kernels.noisy_logps import fused_noisy_linear_logps
+from asft_kernels.objectives import get_objective
 from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs
 
 __version__ = "0.1.0"
@@ -18,4 +19,5 @@ __all__ = [
     "fused_linear_logps",
     "fused_noisy_linear_logps",
     "fused_preference_loss",
+    "get_objective",
 ]

@@ -1,51 +1,21 @@
-"""The public calls: check, pack, primitive, objective, reduce."""
+"""The public calls: log-probabilities, objective, reduction."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from asft_kernels import checks
-from asft_kernels.backends import Logits, choose_backend
-from asft_kernels.backends.plan import default_cache_bytes
-from asft_kernels.batch import TokenBatch, pack
-from asft_kernels.linear_logps import linear_logps
+from asft_kernels.batch import TokenBatch
 from asft_kernels.objectives import ASFT, Objective, get_objective
 from asft_kernels.objectives.base import counting, reduce_loss
 from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, summarize
 from asft_kernels.sequence import Logps, reduce
+from asft_kernels.token_logps import Head, Keywords, Options, token_logps
 
-Head = nn.Linear | Tensor | tuple[Tensor, Tensor | None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How hidden states become log-probabilities; the keywords that all public calls share.
-
-    cu_seqlens: (R+1,) int32 or int64 borders of packed sequences, None (default) for padded rows.
-    shift: position t predicts label t+1 (Hugging Face's convention, default); False if labels are shifted.
-    ignore_index: label of places that carry no loss, default -100.
-    logit_scale, softcap: z = softcap * tanh(logit_scale * (h.W + b) / softcap); defaults 1.0, None (no cap).
-    backend: "torch", "triton" or None (default): triton on CUDA and ROCm, torch elsewhere and for float64.
-    cache_bytes: exponentials kept for the head's gradient, in bytes; None (default) is 1 GiB on a CPU and 2.5 GiB
-        on a GPU; 0 keeps none and pays one more matrix product.
-    chunk_size: rows of the vocabulary held at a time, None (default) chooses.
-    num_valid: a bound on the number of valid labels (those of nll_labels included), if you know one: spares
-        the call's one read of the device. Under torch.compile without it every position is computed, masked
-        ones included. What the read would check is then asserted on the device, as a RuntimeError.
-    """
-
-    cu_seqlens: Tensor | None = None
-    shift: bool = True
-    ignore_index: int = -100
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    backend: str | None = None
-    cache_bytes: int | None = None
-    chunk_size: int | None = None
-    num_valid: int | None = None
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def fused_linear_logps(
@@ -67,12 +37,12 @@ def fused_linear_logps(
 
     hidden: (R, T, D), or packed (M, D) with cu_seqlens; fp32, bf16, fp16 or fp64.
     lm_head: nn.Linear, weight (V, D) or (weight, bias), in hidden's dtype (under autocast: cast to it).
-    labels: (R, T) or (M,) integers. Keywords: `asft_kernels.functional.Options`.
+    labels: (R, T) or (M,) integers. Keywords: `asft_kernels.token_logps.Options`.
     Returns logps in the shape of labels, fp32 (fp64 for fp64 input), 0 at masked places, differentiable in
     hidden, weight and bias. With shift=True label t+1's logp stands at index t; each last index is 0.
     Raises ValueError that names the argument, what it was and what it must be.
 
-    >>> hidden, head = torch.randn(2, 5, 8), nn.Linear(8, 32)
+    >>> hidden, head = torch.randn(2, 5, 8), torch.nn.Linear(8, 32)
     >>> fused_linear_logps(hidden, head, torch.randint(32, (2, 5))).shape
     torch.Size([2, 5])
     """
@@ -87,10 +57,25 @@ def fused_linear_logps(
         chunk_size=chunk_size,
         num_valid=num_valid,
     )
-    logps, batch, _ = _token_logps(hidden, lm_head, labels, options)
+    logps, batch, _ = token_logps(hidden, lm_head, labels, options)
     return batch.spread(logps)
 
 
+@overload
+def fused_asft_loss(
+    hidden: Tensor, lm_head: Head, labels: Tensor, *, lam: float = ..., beta: float = ..., sft_weight: float = ...,
+    reduction: str = ..., return_outputs: Literal[False] = False, **options: "Unpack[Keywords]",
+) -> Tensor: ...  # fmt: skip
+@overload
+def fused_asft_loss(
+    hidden: Tensor, lm_head: Head, labels: Tensor, *, lam: float = ..., beta: float = ..., sft_weight: float = ...,
+    reduction: str = ..., return_outputs: Literal[True], **options: "Unpack[Keywords]",
+) -> tuple[Tensor, PreferenceOutputs]: ...  # fmt: skip
+@overload
+def fused_asft_loss(
+    hidden: Tensor, lm_head: Head, labels: Tensor, *, lam: float = ..., beta: float = ..., sft_weight: float = ...,
+    reduction: str = ..., return_outputs: bool, **options: "Unpack[Keywords]",
+) -> Tensor | tuple[Tensor, PreferenceOutputs]: ...  # fmt: skip
 def fused_asft_loss(
     hidden: Tensor,
     lm_head: Head,
@@ -121,12 +106,12 @@ def fused_asft_loss(
 
     hidden: (2B, T, D), chosen rows first, row B+i rejected for row i; or packed (M, D) with cu_seqlens (2B+1,).
     lm_head: nn.Linear, weight (V, D) or (weight, bias). labels: (2B, T) or (M,), aligned with input_ids.
-    lam >= 0, beta > 0, sft_weight >= 0: `asft_kernels.objectives.ASFT`. The others: `asft_kernels.functional.Options`.
+    lam >= 0, beta > 0, sft_weight >= 0: `asft_kernels.objectives.ASFT`. The others: `asft_kernels.token_logps.Options`.
     reduction: over the pairs that count: "mean" (default), "sum", or "none" for (B,).
     Returns the loss, fp32 (fp64 for fp64 input); with return_outputs=True also `PreferenceOutputs`.
     Raises ValueError for what the caller got wrong; RuntimeError on double backward.
 
-    >>> hidden, head = torch.randn(4, 7, 16, requires_grad=True), nn.Linear(16, 50)
+    >>> hidden, head = torch.randn(4, 7, 16, requires_grad=True), torch.nn.Linear(16, 50)
     >>> fused_asft_loss(hidden, head, torch.randint(50, (4, 7))).backward()
     """
     options = Options(
@@ -143,6 +128,27 @@ def fused_asft_loss(
     return _preference_loss(hidden, lm_head, labels, ASFT(lam, beta, sft_weight), options, reduction, return_outputs)
 
 
+@overload
+def fused_preference_loss(
+    hidden: Tensor, lm_head: Head, labels: Tensor, objective: str | Objective, *, ref_logps: Tensor | None = ...,
+    token_weights: Tensor | None = ..., nll_labels: Tensor | None = ...,
+    objective_inputs: Mapping[str, Tensor] | None = ..., reduction: str = ...,
+    return_outputs: Literal[False] = False, **options: "Unpack[Keywords]",
+) -> Tensor: ...  # fmt: skip
+@overload
+def fused_preference_loss(
+    hidden: Tensor, lm_head: Head, labels: Tensor, objective: str | Objective, *, ref_logps: Tensor | None = ...,
+    token_weights: Tensor | None = ..., nll_labels: Tensor | None = ...,
+    objective_inputs: Mapping[str, Tensor] | None = ..., reduction: str = ...,
+    return_outputs: Literal[True], **options: "Unpack[Keywords]",
+) -> tuple[Tensor, PreferenceOutputs | SequenceOutputs]: ...  # fmt: skip
+@overload
+def fused_preference_loss(
+    hidden: Tensor, lm_head: Head, labels: Tensor, objective: str | Objective, *, ref_logps: Tensor | None = ...,
+    token_weights: Tensor | None = ..., nll_labels: Tensor | None = ...,
+    objective_inputs: Mapping[str, Tensor] | None = ..., reduction: str = ...,
+    return_outputs: bool, **options: "Unpack[Keywords]",
+) -> Tensor | tuple[Tensor, PreferenceOutputs | SequenceOutputs]: ...  # fmt: skip
 def fused_preference_loss(
     hidden: Tensor,
     lm_head: Head,
@@ -219,7 +225,7 @@ def _preference_loss(
     token_weights: Tensor | None = None,
     nll_labels: Tensor | None = None,
     objective_inputs: Mapping[str, Tensor] | None = None,
-) -> Any:
+) -> Any:  # what the overloads of the public calls say
     name = type(objective).__name__
     checks.hidden_layout(hidden)
     checks.label_layout(hidden, labels, options.cu_seqlens)
@@ -234,7 +240,7 @@ def _preference_loss(
         nll_labels = torch.cat([nll_labels, torch.full_like(nll_labels, options.ignore_index)])
     inputs = checks.objective_inputs(objective, objective_inputs)
     checks.same_place(hidden=hidden, ref_logps=ref_logps, token_weights=token_weights, nll_labels=nll_labels, **inputs)
-    logps, batch, backend = _token_logps(
+    logps, batch, backend = token_logps(
         hidden, lm_head, labels, options, reduction=reduction, paired=objective.paired, nll_labels=nll_labels
     )
 
@@ -253,57 +259,6 @@ def _preference_loss(
     if not return_outputs:
         return loss
     return loss, summarize(policy, terms, paired=objective.paired, dtype=logps.dtype)
-
-
-def _token_logps(
-    hidden: Tensor,
-    lm_head: Head,
-    labels: Tensor,
-    options: Options,
-    *,
-    reduction: str = "mean",
-    paired: bool = False,
-    nll_labels: Tensor | None = None,
-) -> tuple[Tensor, TokenBatch, str]:
-    """All checks, then the primitive: logps (N,) of the compacted tokens, where they stand, the backend."""
-    o = options
-    checks.options(
-        reduction=reduction, shift=o.shift, logit_scale=o.logit_scale, softcap=o.softcap, cache_bytes=o.cache_bytes,
-        chunk_size=o.chunk_size, num_valid=o.num_valid, ignore_index=o.ignore_index,
-    )  # fmt: skip
-    weight, bias = checks.head_tensors(lm_head)
-    checks.hidden_layout(hidden)
-    checks.hidden_size(hidden, weight)
-    checks.label_layout(hidden, labels, o.cu_seqlens)
-    if paired:
-        checks.even_rows(hidden, o.cu_seqlens)
-    checks.same_place(
-        hidden=hidden, **{"lm_head weight": weight, "lm_head bias": bias}, labels=labels, cu_seqlens=o.cu_seqlens
-    )  # fmt: skip
-    hidden, weight = _as_autocast(hidden), _as_autocast(weight)
-    bias = None if bias is None else _as_autocast(bias)
-    checks.same_dtype(hidden, weight, bias)
-    backend = choose_backend(o.backend, hidden.device, hidden.dtype)
-
-    batch = pack(
-        labels, vocab=weight.shape[0], cu_seqlens=o.cu_seqlens, shift=o.shift, ignore_index=o.ignore_index,
-        num_valid=o.num_valid, extra_labels=nll_labels,
-    )  # fmt: skip
-    logps = linear_logps(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, batch.rows, batch.labels, backend=backend,
-        logits=Logits(float(o.logit_scale), None if o.softcap is None else float(o.softcap)),
-        chunk_size=o.chunk_size, padded=batch.padded,
-        cache_bytes=default_cache_bytes(hidden.device.type) if o.cache_bytes is None else o.cache_bytes,
-    )  # fmt: skip
-    return logps, batch, backend
-
-
-def _as_autocast(tensor: Tensor) -> Tensor:
-    """What autocast would hand to a matrix product: its dtype, but float64 as it is."""
-    device_type = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device_type))
 
 
 def _sequence_logps(

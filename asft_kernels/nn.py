@@ -3,9 +3,10 @@
 from torch import Tensor, nn
 
 from asft_kernels import checks
-from asft_kernels.functional import Head, fused_asft_loss
+from asft_kernels.functional import fused_asft_loss
 from asft_kernels.objectives import ASFT
 from asft_kernels.outputs import PreferenceOutputs
+from asft_kernels.token_logps import Head
 
 
 class FusedASFTLoss(nn.Module):

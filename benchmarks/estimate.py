@@ -3,6 +3,7 @@
 from benchmarks.cases import Case
 from benchmarks.contestants import Contestant, contestants_of
 from benchmarks.machine import available_memory
+from benchmarks.measure import CPU_SECONDS
 from benchmarks.runner import fit_together
 
 LOGIT_SECONDS = {"cpu": 6e-9, "cuda": 1e-11}  # all passes over a logit outside of products
@@ -32,7 +33,8 @@ def seconds(
         share = case.M / case.N if contestant.positions == "all" else 1
         call = share * (contestant.products(case) * product + contestant.checked * logits * price)
         start = START_SECONDS + COMPILE_SECONDS * contestant.compiles
-        total += (CALLS_BEFORE + case.rounds) * call + start
+        timed = max(call, CPU_SECONDS) if case.device == "cpu" else call
+        total += CALLS_BEFORE * call + case.rounds * timed + start
         if not together:  # each round starts anew, with an uncounted call
             total += case.rounds * (call + start)
     return total

@@ -17,6 +17,7 @@ from asft_kernels import (
 )
 from asft_kernels.objectives import ASFT
 from asft_kernels.objectives.base import LossTerms
+from asft_kernels.token_logps import Keywords, Options
 from bounds import fp32_bound, relative_error, rounded_once
 from cases import IGNORE, figures, make_case, packed
 
@@ -422,6 +423,8 @@ def test_signatures_agree():
     keywords = {name: p.default for name, p in function.items() if p.kind is p.KEYWORD_ONLY}
     assert reference.fused_asft_loss(case.hidden, case.head, case.labels, **keywords).isfinite()
     shared = set(inspect.signature(fused_linear_logps).parameters)
+    keywords = shared - {"hidden", "lm_head", "labels"}
+    assert set(Options.__dataclass_fields__) == set(Keywords.__annotations__) == keywords
     assert shared < set(function) | {"reduction"}
     assert shared < set(inspect.signature(fused_preference_loss).parameters)
 

@@ -9,12 +9,13 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "asft_kernels"
 LAYERS = [  # each may import those before it
-    "checks batch",
+    "checks batch philox",
     "kernels reference",
     "backends",
     "machine_code",
     "compile_report autotune",
-    "linear_logps sequence philox",
+    "linear_logps sequence",
+    "token_logps",
     "objectives",
     "outputs",
     "functional",
