@@ -55,6 +55,7 @@ def style_of(rows: list[Row]) -> dict[str, dict[str, Any]]:
 def growth(rows: list[Row], work: str) -> "Figure":
     """Time above memory, against N, V and the share of valid tokens; logarithmic, so that linear is a slope of 1."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     rows = [r for r in timed(rows) if r["work"] == work and r["set"] in DRAWN]
     sets = [name for name in DRAWN if any(r["set"] == name for r in rows)]
@@ -72,6 +73,8 @@ def growth(rows: list[Row], work: str) -> "Figure":
                 axes[1, column].plot(*zip(*known, strict=True), **look)
         for panel in axes[:, column]:
             panel.set_yscale("log")
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # an axis often spans less than a decade
+            panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             if name != "valid-share":
                 panel.set_xscale("log", base=2)
             panel.set_xticks(sorted({AXES[name](r) for r in rows if r["set"] == name}))
