@@ -4,7 +4,7 @@
 
 One row per kernel, architecture, operand dtype and variant: registers, spills, shared memory against
 the chip's limit, and the matrix instructions found in the machine code. The launches are not listed
-here: the backend and asft_sequence run on meta tensors (shapes without data) with the tile table
+here: the backends and asft_sequence run on meta tensors (shapes without data) with the tile table
 answering for the architecture in question, and whatever they launch is recorded and compiled.
 Bias and softcap come alone, together and not at all; shapes are those of a language model, whose
 pointers and strides count as divisible by 16, and once ("odd") such that nothing is.
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import triton
 
-from asft_kernels.backends import Logits, triton_fused
+from asft_kernels.backends import Logits, noisy_triton, triton_fused
 from asft_kernels.backends.plan import Plan
 from asft_kernels.kernels.asft_sequence import asft_sequence, asft_sequence_grad
 from asft_kernels.kernels.configs import ARCHITECTURES, Tile, candidates
@@ -33,6 +33,7 @@ from asft_kernels.kernels.tile_choice import assume_architecture
 from asft_kernels.machine_code import CHIPS, KIB, TYPE_NAMES, Launch, MachineCode, machine_code, record_launches
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN, SOFTCAPPED = Logits(), Logits(0.5, 30.0)
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,10 @@ def launches_for(architecture: str, dtype: torch.dtype, *, every: bool = True) -
     low = dtype == torch.bfloat16
     with assume_architecture(architecture), record_launches() as launches, torch.device("meta"):
         _both_phases(2048, 4096, 2048, 32768, 16384, dtype, with_alone=every or low)
+        alone = [(True, PLAIN), (False, SOFTCAPPED)] if every else []
+        _noisy_phases(2048, 2048, 32768, 16384, dtype, (True, SOFTCAPPED), (False, PLAIN), *alone)
         if every or low:
+            _noisy_phases(2047, 251, 30040, 15021, dtype, (True, SOFTCAPPED))  # the last chunk begins at no multiple
             # No multiple of anything; blocks of 256 where D is 251, and a last chunk of 37 rows.
             _both_phases(2047, 4095, 251, 30040, 10001, dtype, with_alone=every, with_plain=every)
         if dtype == torch.float32:  # its inputs are fp32 log-probabilities whatever the model's dtype
@@ -82,10 +86,9 @@ def _both_phases(
     hidden, weight, bias = (torch.empty(s, dtype=dtype) for s in ((M, D), (V, D), (V,)))
     rows, labels, g = (*torch.empty(2, N, dtype=torch.int64).unbind(), torch.empty(N))
     by_column = torch.empty((D, V), dtype=dtype).t()  # a head that was stored transposed
-    plain, softcapped = Logits(), Logits(0.5, 30.0)
-    cases = [(weight, bias, softcapped)]
-    cases += [(weight, None, plain), (by_column, None, plain)] if with_plain else []
-    cases += [(weight, bias, plain), (weight, None, softcapped)] if with_alone else []
+    cases = [(weight, bias, SOFTCAPPED)]
+    cases += [(weight, None, PLAIN), (by_column, None, PLAIN)] if with_plain else []
+    cases += [(weight, bias, PLAIN), (weight, None, SOFTCAPPED)] if with_alone else []
     for w, b, logits in cases:
         inputs = (hidden, w, b, rows, labels)
         triton_fused.forward(*inputs, logits, plan, needs_acc=False, needs_exps=False)
@@ -94,6 +97,17 @@ def _both_phases(
             g, *inputs, saved, logits, plan,
             needs_hidden=True, needs_weight=True, needs_bias=b is not None,
         )  # fmt: skip
+
+
+def _noisy_phases(N: int, D: int, V: int, chunk: int, dtype: torch.dtype, *cases: tuple[bool, Logits]) -> None:
+    """cases: whether there are biases, and what makes logits. The noise head is in fp32, as trainers have it."""
+    plan, seed = Plan(V, chunk=chunk, cached=0), 2**40  # of 64 bits, as nearly all are
+    per_token, labels = torch.empty(N), torch.empty(N, dtype=torch.int64)
+    for biased, logits in cases:
+        heads = [(torch.empty((V, D), dtype=d), torch.empty(V, dtype=d) if biased else None) for d in (dtype, None)]
+        inputs = (torch.empty((N, D), dtype=dtype), *heads[0], *heads[1], labels)
+        noisy_triton.forward(*inputs, seed, logits, plan)
+        noisy_triton.backward(per_token, per_token, *inputs, per_token, per_token, seed, logits, plan)
 
 
 def tile_launch(tile: Tile, dtype: torch.dtype, *, softcap: bool, bias: bool = False) -> Launch:

@@ -10,10 +10,11 @@
 
 g and q are the gradients to logp and power. Nothing of size N*V exists: eps is computed from its counter
 (`asft_kernels.philox`), in the backward pass again. GEMMs: 2 forward, 3 backward (the two products again, and
-C^T H). Everything between inputs and results is fp32 (fp64 for fp64 hidden), eps fp32 always. ATen calls only,
-on any device; there is no Triton kernel for it.
+C^T H). Everything between inputs and results is fp32 (fp64 for fp64 hidden), eps fp32 always. What is done chunk by
+chunk stands in backends/noisy_torch.py (ATen calls) and noisy_triton.py (two kernels beside the products).
 """
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -21,14 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from asft_kernels import checks
-from asft_kernels.backends import Logits
-from asft_kernels.backends.plan import make_plan, traced_chunk
+from asft_kernels.backends import Logits, choose_backend
+from asft_kernels.backends.plan import Plan, make_plan, traced_chunk
 from asft_kernels.batch import pack
-from asft_kernels.functional import Head, _as_autocast
 from asft_kernels.linear_logps import _exact_products
-from asft_kernels.philox import normals
-
-ENTRY_BYTES = 24  # of one (token, vocabulary entry) of a chunk: z, std, eps in fp32, and Philox's words
+from asft_kernels.token_logps import Head, as_autocast
 
 
 class NoisyLogps(NamedTuple):
@@ -50,6 +48,7 @@ def fused_noisy_linear_logps(
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    backend: str | None = None,
     chunk_size: int | None = None,
     num_valid: int | None = None,
 ) -> NoisyLogps:
@@ -60,7 +59,7 @@ def fused_noisy_linear_logps(
         on each logit. Its sign does not matter, and 0 gives `fused_linear_logps`.
     seed: 0 to 2^63 - 1. eps is standard normal, a function of the seed, the token's number among the valid ones of
         the batch, and the vocabulary entry; not of padding, dtype or chunk_size.
-    The others: `asft_kernels.functional.Options`. Differentiable in noise_head.
+    The others: `asft_kernels.token_logps.Options`. Differentiable in noise_head.
     Raises ValueError that names the argument; RuntimeError on double backward.
 
     >>> hidden, head, noise = torch.randn(2, 5, 8), nn.Linear(8, 32), nn.Linear(8, 32)
@@ -80,9 +79,10 @@ def fused_noisy_linear_logps(
     checks.label_layout(hidden, labels, cu_seqlens)
     heads = {"lm_head weight": weight, "lm_head bias": bias, "noise_head": noise_weight, "noise_head bias": noise_bias}
     checks.same_place(hidden=hidden, **heads, labels=labels, cu_seqlens=cu_seqlens)
-    hidden, weight = (_as_autocast(x.detach()) for x in (hidden, weight))
-    bias = None if bias is None else _as_autocast(bias.detach())
+    hidden, weight = (as_autocast(x.detach()) for x in (hidden, weight))
+    bias = None if bias is None else as_autocast(bias.detach())
     checks.same_dtype(hidden, weight, bias)
+    backend = choose_backend(backend, hidden.device, hidden.dtype)
 
     batch = pack(
         labels, vocab=weight.shape[0], cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index,
@@ -93,10 +93,10 @@ def fused_noisy_linear_logps(
     if batch.padded:
         compact = compact.masked_fill(masked[:, None], 0.0)
     if chunk_size is None and torch.compiler.is_compiling():
-        chunk_size = traced_chunk(weight.shape[1], exp_bytes=ENTRY_BYTES, device_type=hidden.device.type)
+        chunk_size = traced_chunk(weight.shape[1], exp_bytes=_load(backend).ENTRY_BYTES, device_type=hidden.device.type)
     logps, power, _ = _noisy_logps(
-        compact, weight, bias, noise_weight, noise_bias, batch.labels.clamp(min=0), seed, float(logit_scale),
-        None if softcap is None else float(softcap), chunk_size,
+        compact, weight, bias, noise_weight, noise_bias, batch.labels.clamp(min=0), backend, seed,
+        float(logit_scale), None if softcap is None else float(softcap), chunk_size,
     )  # fmt: skip
     if batch.padded:
         logps, power = (x.masked_fill(masked, 0.0) for x in (logps, power))
@@ -115,31 +115,31 @@ def _noise_tensors(noise_head: Head, lm_weight: Tensor) -> tuple[Tensor, Tensor 
     return weight, bias
 
 
+def _load(backend: str) -> ModuleType:
+    if backend == "triton":
+        from asft_kernels.backends import noisy_triton as module
+    else:
+        from asft_kernels.backends import noisy_torch as module
+    return module
+
+
 @torch.library.custom_op("asft_kernels::noisy_logps", mutates_args=())
 def _noisy_logps(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, noise_weight: Tensor, noise_bias: Tensor | None,
-    labels: Tensor, seed: int, scale: float, softcap: float | None, chunk_size: int | None,
+    labels: Tensor, backend: str, seed: int, scale: float, softcap: float | None, chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(logps, power, log of the sum of exponentials), (N,) each, of the compacted tokens, labels in [0, V)."""
     with _exact_products(hidden.device.type):
-        chunks = _Chunks(hidden, weight, bias, noise_weight, noise_bias, seed, Logits(scale, softcap), chunk_size)
-        z_y, others, power = (chunks.H.new_zeros(len(labels)) for _ in range(3))
-        highest = torch.full_like(z_y, torch.finfo(z_y.dtype).min)
-        for start, stop in chunks.slices:
-            z, std, _ = chunks.noisy(start, stop)
-            column, inside = _in_chunk(labels, start, stop)
-            own = z.gather(1, column)[:, 0]
-            z_y = torch.where(inside, own, z_y)
-            z.scatter_(1, column, torch.where(inside, -torch.inf, own)[:, None])
-            before, highest = highest, torch.maximum(highest, z.amax(dim=1))
-            others = others * torch.exp(before - highest) + z.sub_(highest[:, None]).exp_().sum(dim=1)
-            power += torch.linalg.vector_norm(std, dim=1).square()
-        log_others = highest + others.log()
+        # (N,) each: the label's noisy logit, log of the others' sum of exponentials, sum of std^2
+        z_y, log_others, power = _load(backend).forward(
+            hidden, weight, bias, noise_weight, noise_bias, labels, seed, Logits(scale, softcap),
+            _plan(hidden, weight, backend, chunk_size),
+        )  # fmt: skip
     return F.logsigmoid(z_y - log_others), power / len(weight), torch.logaddexp(z_y, log_others)
 
 
 @_noisy_logps.register_fake
-def _(hidden, weight, bias, noise_weight, noise_bias, labels, seed, scale, softcap, chunk_size):
+def _(hidden, weight, bias, noise_weight, noise_bias, labels, backend, seed, scale, softcap, chunk_size):
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     a, b, c = (hidden.new_empty(labels.shape, dtype=dtype) for _ in range(3))
     return a, b, c
@@ -149,36 +149,33 @@ def _(hidden, weight, bias, noise_weight, noise_bias, labels, seed, scale, softc
 def _noisy_logps_backward(
     grad_logps: Tensor, grad_power: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None,
     noise_weight: Tensor, noise_bias: Tensor | None, labels: Tensor, logps: Tensor, log_total: Tensor,
-    seed: int, scale: float, softcap: float | None, chunk_size: int | None,
+    backend: str, seed: int, scale: float, softcap: float | None, chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(dWn (V, D), dbn (V,)); dbn is empty without a bias: an operator returns tensors alone."""
     with _exact_products(hidden.device.type):
-        chunks = _Chunks(hidden, weight, bias, noise_weight, noise_bias, seed, Logits(scale, softcap), chunk_size)
-        grad_weight = torch.empty_like(noise_weight, memory_format=torch.contiguous_format)
-        grad_bias = hidden.new_empty(0) if noise_bias is None else torch.empty_like(noise_bias)
-        pull = -grad_logps.to(log_total.dtype)[:, None]
-        shrink = (2 / len(weight)) * grad_power.to(log_total.dtype)[:, None]
-        for start, stop in chunks.slices:
-            z, std, eps = chunks.noisy(start, stop)
-            C = z.sub_(log_total[:, None]).exp_()
-            column, inside = _in_chunk(labels, start, stop)
-            own = torch.where(inside, torch.expm1(logps), C.gather(1, column)[:, 0])  # p - 1 keeps its digits
-            C.scatter_(1, column, own[:, None]).mul_(eps).mul_(pull).addcmul_(std, shrink)
-            grad_weight[start:stop] = C.T @ chunks.H
-            if noise_bias is not None:
-                grad_bias[start:stop] = C.sum(dim=0)
-    return grad_weight, grad_bias
+        grad_weight, grad_bias = _load(backend).backward(
+            grad_logps, grad_power, hidden, weight, bias, noise_weight, noise_bias, labels, logps, log_total, seed,
+            Logits(scale, softcap), _plan(hidden, weight, backend, chunk_size),
+        )  # fmt: skip
+    return grad_weight, hidden.new_empty(0) if grad_bias is None else grad_bias
 
 
 @_noisy_logps_backward.register_fake
 def _(grad_logps, grad_power, hidden, weight, bias, noise_weight, noise_bias, labels, logps, log_total,
-      seed, scale, softcap, chunk_size):  # fmt: skip
+      backend, seed, scale, softcap, chunk_size):  # fmt: skip
     no_bias = hidden.new_empty(0) if noise_bias is None else torch.empty_like(noise_bias)
     return torch.empty_like(noise_weight, memory_format=torch.contiguous_format), no_bias
 
 
+def _plan(hidden: Tensor, weight: Tensor, backend: str, chunk_size: int | None) -> Plan:
+    return make_plan(
+        len(hidden), *weight.shape, exp_bytes=_load(backend).ENTRY_BYTES, chunk_size=chunk_size, cache_bytes=0,
+        device_type=hidden.device.type,
+    )  # fmt: skip
+
+
 def _save(ctx, inputs, output):
-    *tensors, ctx.seed, ctx.scale, ctx.softcap, ctx.chunk_size = inputs
+    *tensors, ctx.backend, ctx.seed, ctx.scale, ctx.softcap, ctx.chunk_size = inputs
     logps, _, log_total = output
     ctx.mark_non_differentiable(log_total)
     ctx.save_for_backward(*tensors, logps, log_total)
@@ -186,10 +183,10 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, grad_logps, grad_power, _):
     grad_weight, grad_bias = _noisy_logps_backward(
-        grad_logps, grad_power, *ctx.saved_tensors, ctx.seed, ctx.scale, ctx.softcap, ctx.chunk_size
+        grad_logps, grad_power, *ctx.saved_tensors, ctx.backend, ctx.seed, ctx.scale, ctx.softcap, ctx.chunk_size
     )
     has_bias = ctx.saved_tensors[4] is not None
-    return None, None, None, grad_weight, grad_bias if has_bias else None, *(None,) * 5
+    return None, None, None, grad_weight, grad_bias if has_bias else None, *(None,) * 6
 
 
 def _refuse(ctx, *_):
@@ -201,39 +198,3 @@ def _refuse(ctx, *_):
 
 torch.library.register_autograd(_noisy_logps, _gradients, setup_context=_save)
 torch.library.register_autograd(_noisy_logps_backward, _refuse, setup_context=lambda ctx, inputs, output: None)
-
-
-class _Chunks:
-    """Noisy logits of one vocabulary chunk after another."""
-
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, noise_weight: Tensor, noise_bias: Tensor | None,
-        seed: int, logits: Logits, chunk_size: int | None,
-    ) -> None:  # fmt: skip
-        self.H = hidden if hidden.dtype == torch.float64 else hidden.float()
-        self.head, self.noise_head = (weight, bias), (noise_weight, noise_bias)
-        self.seed, self.transform = seed, logits
-        self.tokens = torch.arange(len(hidden), device=hidden.device)
-        self.slices = make_plan(
-            len(hidden), *weight.shape, exp_bytes=ENTRY_BYTES, chunk_size=chunk_size, cache_bytes=0,
-            device_type=hidden.device.type,
-        ).slices  # fmt: skip
-
-    def noisy(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(z~, std, eps) of vocabulary rows start to stop, (N, stop - start) each; z~ may be overwritten."""
-        z = self._product(*self.head, start, stop).mul_(self.transform.scale)
-        if self.transform.softcap is not None:
-            z.div_(self.transform.softcap).tanh_().mul_(self.transform.softcap)
-        std = self._product(*self.noise_head, start, stop)
-        eps = normals(self.seed, self.tokens, start, stop).to(z.dtype)
-        return z.addcmul_(std, eps), std, eps
-
-    def _product(self, weight: Tensor, bias: Tensor | None, start: int, stop: int) -> Tensor:
-        product = self.H @ weight[start:stop].to(self.H.dtype).T
-        return product if bias is None else product.add_(bias[start:stop].to(self.H.dtype))
-
-
-def _in_chunk(labels: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """(a column of the chunk for each token (N, 1), whether it is its label's (N,))."""
-    column = (labels - start).clamp(0, stop - start - 1)[:, None]
-    return column, (labels >= start) & (labels < stop)

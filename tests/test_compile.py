@@ -29,6 +29,8 @@ KERNELS = {
     "label_rows_kernel",
     "logits_exp_kernel",
     "merge_statistics_kernel",
+    "noisy_gradient_kernel",
+    "noisy_statistics_kernel",
     "row_factors_kernel",
     "scaled_hidden_kernel",
 }

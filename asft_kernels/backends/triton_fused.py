@@ -84,7 +84,7 @@ def forward(
             if needs_acc and k > 0:
                 fixup(acc, before[None], ref, tile_width=D)
             if needs_acc:
-                _add_product(E, weight_k, out=acc, fresh=k == 0)
+                add_product(E, weight_k, out=acc, fresh=k == 0)
             if needs_exps and k < plan.cached:
                 exps.append(E)
                 kept_refs.append(ref)
@@ -178,7 +178,7 @@ class _WeightGradient:
         for part, start in enumerate(range(first, last, self.step)):
             stop = min(start + self.step, last)
             dW = self.out[start:stop] if self.scratch is None else self.scratch[: stop - start]
-            _add_product(E[:, start - first : stop - first].t(), self.scaled, out=dW, fresh=True)
+            add_product(E[:, start - first : stop - first].t(), self.scaled, out=dW, fresh=True)
             label_rows(
                 dW, self.hidden, self.rows, self.sorted_labels, self.order, self.pull,
                 self.bounds[k, part : part + 2], first=start,
@@ -199,7 +199,7 @@ def _tile(hidden: Tensor, weight: Tensor, rows: Tensor, logits: Logits) -> Tile:
     return best_tile(hidden.device, problem, aligned=D % step == 0 and rows_aligned)
 
 
-def _add_product(a: Tensor, b: Tensor, *, out: Tensor, fresh: bool) -> None:
+def add_product(a: Tensor, b: Tensor, *, out: Tensor, fresh: bool) -> None:
     """out += a b in fp32, or = if fresh, from operands in fp32 or bf16 that are never rounded further."""
     beta = 0 if fresh else 1  # with 0 out is not read
     if a.dtype == b.dtype and a.dtype != out.dtype and a.is_cuda:

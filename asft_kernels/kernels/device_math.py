@@ -4,9 +4,11 @@
     expm1(x)   = its Taylor polynomial below |x| = 1/2, exp(x) - 1 above
     softplus(x) = max(x, 0) + log1p(exp(-|x|)),  sigmoid(x) = 1 / (1 + exp(-x))
     softcap:     z = cap * tanh(u / cap),  slope c = dz/du = 4 q / (1 + q)^2,  q = exp(-2 |u| / cap)
+    cos, sin:    their Taylor polynomials in a - k pi/2, |a - k pi/2| <= pi/4
 
 Written from exp and log because device libraries (libdevice) cannot be interpreted, and as
-polynomials near 0 because a GPU's approximate log has no relative accuracy next to 1.
+polynomials near 0 because a GPU's approximate log has no relative accuracy next to 1. Those libraries' cos and
+sin also have a branch for large angles that takes a stack.
 The slope is 1 - (z / cap)^2, too, but where tanh saturates that has no digits left.
 All in fp32.
 """
@@ -64,6 +66,27 @@ def softcap_slope(u, cap):
     """c of the logit u before its cap: 1 at 0, 0 for infinite u."""
     q = tl.exp(tl.abs(u) * (-2.0 / cap))
     return 4.0 * q / ((1.0 + q) * (1.0 + q))
+
+
+# pi/2 = HIGH + LOW: HIGH has 21 bits, so that k HIGH is exact for k <= 4, and a - k HIGH is, too.
+HALF_PI_HIGH = tl.constexpr(1.570796012878418)
+HALF_PI_LOW = tl.constexpr(3.139164786504813e-07)
+TWO_OVER_PI = tl.constexpr(0.6366197723675814)
+
+
+@triton.jit
+def cos_sin(a):
+    """(cos(a), sin(a)) for 0 <= a <= 2 pi."""
+    # The polynomials' next terms, with |r| <= pi/4, are 3e-9 of sin and 2e-10 of cos.
+    k = (a * TWO_OVER_PI + 0.5).to(tl.int32)
+    r = a - k.to(tl.float32) * HALF_PI_HIGH
+    r = r - k.to(tl.float32) * HALF_PI_LOW
+    t = r * r
+    s = r + r * t * (-1 / 6 + t * (1 / 120 + t * (-1 / 5040 + t * (1 / 362880))))
+    c = 1.0 - t * (1 / 2 - t * (1 / 24 - t * (1 / 720 - t * (1 / 40320 - t * (1 / 3628800)))))
+    swaps = k % 2 == 1
+    cos, sin = tl.where(swaps, s, c), tl.where(swaps, c, s)
+    return tl.where((k + 1) & 2 != 0, -cos, cos), tl.where(k & 2 != 0, -sin, sin)
 
 
 @triton.jit
