@@ -40,7 +40,10 @@ TRAIN = "asft_kernels.train"
 
 @dataclass(frozen=True)
 class Method:
-    """objective: as asft-train takes it; arguments: further ones, with {name} of the files in `prepare`."""
+    """objective: as asft-train takes it; arguments: further ones, with {name} of the files in `prepare`.
+
+    data: the file in `prepare` that takes the place of the training pairs.
+    """
 
     name: str
     arguments: tuple[str, ...] = ()
@@ -48,6 +51,7 @@ class Method:
     module: str = TRAIN
     pictured: bool = False
     needs: tuple[str, ...] = ()  # files of `prepare`
+    data: str = ""
 
 
 METHODS = (
@@ -71,7 +75,11 @@ METHODS = (
     Method("fpo", ("--sae", "{sae}"), needs=("sae",)),
     Method("dnpo", module="asft_kernels.dnpo"),
     Method("sapo-asft", ("--token-generate-length", "32"), objective="asft", module="asft_kernels.sapo"),
+    Method("rad-dpo", objective="dpo", data="rad"),
+    Method("rso-hinge_norm", objective="hinge_norm", data="rso"),
+    Method("bridged-bmc", ("--objective-args", "base=dpo"), objective="bmc", data="bridged"),
 )
+EDIT_TOKENS = 64  # of a bridged answer at most
 
 
 def python(module: str, *arguments: str) -> list[str]:
@@ -142,6 +150,8 @@ def prepare(name: str, model: Path, train: Path, work: Path) -> Path:
             given = ("--model", str(model), "--data", str(train), "--output", str(path), "--max-length", "512")
             run(python("asft_kernels.sae", *given), work / "sae.log")
         return path
+    if name in ("rad", "rso", "bridged"):
+        return prepare_pairs(name, model, train, work)
     if name == "own_scores":
         return scores_of(model, train, work / "scores-own")
     second = work / "sft-model"  # a second reference: what the method sft left
@@ -150,10 +160,36 @@ def prepare(name: str, model: Path, train: Path, work: Path) -> Path:
     return scores_of(second, train, work / "scores-sft")
 
 
+def prepare_pairs(name: str, model: Path, train: Path, work: Path) -> Path:
+    """Training pairs by one of the data commands, on what the model itself says of answers, or writes."""
+    made, log, data = work / f"{name}.jsonl", work / f"{name}.log", "benchmarks.method_data"
+    if made.exists():
+        return made
+    asft_data = ("asft_kernels.data_commands", name.replace("bridged", "bmc"))
+    if name == "bridged":
+        given = ("--model", str(model), "--max-new-tokens", str(EDIT_TOKENS))
+        run(python(*asft_data, str(train), str(made), *given), log)
+        return made
+    source = work / f"{name}-input.jsonl"
+    if name == "rad":
+        scores = scores_of(model, train, work / "scores-own")
+        run(python(data, "scored", str(train), str(source), "--scores", str(scores)), log)
+        run(python(*asft_data, str(source), str(made)), log)
+        return made
+    answers_file = work / "candidates.jsonl"
+    if not answers_file.exists():
+        run(python(data, "candidates", str(train), str(answers_file), "--model", str(model)), log)
+    scores = scores_of(model, answers_file, work / "scores-candidates")
+    run(python(data, "rewarded", str(answers_file), str(source), "--scores", str(scores)), log)
+    run(python(*asft_data, str(source), str(made), "--accept", "2"), log)
+    return made
+
+
 def command_of(method: Method, args: argparse.Namespace, train: Path, held_out: Path, out: Path) -> list[str]:
     files = {name: str(prepare(name, args.model, train, args.work)) for name in method.needs}
     own = [argument.format(**files) for argument in method.arguments]
-    given = ["--model", str(args.model), "--data", str(train), "--output-dir", str(out)]
+    data = prepare(method.data, args.model, train, args.work) if method.data else train
+    given = ["--model", str(args.model), "--data", str(data), "--output-dir", str(out)]
     given += ["--max-steps", str(args.steps), *BUDGET, *LIMITS]
     if method.module == "asft_kernels.dnpo":
         return python(method.module, *given, "--batch-size", str(args.pairs), *own)

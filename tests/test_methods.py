@@ -13,10 +13,11 @@ from asft_kernels.dnpo import _parser as dnpo_parser
 from asft_kernels.sapo.arguments import SapoArguments
 from asft_kernels.train.arguments import JobArguments, RunArguments
 from benchmarks import methods, methods_report
-from benchmarks.methods import METHODS, command_of, run, split
+from benchmarks.method_data import CANDIDATES, rewards
+from benchmarks.methods import METHODS, command_of, run, scores_of, split
 from benchmarks.methods_report import draw, table, text
 from benchmarks.run import rows_of
-from tiny_lm import pairs, write_lines
+from tiny_lm import pairs, saved_tiny_model, tiny_tokenizer, write_lines
 
 ABOUT = {
     "machine": "chip", "python": "3",
@@ -100,6 +101,32 @@ def test_the_autoencoder_of_fpo_is_made_by_a_command_that_its_program_takes(tmp_
         methods.prepare("sae", tmp_path / "nosuch", write_lines(tmp_path / "train.jsonl", pairs(4)), tmp_path)
     assert "unrecognized" not in (tmp_path / "sae.log").read_text()
     assert "nosuch" in str(failed.value).partition("; the whole output")[0]
+
+
+def test_data_commands_run_on_what_the_model_makes(tmp_path):
+    """Of a tiny model with a chat template: what comes out are pairs, scored and ordered by the model's own figures."""
+    # Untied: with tied embeddings it would say the last token of the prompt, a line break, again and again.
+    model = saved_tiny_model(tmp_path / "model", max_position_embeddings=2048, tie_word_embeddings=False)
+    tiny_tokenizer(chat=True).save_pretrained(model)
+    train = write_lines(tmp_path / "train.jsonl", pairs(4))
+
+    rad = rows_of(methods.prepare("rad", model, train, tmp_path))
+    own = rewards(scores_of(model, train, tmp_path / "scores-own"))
+    better = [line for line, (chosen, rejected) in own.items() if chosen > rejected]
+    assert [r["chosen_score"] for r in rad] == [own[line][side] for line in better for side in (0, 1)]
+    assert all(1 < r["chosen_score"] < 10 for r in rad)
+    assert rad[0]["chosen"] == rad[1]["rejected"] != rad[0]["rejected"]
+
+    rso = rows_of(methods.prepare("rso", model, train, tmp_path))
+    sampled = [r[side] for r in rows_of(tmp_path / "candidates.jsonl") for side in ("chosen", "rejected")]
+    assert len(sampled) == 4 * CANDIDATES == 16
+    assert all(r["chosen_score"] > r["rejected_score"] and r["chosen"] in sampled for r in rso)
+    assert 0 < len(rso) <= 4
+
+    bridged = rows_of(methods.prepare("bridged", model, train, tmp_path))
+    originals = [pair["rejected"] for pair in pairs(4)]
+    assert bridged
+    assert all(r["rejected"] in originals and r["chosen"] != r["original_chosen"] for r in bridged)
 
 
 def test_rows_of_other_settings_are_not_mixed(monkeypatch, tmp_path, capsys):
