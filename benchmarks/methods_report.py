@@ -121,8 +121,8 @@ def text(rows: list[dict[str, Any]]) -> str:
         "Each method ran once, on a machine that did other work meanwhile: tokens/s and memory are rough. dnpo takes "
         "the same pairs in another order; fpo's autoencoder is trained on the training pairs first, which is in none "
         "of the figures. rad-dpo, rso-hinge_norm and bridged-bmc train on pairs that `asft-data` made of the same "
-        "lines, with the model itself as scorer, writer and editor (`benchmarks/method_data.py`): they show that the commands "
-        "run on real texts, not what the methods are worth.",
+        "lines, with the model itself as scorer, writer and editor (`benchmarks/method_data.py`): they show that the "
+        "commands run on real texts, not what the methods are worth.",
         "",
         *table(rows),
         "",
