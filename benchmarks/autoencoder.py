@@ -25,7 +25,7 @@ ROWS = ROOT / "bench_results" / "autoencoder" / "rows.jsonl"
 PAGE = ROOT / "docs" / "objectives" / "fpo.md"
 BEGIN, END = "<!-- figures: drawn by `python -m benchmarks.autoencoder` -->", "<!-- /figures -->"
 PATHS = ("model", "data", "output")  # settings that are paths of the machine that measured
-HEADER = ["`--l1`", "explained variance", "features a token", "dead", "minutes", "of which hidden states"]
+HEADER = ["`--l1`", "explained variance", "features a token", "dead"]
 
 
 def measure(model: Path, data: Path, l1: float, work: Path) -> dict[str, Any]:
@@ -39,31 +39,30 @@ def measure(model: Path, data: Path, l1: float, work: Path) -> dict[str, Any]:
 
 
 def line(row: dict[str, Any]) -> list[str]:
-    held_out, seconds = row["held_out"], row["seconds"]
+    held_out = row["held_out"]
     return [
         f"{row['settings']['l1']:g}",
         f"{held_out['explained_variance']:.3f}",
         f"{held_out['l0']:.0f}",
         f"{held_out['dead']:.1%}",
-        f"{sum(seconds.values()) / 60:.1f}",
-        f"{seconds['collecting'] / sum(seconds.values()):.0%}",
     ]
 
 
 def text(rows: list[dict[str, Any]]) -> str:
     """The table, what it was measured on, and where. The rows differ in --l1 alone."""
+    if not rows:
+        return "Explained variance, features a token and dead features: not measured yet."
     first = rows[0]
     same = [{**row["settings"], "l1": None, **{name: row[name] for name in ("model", "data_sha256")}} for row in rows]
     if any(settings != same[0] for settings in same):
-        raise ValueError("rows: got rows that differ in more than --l1, need one table's; name another file")
+        raise ValueError(f"rows: got {same}, need rows that differ in --l1 alone")
     settings = first["settings"]
     layer = "input of the head" if settings["layer"] < 0 else f"output of block {settings['layer']}"
     return "\n".join(
         [
             f"{first['model']}, {layer}, on {first['data']} (sha256 {first['data_sha256'][:12]}…): "
             f"{settings['features']:,} features, {first['training_tokens']:,} tokens, {first['steps_done']} steps of "
-            f"{settings['batch_size']:,}. Figures of {first['held_out']['tokens']:,} tokens of held-out pairs; "
-            "the machine did other work meanwhile.",
+            f"{settings['batch_size']:,}. Figures of {first['held_out']['tokens']:,} tokens of held-out pairs.",
             "",
             *markdown(HEADER, [line(row) for row in sorted(rows, key=lambda row: -row["settings"]["l1"])], words=1),
             "",
@@ -94,10 +93,7 @@ def main() -> None:
         for l1 in (l1 for l1 in args.l1 if l1 not in done):
             with tempfile.TemporaryDirectory() as work:
                 append(ROWS, [{**measure(args.model, args.data, l1, Path(work)), "about": facts}])
-    rows = rows_of(ROWS)
-    if not rows:
-        parser.error(f"{ROWS} holds no rows; measure first, with --model and --data")
-    PAGE.write_text(written(PAGE.read_text(), rows))
+    PAGE.write_text(written(PAGE.read_text(), rows_of(ROWS)))
     print(f"{PAGE} is written")
 
 
