@@ -7,7 +7,8 @@ Nothing is tuned unless this command runs: the table's first tile is used, and r
 from one machine to the next. A stored choice holds for calls of the same dtype, hidden size, softcap or
 none, and number of tokens to the next power of 2; ASFT_KERNELS_TUNED=0 ignores it, and so does another
 Triton or another table. A candidate that does not run, or whose exponentials differ from torch's by more than
-roundings can, is left out; where none is right the command fails.
+roundings can, is left out; where none is right the command fails. An error after which the device answers nothing
+more ends the command: what was timed before it stays.
 """
 
 import argparse
@@ -64,6 +65,24 @@ class Case:
         return 2 * (len(self.hidden[0]) + 4) * 2**-24 * size.item() + 2 * torch.finfo(self.exps.dtype).eps
 
 
+class DeviceLost(Exception):
+    """After a candidate's error the device answers no call of this process. times: of the candidates before it."""
+
+    def __init__(self, message: str, times: dict[str, float]):
+        super().__init__(message)
+        self.times = times
+
+
+def answers(device: torch.device) -> bool:
+    """Whether this process can still use the device: an illegal address, for one, fails every later call, too."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception:
+        return False
+    return True
+
+
 def on_device(call: Callable[[], object]) -> float:
     return triton.testing.do_bench(call, return_mode="median")  # pyright: ignore[reportReturnType]
 
@@ -82,7 +101,10 @@ def tune(
     timer: Callable[[Callable[[], object]], float],
     tiles: tuple[Tile, ...] | None = None,
 ) -> dict[str, float]:
-    """Milliseconds of every candidate that runs and agrees with torch; prints a line for each."""
+    """Milliseconds of every candidate that runs and agrees with torch; prints a line for each.
+
+    Raises DeviceLost where a candidate's error leaves a device that answers no later one.
+    """
     case = Case(problem, vocab, device)
     if tiles is None:
         tiles = candidates(architecture_of(device), problem.dtype, softcap=problem.softcap)
@@ -102,7 +124,10 @@ def tune(
                 continue
             times[str(tile)] = timer(case.call(tile))
         except Exception as error:  # whatever a compiler or a driver may raise
-            print(f"  {tile!s:55} left out: {type(error).__name__}: {str(error).strip()[:200]}", flush=True)
+            said = f"{type(error).__name__}: {str(error).strip()[:200]}"
+            if not answers(device):
+                raise DeviceLost(f"{problem}: the device answers no more after {tile}: {said}", times) from error
+            print(f"  {tile!s:55} left out: {said}", flush=True)
             continue
         rate = 2 * N * width * problem.hidden_size / times[str(tile)] / 1e9
         print(f"  {tile!s:55} {times[str(tile)]:9.3f} ms {rate:8.2f} TFLOP/s", flush=True)
@@ -154,13 +179,21 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--hidden-size and --vocab: need both, or --show")
     for tokens in options.tokens:
         problem = Problem(DTYPES[options.dtype], options.hidden_size, tokens, options.softcap)
-        times = tune(problem, options.vocab, device, on_device if device.type == "cuda" else on_host)
+        lost = None
+        try:
+            times = tune(problem, options.vocab, device, on_device if device.type == "cuda" else on_host)
+        except DeviceLost as error:
+            lost, times = error, error.times
+        if lost and not times:
+            raise SystemExit(f"{lost}\nnothing is stored for it, and later problems were not tried")
         if not times:
             raise SystemExit(f"{problem}: no candidate is right on this device, see above; nothing is stored for it")
         if device.type == "cpu":
             print("interpreted on a CPU: no measurement of a device, nothing is stored")
         else:
             print(f"stored in {store_times(device, problem, times)}")
+        if lost:
+            raise SystemExit(f"{lost}\nonly the candidates before it are stored, and later problems were not tried")
 
 
 if __name__ == "__main__":

@@ -145,6 +145,26 @@ def time_table() -> list[str]:
     return markdown(["chip", "shape", "one product, ms", *WANTED], lines)
 
 
+def rest(call: Call, chip: Chip, triton: float) -> float:
+    """Share of the predicted time that is no product and no rounding of dW: vectors, fix-ups, and all launches."""
+    large = ("logits_exp", "product", "copy")
+    times = [LAUNCH if step.name in large else seconds(step, chip, triton) for step in schedule(call, tile_of(chip))]
+    return sum(times) / predict(call, chip, triton)
+
+
+def rest_sentence() -> str:
+    N = SHAPES[0][1]
+    models = [model for model, tokens in SHAPES if tokens == N]
+    found = []
+    for name, chip in CHIPS.items():
+        shares = [100 * rest(c, chip, s) for model in models for c in calls(model, N).values() for s in chip.triton]
+        found.append(f"{span((min(shares), max(shares)), '.1f')} % on {name}")
+    return (
+        f"*Predicted.* Vectors, fix-ups, label rows and launches together, of the time at N = {N}, least to most of "
+        f"the shapes and gradients above: {', '.join(found)}."
+    )
+
+
 def memory_table() -> list[str]:
     lines = [
         [f"{model}, N = {N}", *(f"{extra_bytes(call) / MIB:.0f}" for call in calls(model, N).values())]
@@ -169,6 +189,7 @@ def tables() -> str:
         "\n".join(time_table()),
         "*Predicted.* Extra memory in MiB, the gradients returned included, on any chip:",
         "\n".join(memory_table()),
+        rest_sentence(),
     ]
     return "\n\n".join(blocks)
 

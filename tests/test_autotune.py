@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,7 @@ def test_the_first_tile_unless_times_are_stored():
     assert choice() is TILES[0]
     path = store_times(DEVICE, PROBLEM, TIMES)
     assert path.name == "tiles-nvidia-h100-80gb-hbm3.json"
-    assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file is left
+    assert {p.name for p in path.parent.iterdir()} <= {path.name, path.with_suffix(".lock").name}  # none temporary
     assert choice() == replace(TILES[2], why="measured: 1.000 ms, the fastest of 3")
     assert stored_times(DEVICE) == {"bfloat16, hidden size 4096, 8192 tokens": TIMES}
 
@@ -87,6 +88,23 @@ def test_what_another_process_stored_meanwhile_stays():
     assert list(stored_times(DEVICE)) == [str(PROBLEM)]
     path.write_text(theirs)  # by the other process, after this one's look
     store_times(DEVICE, replace(PROBLEM, tokens=256), {str(TILES[0]): 1.0})
+    assert len(stored_times(DEVICE)) == 3
+
+
+def test_two_at_once_lose_nothing():
+    """One that comes while another is between reading and replacing waits for it."""
+    fcntl = pytest.importorskip("fcntl", reason="no locks here")
+    path, other = store_times(DEVICE, PROBLEM, TIMES), replace(PROBLEM, tokens=1024)
+    late = threading.Thread(target=store_times, args=(DEVICE, replace(PROBLEM, tokens=256), TIMES))
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        whole = json.loads(path.read_text())
+        late.start()
+        late.join(0.5)
+        assert late.is_alive()
+        whole["milliseconds"][str(other)] = TIMES
+        path.write_text(json.dumps(whole))
+    late.join()
     assert len(stored_times(DEVICE)) == 3
 
 
@@ -226,6 +244,52 @@ def test_wrong_and_failing_candidates_are_left_out(device, monkeypatch, capsys):
     assert "left out: differs from torch's by 5.0e-02" in out or "left out: differs from torch's by 4." in out
     assert "left out: differs from torch's by nan" in out
     assert list(measured((late, wrong, SMALL), device)) == [str(SMALL)], "the first is no truth"
+
+
+@pytest.mark.interpreter
+def test_nothing_is_tried_on_a_device_that_is_lost(device, monkeypatch, capsys):
+    """An illegal address fails every later call of the process: those candidates are not to be called wrong."""
+    bad, after = (replace(SMALL, num_stages=n) for n in (3, 4))
+    right, called = autotune.logits_exp, []
+
+    def broken(*arguments, tile, **options):
+        called.append(tile)
+        if tile == bad:
+            raise RuntimeError("an illegal memory access was encountered")
+        return right(*arguments, tile=tile, **options)
+
+    monkeypatch.setattr(autotune, "logits_exp", broken)
+    monkeypatch.setattr(autotune, "answers", lambda device: bad not in called)
+    with pytest.raises(autotune.DeviceLost, match=f"no more after {bad}: RuntimeError: an illegal memory") as lost:
+        measured((SMALL, bad, after), device)
+    assert lost.value.times == {str(SMALL): 3.0}
+    assert after not in called
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_what_was_timed_before_a_lost_device_is_stored(monkeypatch, capsys):
+    tried = []
+
+    def tune(problem, *args):
+        tried.append(problem.tokens)
+        raise autotune.DeviceLost("no answer", dict(TIMES) if problem.tokens == 1024 else {})
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(autotune, "tune", tune)
+    arguments = ["--hidden-size", "4096", "--vocab", "70", "--tokens"]
+    with pytest.raises(SystemExit, match="no answer\nonly the candidates before it are stored"):
+        autotune.main([*arguments, "1024", "2048"])
+    assert tried == [1024]
+    with pytest.raises(SystemExit, match="no answer\nnothing is stored for it"):
+        autotune.main([*arguments, "2048"])
+    assert stored_times(torch.device("cuda")) == {str(replace(PROBLEM, tokens=1024)): TIMES}
+
+
+def test_a_device_answers_until_synchronizing_fails(monkeypatch):
+    assert autotune.answers(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "synchronize", Mock(side_effect=RuntimeError("illegal address")))
+    assert autotune.answers(torch.device("cpu"))
+    assert not autotune.answers(DEVICE)
 
 
 @pytest.mark.interpreter

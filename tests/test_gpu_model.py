@@ -113,6 +113,21 @@ def test_rate_needed_is_where_the_limit_is_met():
     assert gpu_model.share_needed(call, chip, fastest + 1e-6) == pytest.approx(chip.library, rel=1e-4)
 
 
+def test_what_is_left_beside_the_products_by_hand():
+    """Every launch, and all of the steps that are no product and no rounding."""
+    call, chip = Small(N=33, V=100, D=16, work=FROZEN), gpu_model.H100
+    steps = list(schedule(call, TILE))
+    whole = sum(gpu_model.seconds(step, chip, 0.5) for step in steps)
+    multiply = [step for step in steps if step.flops]
+    products = sum(gpu_model.seconds(step, chip, 0.5) - gpu_model.LAUNCH for step in multiply)
+    assert len(multiply) == 8  # two a chunk
+    assert gpu_model.rest(call, chip, 0.5) == pytest.approx(1 - products / whole)
+    every = [gpu_model.rest(c, gpu_model.CHIPS["B200"], 0.6) for c in gpu_model.calls("Llama-3-8B", 8192).values()]
+    least, most = gpu_model.rest_sentence().split(" % on B200")[0].split()[-1].split("–")
+    assert float(least) - 0.05 <= 100 * min(every) <= 100 * max(every) <= float(most) + 0.05
+    assert "stay below" not in gpu_model.DOC.read_text()
+
+
 def test_document_has_the_tables_of_the_model():
     text = gpu_model.DOC.read_text()
     assert gpu_model.written(text) == text, "run `python -m benchmarks.gpu_model --write`"

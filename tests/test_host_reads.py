@@ -73,6 +73,17 @@ def watch(monkeypatch):
 
         monkeypatch.setattr(torch.Tensor, method, looked)
 
+    to = torch.Tensor.to
+
+    def moved(self, *args, **kwargs):
+        # By its name alone: here a tensor's own device, to which anything may go, is the CPU.
+        if not mode.in_kernel and any(isinstance(x, str) and x.startswith("cpu") for x in (*args, *kwargs.values())):
+            mode.reads.append("to")
+        return to(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", moved)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: mode.reads.append("synchronize"))
+
     from triton.runtime.interpreter import GridExecutor
 
     launch = GridExecutor.__call__
@@ -146,6 +157,9 @@ def test_calls_and_shapes_do_not_depend_on_values(backend, options, watch):
         lambda x: [0, 1][(x > 0).sum().clamp(max=1)],
         lambda x: x.tolist(),
         lambda x: x.cpu(),
+        lambda x: x.to("cpu"),
+        lambda x: x.to(device="cpu", dtype=torch.float64),
+        lambda x: torch.cuda.synchronize(),
         lambda x: x.numpy(),
         lambda x: x.nonzero(),
         lambda x: torch.where(x > 0),

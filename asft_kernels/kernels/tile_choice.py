@@ -13,7 +13,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -81,16 +81,29 @@ def stored_times(device: torch.device) -> dict[str, dict[str, float]]:
 
 def store_times(device: torch.device, problem: Problem, milliseconds: dict[str, float]) -> Path:
     """Adds a problem to the device's file and returns its path."""
-    stored_times.cache_clear()  # another process may have stored some since this one looked
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a file that does not fit: it is replaced here
-        path, problems = cache_file(device), {**stored_times(device), str(problem): milliseconds}
+    path = cache_file(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump({**_identity(device), "milliseconds": problems}, file, indent=1)
-    os.replace(file.name, path)  # whole or not at all, whoever reads meanwhile
+    with _alone(path):
+        stored_times.cache_clear()  # another process may have stored some since this one looked
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a file that does not fit: it is replaced here
+            problems = {**stored_times(device), str(problem): milliseconds}
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            json.dump({**_identity(device), "milliseconds": problems}, file, indent=1)
+        os.replace(file.name, path)  # whole or not at all, whoever reads meanwhile
     stored_times.cache_clear()
     return path
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time between reading the file and replacing it; where nothing can be locked, as it comes."""
+    with path.with_suffix(".lock").open("w") as lock:
+        with suppress(ImportError, OSError):  # no POSIX; a file system without locks
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def cache_file(device: torch.device) -> Path:
