@@ -1,8 +1,10 @@
 """DNPO: both losses, labelling, the alternation on a tiny model, and its command."""
 
+import itertools
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from asft_kernels.data_commands import main as data_main
 from asft_kernels.dnpo import main
 from asft_kernels.dnpo import trainer as trainer_module
 from asft_kernels.dnpo.labelling import label_pair
+from asft_kernels.dnpo.run import _order
 from asft_kernels.dnpo.trainer import INITIAL_STD, DNPOTrainer
 from asft_kernels.objectives import DNPO, DPO, get_objective
 from asft_kernels.sequence import Logps
@@ -268,7 +271,7 @@ def test_command_trains_and_drops_the_noise(job, tmp_path, capsys):
     assert any(not torch.equal(saved[name], original[name]) for name in saved)
     assert (folder / "tokenizer.json").is_file()
     assert main([*job, "--output-dir", str(folder)]) == 2
-    assert "holds a run already; name another folder" in capsys.readouterr().err
+    assert "holds a run already; add --resume to go on with it, or name another folder" in capsys.readouterr().err
 
 
 def test_one_pass_over_the_pairs_is_the_default(job, tmp_path):
@@ -289,9 +292,160 @@ def test_ctrl_c_ends_after_the_step_with_the_model_saved(job, tmp_path, capsys, 
     monkeypatch.setattr(DNPOTrainer, "step", interrupted)
     folder = tmp_path / "out"
     assert main([*job, "--max-steps", "50", "--output-dir", str(folder)]) == 130
-    assert "stopped by Ctrl-C after step 2" in capsys.readouterr().out
+    assert "stopped by Ctrl-C after step 2; go on with: python -m asft_kernels.dnpo" in capsys.readouterr().out
     assert len(rows(folder)) == 2
     assert (folder / "model.safetensors").is_file()
+
+
+# Going on after an interruption
+
+RESUMED = ["--max-steps", "9", "--save-steps", "4", "--eval-every-nth", "8"]
+
+
+@pytest.fixture(scope="module")
+def dropout_job(job, tmp_path_factory):
+    """As job, with a model that draws from torch's own generator at every step; 9 steps are a pass and a half."""
+    model = saved_tiny_model(tmp_path_factory.mktemp("dropout") / "model", attention_dropout=0.3)
+    return ["--model", str(model), *job[2:]]
+
+
+@pytest.fixture(scope="module")
+def whole_run(dropout_job, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    assert main([*dropout_job, *RESUMED, "--output-dir", str(folder)]) == 0
+    return folder
+
+
+def without_time(rows):
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+
+
+def same_run(one, other) -> bool:
+    """To the bit in the model, and in the figures of every step."""
+    from safetensors.torch import load_file
+
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
+    same_model = first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return same_model and without_time(rows(one)) == without_time(rows(other))
+
+
+def killed():
+    raise RuntimeError("killed")
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def at_step(monkeypatch, number, happens) -> None:
+    """Before the step of that number is computed, counted from where the run begins or goes on."""
+    step = DNPOTrainer.step
+
+    def watched(self, batch):
+        self.steps_done += 1
+        if self.steps_done == number:
+            happens()
+        return step(self, batch)
+
+    monkeypatch.setattr(DNPOTrainer, "steps_done", 0, raising=False)
+    monkeypatch.setattr(DNPOTrainer, "step", watched)
+
+
+def test_a_killed_run_goes_on_to_the_same_model(dropout_job, whole_run, tmp_path, monkeypatch):
+    """From the checkpoint after step 4, though it wrote figures up to step 7."""
+    run = [*dropout_job, *RESUMED, "--output-dir", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        at_step(patch, 8, killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            main(run)
+    assert rows(tmp_path / "out")[-1]["step"] == 7
+    torch.manual_seed(99)  # as another process would stand
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, killed)  # steps 5 to 9, no more
+        assert main([*run, "--resume"]) == 0
+    assert same_run(tmp_path / "out", whole_run)
+
+
+def test_ctrl_c_loses_no_step(dropout_job, whole_run, tmp_path, monkeypatch, capsys):
+    run = [*dropout_job, *RESUMED, "--output-dir", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, interrupt)
+        assert main(run) == 130
+    assert "evaluation pairs" not in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, killed)  # steps 8 and 9
+        assert main([*run, "--resume"]) == 0
+    assert same_run(tmp_path / "out", whole_run)
+    assert "3 evaluation pairs" in capsys.readouterr().out  # beside the evaluation before the first step
+
+
+def test_a_finished_run_ends_again_or_goes_on(dropout_job, whole_run, tmp_path, monkeypatch):
+    folder, longer = tmp_path / "out", tmp_path / "longer"
+    shutil.copytree(whole_run, folder)
+    (folder / "model.safetensors").unlink()
+    run = [*dropout_job, *RESUMED]
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, killed)
+        assert main([*run, "--output-dir", str(folder), "--resume"]) == 0
+    assert same_run(folder, whole_run)
+    assert main([*run, "--output-dir", str(folder), "--resume", "--max-steps", "11"]) == 0
+    assert main([*run, "--output-dir", str(longer), "--max-steps", "11"]) == 0
+    kept = [row for row in rows(folder) if (row["kind"], row["step"]) != ("eval", 9)]  # the shorter run's end
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    assert same_run(folder, longer)
+
+
+def test_a_kill_while_it_saves_leaves_the_checkpoint_before(dropout_job, whole_run, tmp_path, monkeypatch):
+    run = [*dropout_job, *RESUMED, "--output-dir", str(tmp_path / "out")]
+    save, saves = torch.save, []
+
+    def half(content, path):
+        saves.append(path)
+        if len(saves) == 2:
+            Path(path).write_bytes(b"half of it")
+            killed()
+        save(content, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", half)
+        with pytest.raises(RuntimeError, match="killed"):
+            main(run)
+    assert main([*run, "--resume"]) == 0
+    assert same_run(tmp_path / "out", whole_run)
+
+
+def test_resume_refuses_what_would_be_another_experiment(dropout_job, whole_run, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(whole_run, folder)
+    resume = [*dropout_job, *RESUMED, "--output-dir", str(folder), "--resume"]
+    changes = {"lam": ("1.0", "2.0"), "noise-learning-rate": ("0.0001", "1.0"), "seed": ("0", "3"),
+               "batch-size": ("4", "2"), "eval-every-nth": ("8", "5"), "alpha": ("1.0", "0.5")}  # fmt: skip
+    for name, (was, now) in changes.items():
+        assert main([*resume, f"--{name}", now]) == 2
+        assert f"--resume: --{name} was {was} and is {now} now, need the same" in capsys.readouterr().err
+    assert main([*resume, "--max-steps", "8"]) == 2
+    assert "--max-steps: got 8, need at least 9, the step of" in capsys.readouterr().err
+    data = Path(dropout_job[3])
+    text = data.read_text()
+    data.write_text(text.splitlines()[0] + "\n" + text)
+    code = main(resume)
+    data.write_text(text)
+    assert code == 2
+    assert "--data had 21 pairs for training and has 22 now, need the same pairs" in capsys.readouterr().err
+    (folder / "checkpoint.pt").unlink()
+    assert main(resume) == 2
+    assert "--resume: no checkpoint.pt with its run.json in" in capsys.readouterr().err
+
+
+def test_each_pass_has_every_pair_in_another_order():
+    batches = list(itertools.islice(_order(10, 4, 5, 0), 9))
+    assert [len(batch) for batch in batches] == [4, 4, 2] * 3
+    passes = [list(itertools.chain(*batches[k : k + 3])) for k in (0, 3, 6)]
+    assert all(sorted(one) == list(range(10)) for one in passes)
+    assert len({tuple(one) for one in passes}) == 3
+    for first in range(9):
+        assert list(itertools.islice(_order(10, 4, 5, first), 9 - first)) == batches[first:]
+    assert next(_order(10, 4, 6, 0)) != batches[0]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dnpo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("dnpo: interrupted; the model was not saved", file=sys.stderr)
+        print(
+            "dnpo: interrupted; --resume goes on from the last checkpoint, if it came to one",
+            file=sys.stderr,
+        )
         return 130
 
 
@@ -42,8 +45,15 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", required=True, help="folder or hub name of a causal language model: the start, and the reference")
     add("--data", required=True, help="pairs of preferred and other answers, in any format that asft-train reads")
-    add("--output-dir", type=Path, default=Path("dnpo-run"), help="model, tokenizer and metrics.jsonl")
+    add(
+        "--output-dir",
+        type=Path,
+        default=Path("dnpo-run"),
+        help="model, tokenizer, metrics, settings, checkpoint",
+    )
     add("--max-steps", type=_positive, help="steps of model and noise; None: one pass over the pairs")
+    add("--save-steps", type=_positive, default=100, help="steps between checkpoints: what a killed run may lose")
+    add("--resume", action="store_true", help="go on from the checkpoint in --output-dir, with the same settings")
     add("--batch-size", type=_positive, default=4, help="pairs in a step")
     add("--eval-every-nth", type=int, help="N: hold out every Nth line of --data")
     add("--learning-rate", type=float, default=2e-5, help="of the model")
@@ -52,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--alpha", type=float, default=1.0, help="weight of the noise's mean square")
     add("--max-length", type=int, default=1024, help="tokens of prompt and answer; longer answers are cut")
     add("--max-prompt-length", type=int, default=512, help="tokens; pairs with a longer prompt are left out")
-    add("--seed", type=int, default=0, help="of the order of pairs and of the noise")
+    add("--seed", type=int, default=0, help="of the order of pairs, the noise and dropout")
     return parser
 
 

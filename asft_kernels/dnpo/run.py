@@ -1,4 +1,4 @@
-"""One run of DNPO: data, model, head check, evaluation, steps, evaluation, the model without its noise."""
+"""One run of DNPO: data, model, head check, evaluation, steps and checkpoints, evaluation, the model without noise."""
 
 import argparse
 import itertools
@@ -13,10 +13,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from asft_kernels.data import PairCollator, load_pairs, split_every_nth
+from asft_kernels.dnpo import checkpoint
 from asft_kernels.dnpo.trainer import DNPOTrainer
 from asft_kernels.integrations.hf_model import verify_head
 from asft_kernels.integrations.loading import check_positions, load_causal_lm, load_tokenizer
 from asft_kernels.objectives import DNPO
+from asft_kernels.train import run_folder
 from asft_kernels.train.arguments import ArgumentProblem
 from asft_kernels.train.metrics import MetricsFile
 from asft_kernels.train.trainer import StopWhenAsked, pad_token
@@ -27,10 +29,9 @@ COMPARED = ("clean_loss", "reward_margin", "reward_accuracy", "accuracy", "chose
 
 def run(options: argparse.Namespace, say: Callable[[str], None] = print) -> bool:
     """Whether it went to the end: False after Ctrl-C. ArgumentProblem, DataError, ModelProblem on bad input."""
-    folder = options.output_dir
+    folder, settings = options.output_dir, vars(options)
     metrics = MetricsFile(folder / "metrics.jsonl")
-    if metrics.rows():
-        raise ArgumentProblem(f"--output-dir: {folder} holds a run already; name another folder")
+    file = checkpoint.find(folder, settings, resume=options.resume)
     objective = DNPO(lam=options.lam, alpha=options.alpha)
     tokenizer, config = load_tokenizer(options.model)
     check_positions(config, options.max_length)
@@ -41,6 +42,9 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = print) -> bool
     evaluation = None
     if options.eval_every_nth:
         train, evaluation = split_every_nth(train, options.eval_every_nth)
+    total = options.max_steps or -(-len(train) // options.batch_size)
+    saved = None if file is None else checkpoint.load(file, pairs=len(train), last_step=total)
+    first = 0 if saved is None else saved["step"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trainer = DNPOTrainer(
         load_causal_lm(options.model, "float32").to(device),
@@ -49,11 +53,12 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = print) -> bool
         noise_learning_rate=options.noise_learning_rate,
         seed=options.seed,
     )
-    loading: Any = {"batch_size": options.batch_size, "collate_fn": PairCollator(pad_token(tokenizer))}
-    generator = torch.Generator().manual_seed(options.seed)
-    batches: Any = DataLoader(train, shuffle=True, generator=generator, **loading)  # type: ignore[arg-type]
+    collate = PairCollator(pad_token(tokenizer))
+    order = _order(len(train), options.batch_size, options.seed, first)
+    batches = (_moved(collate([train[i] for i in numbers]), device) for numbers in order)
+    loading: Any = {"batch_size": options.batch_size, "collate_fn": collate}
     held_out: Any = DataLoader(evaluation, **loading) if evaluation is not None else None  # type: ignore[arg-type]
-    worst = verify_head(trainer.policy, _moved(next(iter(batches)), device))
+    worst = verify_head(trainer.policy, _moved(collate([train[0], train[len(train) - 1]]), device))
     say(f"output head checked: fused and own log-probabilities differ by at most {worst:.1e}")
 
     def evaluate(step: int) -> dict[str, float]:
@@ -62,13 +67,21 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = print) -> bool
         return figures
 
     folder.mkdir(parents=True, exist_ok=True)
-    total = options.max_steps or len(batches)
-    stop, step = StopWhenAsked(say), 0
-    before = evaluate(0) if held_out else {}
-    with stop.listening(), tqdm(total=total, desc="steps") as bar:
-        for step, batch in zip(range(1, total + 1), _forever(batches), strict=False):
+    stop, step = StopWhenAsked(say), first
+    if saved is None:
+        metrics.start(None)
+        checkpoint.write_settings(folder, _own_command(), settings)
+        before = evaluate(0) if held_out else {}
+        torch.manual_seed(options.seed)  # of dropout
+    else:
+        metrics.start(first, complete=first == total)
+        before = next((row for row in metrics.rows() if row["kind"] == "eval"), {})
+        checkpoint.restore(saved, trainer)
+        del saved
+    with stop.listening(), tqdm(total=total, initial=first, desc="steps") as bar:
+        for step, batch in zip(range(first + 1, total + 1), batches, strict=False):
             start = time.perf_counter()
-            figures = trainer.step(_moved(batch, device))
+            figures = trainer.step(batch)
             seconds = time.perf_counter() - start
             tokens = int(batch["attention_mask"].sum())
             metrics.write({"kind": "train", "step": step, **figures, "tokens_per_second": tokens / seconds})
@@ -76,19 +89,32 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = print) -> bool
             bar.update()
             if not math.isfinite(figures["loss"]):
                 raise ArgumentProblem(f"--learning-rate: the loss is {figures['loss']} after step {step}; lower it")
+            if step % options.save_steps == 0 or step == total or stop.asked:
+                checkpoint.save(folder, trainer, step, len(train))
             if stop.asked:
                 break
     trainer.policy.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if held_out and not stop.asked:
+    if step < total:
+        say(f"stopped by Ctrl-C after step {step}; go on with: {_own_command()} --resume")
+        return False
+    if held_out:
         say(_table(before, evaluate(step)))
-    end = "stopped by Ctrl-C" if stop.asked else "done"
-    say(f"{end} after step {step}; the model, without the noise, and metrics.jsonl: {folder}")
-    return not stop.asked
+    say(f"done after step {step}; the model, without the noise, and metrics.jsonl: {folder}")
+    return True
 
 
-def _forever(batches: DataLoader) -> Iterator[Mapping[str, Tensor]]:
-    return itertools.chain.from_iterable(itertools.repeat(batches))
+def _order(pairs: int, batch_size: int, seed: int, first: int) -> Iterator[list[int]]:
+    """Numbers of the pairs in each batch, pass after pass in another order, from that of step first + 1 on."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = -(-pairs // batch_size)
+    for passed in itertools.count():
+        order = torch.randperm(pairs, generator=generator).split(batch_size)
+        yield from (numbers.tolist() for numbers in order[max(first - passed * batches, 0) :])
+
+
+def _own_command() -> str:
+    return run_folder.command().replace("asft-train", "python -m asft_kernels.dnpo", 1)
 
 
 def _moved(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -90,6 +90,26 @@ class DNPOTrainer:
         }
         return dict(zip(figures, torch.stack([x.detach().double() for x in figures.values()]).tolist(), strict=True))
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that steps change. The reference is not in it: it is the model that the trainer was made of."""
+        return {
+            **{name: part.state_dict() for name, part in self._parts().items()},
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.generator.set_state(state["generator"])
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "policy": self.policy.model,
+            "noise_head": self.noise_head,
+            "optimizer": self.optimizer,
+            "noise_optimizer": self.noise_optimizer,
+        }
+
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
         """Means over the pairs that count, under the reference without noise; dropout is off meanwhile."""
