@@ -1,4 +1,4 @@
-"""The kernels of noisy logits, each alone and the two phases whole, against float64: interpreted, emulated, or on a GPU.
+"""The kernels of noisy logits, each alone and both phases whole, against float64: interpreted, emulated, or on a GPU.
 
 Bounds count roundings, u = 2**-24 each, as in test_kernels.py. Fresh memory is NaN (conftest).
 """
@@ -65,7 +65,7 @@ def test_draws_are_those_of_philox(seed, device):
 class Chunk:
     """Products of one chunk [first, first + width) of a vocabulary, and all that float64 makes of them.
 
-    Labels stand on the chunk's first and last entry, beside both, and anywhere. Logits spread over 60.
+    Labels stand on the chunk's first and last entry, beside both, anywhere. Logits spread over 60, labels' are high.
     """
 
     def __init__(self, N, width, first, device, *, scale=1.0, softcap=None, bias=False, noise_bias=False, seed=7):
@@ -79,6 +79,8 @@ class Chunk:
         self.labels = torch.randint(self.vocab, (N,), generator=gen)
         borders = torch.tensor([first, first + width - 1, max(first - 1, 0), first + width])
         self.labels[:4] = borders[: min(N, 4)]
+        self.own = torch.arange(first, first + width) == self.labels[:, None]
+        self.products[self.own] += 20 / scale  # a label that a sum would show
         b = 0 if self.bias is None else self.bias.double()
         z = scale * (self.products.double() + b)
         dz = 2 * u * z.abs()
@@ -89,7 +91,6 @@ class Chunk:
         self.eps = normals(seed, torch.arange(N), first, first + width).double()
         self.z = z + self.std * self.eps
         self.dz = dz + self.std.abs() * (DEPS + 2 * u * self.eps.abs()) + u * self.z.abs()
-        self.own = torch.arange(first, first + width) == self.labels[:, None]
         self.inputs = [
             None if x is None else x.clone().to(device)
             for x in (self.products, self.noise, self.bias, self.noise_bias, self.labels)

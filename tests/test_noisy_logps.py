@@ -293,12 +293,37 @@ def test_double_backward_is_refused():
         grad.sum().backward()
 
 
-def test_torch_compile_keeps_it_whole():
-    case = make_case()
-    noise = noise_of(case)
+@pytest.mark.interpreter
+@pytest.mark.parametrize("num_valid", [None, 60])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backends_agree(dtype, num_valid, device):
+    """Masked tokens, slots without a token, a softcap, the default chunks and small ones: either rounds in fp32."""
+    pytest.importorskip("triton", reason="needs Triton")
+    case = make_case(bias=True, dtype=dtype).on(device)
+    case.labels[1] = IGNORE
+    noise = [x.detach().to(device).requires_grad_() for x in noise_of(case, dtype=torch.float32)]
+    options = {"seed": 2**50, "num_valid": num_valid, "logit_scale": 0.5, "softcap": 6.0}
+    results = []
+    for backend, chunk_size in (("torch", None), ("triton", None), ("triton", 50)):
+        logps, power = fused_noisy_linear_logps(
+            case.hidden, case.head, noise, case.labels, backend=backend, chunk_size=chunk_size, **options
+        )
+        grads = torch.autograd.grad((logps + 30 * power).sum(), noise)
+        assert logps[1].eq(0).all()
+        results.append([logps, power, *grads])
+    for result in results[1:]:
+        for a, b in zip(result, results[0], strict=True):
+            assert relative_error(a, b) <= 2 * fp32_bound(32)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_torch_compile_keeps_it_whole(backend, device):
+    case = make_case().on(device)
+    noise = [x.detach().to(device).requires_grad_() for x in noise_of(case)]
 
     def step(weight, bias):
-        out = fused_noisy_linear_logps(case.hidden, case.head, (weight, bias), case.labels, seed=3)
+        out = fused_noisy_linear_logps(case.hidden, case.head, (weight, bias), case.labels, seed=3, backend=backend)
         return (out.logps + out.noise_power).sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -328,6 +353,7 @@ def test_autocast_leaves_the_noise_head_in_fp32():
         ({"noise_head": (torch.zeros(97, 24), torch.zeros(4))}, r"noise_head: got a bias of shape \(4,\)"),
         ({"lm_head": torch.zeros(97, 24, dtype=torch.bfloat16)}, "lm_head weight: got torch.bfloat16, need"),
         ({"chunk_size": 0}, "chunk_size: got 0, need an integer >= 1"),
+        ({"backend": "cuda"}, "backend: got 'cuda', need one of 'torch', 'triton' or None"),
     ],
 )
 def test_errors(changes, message):
@@ -339,16 +365,20 @@ def test_errors(changes, message):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_gpu_draws_and_computes_what_a_cpu_does(dtype):
+def test_a_gpu_draws_and_computes_what_a_cpu_does(dtype, backend):
     case = make_case(rows=4, T=130, D=136, V=5003, dtype=dtype)
     there = case.on("cuda")
     noise = noise_of(case, dtype=torch.float32)
     moved = [x.detach().cuda().requires_grad_() for x in noise]
-    got = fused_noisy_linear_logps(there.hidden, there.head, moved, there.labels, seed=5)
+    runs = []
+    for _ in range(2):
+        got = fused_noisy_linear_logps(there.hidden, there.head, moved, there.labels, seed=5, backend=backend)
+        runs.append([*got, *torch.autograd.grad((got.logps + got.noise_power).sum(), moved)])
     exact_noise = [x.detach().double().requires_grad_() for x in noise]
     exact = oracle(case, exact_noise, 5)
-    grads = torch.autograd.grad((got.logps + got.noise_power).sum(), moved)
     truths = torch.autograd.grad((exact[0] + exact[1]).sum(), exact_noise)
-    for a, b in zip([*got, *grads], [*exact, *truths], strict=True):
+    for a, again, b in zip(*runs, [*exact, *truths], strict=True):
+        assert torch.equal(a, again)
         assert relative_error(a, b) <= fp32_bound(32)
