@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from asft_kernels import checks
-from asft_kernels.batch import TokenBatch
 from asft_kernels.objectives import ASFT, Objective, get_objective
-from asft_kernels.objectives.base import counting, reduce_loss
+from asft_kernels.objectives.base import counting, counting_rows, reduce_loss
 from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, summarize
 from asft_kernels.sequence import Logps, reduce
 from asft_kernels.token_logps import Head, Keywords, Options, token_logps
@@ -250,33 +249,30 @@ def _preference_loss(
         weights = None if token_weights is None else batch.take_at_labels(token_weights)
         if weigh is not None:
             weights = weigh(logps.detach(), weights)
-        policy = _sequence_logps(logps, batch, labels, options.ignore_index, weights, nll_labels)
+        lengths, nll_sums, nll_lengths = batch.lengths, None, None
+        if nll_labels is not None:
+            # The batch holds the union of both label sets: each sum takes its own tokens.
+            own, nll = (batch.take_at_labels(x).ne(options.ignore_index) for x in (labels, nll_labels))
+            weights = own.double() if weights is None else weights.where(own, 0)
+            lengths, nll_lengths = (reduce(x, batch).long() for x in (own, nll))
+            nll_sums = reduce(logps, batch, nll)
+        # Masked in the loss alone, a NaN of a row that does not count would come back in its gradient, as 0 * NaN.
+        rows = counting_rows(lengths, objective.paired)
+        if weights is not None:
+            tokens = torch.arange(len(weights), device=weights.device)
+            row = torch.bucketize(tokens, batch.offsets[1:-1], right=True)
+            weights = weights.where(rows.index_select(0, row) | weights.isfinite(), 0)
+        policy = Logps(reduce(logps, batch, weights), lengths, nll_sums, nll_lengths)
         ref = None if ref_logps is None else ref_logps.detach()
         if per_token and ref is not None:
             ref = reduce(batch.take_at_rows(ref), batch, weights)
+        ref = None if ref is None else ref.where(rows, 0)
+        inputs = {
+            key: x.where(rows, 0) if x.is_floating_point() and x.shape[-1:] == rows.shape else x
+            for key, x in inputs.items()
+        }
         terms = objective(policy, ref, **inputs)
     loss = reduce_loss(terms.loss, counting(policy, objective.paired), reduction).to(logps.dtype)
     if not return_outputs:
         return loss
     return loss, summarize(policy, terms, paired=objective.paired, dtype=logps.dtype)
-
-
-def _sequence_logps(
-    logps: Tensor,
-    batch: TokenBatch,
-    labels: Tensor,
-    ignore_index: int,
-    weights: Tensor | None,
-    nll_labels: Tensor | None,
-) -> Logps:
-    if nll_labels is None:
-        return Logps(reduce(logps, batch, weights), batch.lengths)
-    # The batch holds the union of both label sets: each sum takes its own tokens.
-    own, nll = (batch.take_at_labels(x).ne(ignore_index).double() for x in (labels, nll_labels))
-    ones = torch.ones_like(own)
-    return Logps(
-        reduce(logps, batch, own if weights is None else own * weights),
-        reduce(ones, batch, own).long(),
-        reduce(logps, batch, nll),
-        reduce(ones, batch, nll).long(),
-    )

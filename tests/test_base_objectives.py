@@ -71,6 +71,41 @@ def test_worked_pair(objective, expected):
     assert terms.sft.item() == 2
 
 
+# Rewards of both answers, by hand: beta times log-ratios of 1 and -1, per token where the loss is; S without reference.
+REWARDS = [
+    (DPO(0.3), 0.3, -0.3),
+    (Robust(0.3), 0.3, -0.3),
+    (IPO(0.3), 0.15, -0.1),
+    (SigmoidNorm(0.3), 0.15, -0.1),
+    (Hinge(0.3), -1.2, -2.7),
+    (HingeNorm(0.3), 0.3, -0.3),
+    (SimPO(0.3), -0.6, -0.9),
+    (CPO(0.3), -1.2, -2.7),
+]
+
+
+@pytest.mark.parametrize(("objective", "chosen", "rejected"), REWARDS, ids=lambda x: str(x))
+def test_worked_rewards(objective, chosen, rejected):
+    metrics = objective(PAIR, PAIR_REF if objective.needs_reference else None).metrics
+    assert metrics["chosen_reward"].item() == pytest.approx(chosen, rel=DOUBLE)
+    assert metrics["rejected_reward"].item() == pytest.approx(rejected, rel=DOUBLE)
+    assert metrics["reward_margin"].item() == pytest.approx(chosen - rejected, rel=DOUBLE)
+    assert metrics["reward_accuracy"].item() == 1
+
+
+def test_equal_rewards_are_not_a_win():
+    assert DPO()(Logps(tensor(-4, -4), torch.tensor([2, 3])), tensor(-5, -5)).metrics["reward_accuracy"].item() == 0
+
+
+@pytest.mark.parametrize("objective", [Hinge(0.25), HingeNorm(0.25)], ids=str)
+def test_hinge_has_gradient_0_at_its_kink(objective):
+    """S of 0 and -4: the margin is 1 exactly, and the subgradient 0, relu's."""
+    sums = tensor(0, -4).requires_grad_()
+    terms = objective(Logps(sums, torch.tensor([2, 3])), tensor(0, 0) if objective.needs_reference else None)
+    assert terms.loss.item() == 0
+    assert torch.autograd.grad(terms.loss.sum(), sums)[0].tolist() == [0, 0]
+
+
 def test_worked_orpo():
     """p_w = 1/2, p_l = 1/4: odds of 1 and 1/3, so sigmoid(f_w - f_l) = 3/4, and 9/10 of twice that."""
     policy = Logps(tensor(3 * math.log(0.5), math.log(0.25)), torch.tensor([3, 1]))
@@ -281,6 +316,20 @@ def test_kl_is_the_mean_over_mismatched_answers_and_at_least_0():
     assert kto_kl(sums, tensor(0, 0)).item() == 0
 
 
+def test_a_negative_reference_point_is_refused():
+    with pytest.raises(ValueError, match="kto: kl: got -5, need a number >= 0; kto_kl gives it"):
+        KTO()(PAIR, PAIR_REF, desirable=torch.tensor([True, False]), kl=tensor(-5)[0])
+
+
+def test_a_negative_reference_point_that_cannot_be_looked_at_is_held_at_0():
+    """On a GPU and under torch.compile; here the latter."""
+    compiled = torch.compile(
+        lambda policy, kl: KTO()(policy, PAIR_REF, desirable=torch.tensor([True, False]), kl=kl).loss, backend="eager"
+    )
+    expected = KTO()(PAIR, PAIR_REF, desirable=torch.tensor([True, False])).loss
+    assert torch.equal(compiled(PAIR, tensor(-5)[0]), expected)
+
+
 def test_no_gradient_to_the_reference_point():
     kl, sums = tensor(3).requires_grad_(), tensor(-4, -9).requires_grad_()
     loss = KTO()(Logps(sums, torch.tensor([2, 3])), PAIR_REF, desirable=torch.tensor([True, False]), kl=kl[0]).loss
@@ -318,6 +367,21 @@ def test_likelihood_over_labels_of_its_own(name):
         assert relative_error(got, right) <= fp32_bound(32)
 
 
+@pytest.mark.parametrize("name", ["orpo", "cpo"])
+def test_token_weights_are_read_at_the_labels_alone(name):
+    """Where only nll_labels has a token its weight is not asked for."""
+    case = make_case(rows=6, valid=0.9)
+    full = case.labels[:3].clone()
+    case.labels[:, :5] = IGNORE
+    weights = torch.rand(case.labels.shape)
+    spoilt = weights.masked_fill(case.labels == IGNORE, float("nan"))
+    losses = [
+        fused_preference_loss(case.hidden, case.head, case.labels, name, nll_labels=full, token_weights=x)
+        for x in (weights, spoilt)
+    ]
+    assert torch.equal(*losses)
+
+
 # Weighted sums
 
 
@@ -331,11 +395,35 @@ def test_a_sum_is_the_sum_of_its_parts():
     assert terms.metrics.keys() == dpo.metrics.keys()
 
 
+def test_terms_of_a_sum_are_weighed_in_the_alignment_and_not_in_the_likelihood():
+    policy, ref = random_pairs()
+    own = Logps(policy.sum, policy.length, 3 * policy.sum, policy.length)  # a likelihood term of other tokens
+    terms = get_objective("0.5 orpo + 2 dpo")(own, ref)
+    orpo, dpo = ORPO()(own, ref), DPO()(own, ref)
+    assert_same(terms.align, 0.5 * orpo.align + 2 * dpo.align)
+    assert_same(terms.sft, orpo.sft)
+    assert relative_error(dpo.sft, orpo.sft) > 0.1
+
+
 def test_names_of_sums():
     assert get_objective("dpo+sft") == WeightedSum(((1.0, DPO()), (1.0, SFT())))
     assert get_objective(" 2e-3 hinge_norm + .5*ipo + 3. sft ") == WeightedSum(
         ((2e-3, HingeNorm()), (0.5, IPO()), (3.0, SFT()))
     )
+    assert get_objective("1e+3 dpo + 2.e+0 simpo+sft") == WeightedSum(((1e3, DPO()), (2.0, SimPO()), (1.0, SFT())))
+    assert get_objective("hinge+sft") == WeightedSum(((1.0, Hinge()), (1.0, SFT())))  # its e is no exponent's
+    assert get_objective("0.5 dpo") == WeightedSum(((0.5, DPO()),))
+
+
+def test_sums_compare_by_their_terms():
+    assert len({get_objective("dpo + sft"), get_objective("dpo + sft"), get_objective("dpo + 2 sft")}) == 2
+    assert repr(get_objective("0.5 sft")) == "WeightedSum(terms=((0.5, SFT(normalization='sequence')),))"
+    assert get_objective("0.5 sft") != get_objective("sft")
+
+
+def test_a_sum_knows_what_its_reference_is():
+    kinds = [get_objective(name).reference_kind for name in ("dpo + sft", "poft + sft", "simpo + 0.1 poft", "poft")]
+    assert kinds == ["sum", "mean", "mean", "mean"]
 
 
 def test_the_first_of_two_metrics_of_one_name_is_reported():
@@ -388,12 +476,20 @@ def test_a_sum_says_what_its_parts_need():
         (lambda: get_objective("dpo + 1.2.3 sft"), "objective: got the term '1.2.3 sft' in a sum"),
         (lambda: get_objective("dpo + -1 sft"), "objective: got the term '-1 sft' in a sum"),
         (lambda: get_objective("dpo + sft", beta=1.0), r"got the sum 'dpo \+ sft' with beta, need a sum alone"),
+        (lambda: get_objective("2 dpo", beta=1.0), "got the sum '2 dpo' with beta, need a sum alone"),
+        (lambda: get_objective("dpo + bmc"), "bmc: base: got None, need a name such as 'dpo' or an Objective"),
+        (lambda: get_objective("dpo + poft"), "got DPO, whose ref_logps are sums and PoFT, whose ref_logps are means"),
+        (lambda: WeightedSum((DPO(),)), r"got the term DPO\(.*\), need a pair \(weight, objective\), such as"),
+        (lambda: WeightedSum(((True, DPO()),)), "weighted sum: weight of DPO: got True, need a finite number >= 0"),
         (lambda: WeightedSum(()), "weighted sum: got no terms, need at least one"),
         (lambda: WeightedSum(((-1.0, DPO()),)), "weighted sum: weight of DPO: got -1.0, need a finite number >= 0"),
         (lambda: WeightedSum(((1.0, "dpo"),)), r"weighted sum: got 'dpo', need an Objective, such as DPO\(\)"),
         (lambda: WeightedSum(((1.0, get_objective("bmc", base="dpo")),)), "weighted sum: got BMC, which weighs tokens"),
     ],
-    ids=["name", "empty term", "number", "sign", "parameters", "nothing", "weight", "no object", "weighs tokens"],
+    ids=[
+        "name", "empty term", "number", "sign", "parameters", "parameters of one", "bmc", "two references", "no pair",
+        "bool", "nothing", "weight", "no object", "weighs tokens",
+    ],
 )  # fmt: skip
 def test_impossible_sums(make, message):
     with pytest.raises(ValueError, match=message):
@@ -408,6 +504,10 @@ def test_impossible_sums(make, message):
     [
         ("sft", {"normalization": "mean"}, "sft: normalization: got 'mean', need one of 'sequence', 'sum', 'token'"),
         ("dpo", {"beta": 0}, "dpo: beta: got 0, need a finite number > 0"),
+        ("dpo", {"beta": True}, "dpo: beta: got True, need a finite number > 0"),
+        ("dpo", {"beta": 10**400}, "dpo: beta: got 10+, need a finite number > 0"),
+        ("simpo", {"gamma": False}, "simpo: gamma: got False, need a finite number >= 0"),
+        ("ipo", {"beta": 1e-320}, r"ipo: beta: got 1e-320, need 4e-155 at least: float64 has no \(1 / \(2 beta\)\)\^2"),
         ("dpo", {"label_smoothing": 0.5}, "dpo: label_smoothing: got 0.5, need a number below 0.5"),
         ("dpo", {"label_smoothing": -0.1}, "dpo: label_smoothing: got -0.1, need a finite number >= 0"),
         ("robust", {"beta": float("nan")}, "robust: beta: got nan, need a finite number > 0"),
@@ -431,6 +531,18 @@ def test_impossible_sums(make, message):
 def test_parameters_are_checked(name, parameters, message):
     with pytest.raises(ValueError, match=message):
         get_objective(name, **parameters)
+
+
+@pytest.mark.parametrize("name", [5, None, ["dpo"], b"dpo", DPO], ids=str)
+def test_names_are_texts(name):
+    with pytest.raises(ValueError, match=r"objective: got .*, need a name, such as 'dpo', or a sum of names"):
+        get_objective(name)
+
+
+def test_the_smallest_beta_of_ipo_has_a_finite_loss():
+    loss = IPO(4e-155)(PAIR, PAIR_REF).loss
+    assert loss.isfinite().all()
+    assert loss.item() == pytest.approx((5 / 6 - 1 / 8e-155) ** 2, rel=DOUBLE)
 
 
 def test_several_references_are_not_for_one():

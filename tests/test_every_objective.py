@@ -72,6 +72,31 @@ def test_order_does_not_matter(name):
     torch.testing.assert_close(shuffled, loss[order if objective.paired else both], rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_comes_with_rows_that_do_not_count_is_not_read(name, value):
+    """As of a score that is missing: loss and gradients are to the bit those of any other value there."""
+    case = make_case(rows=8)
+    case.labels[5] = IGNORE
+    rows = [1, 5] if objective_of(name).paired else [5]
+    results = []
+    for spoilt in (False, True):
+        objective = objective_of(name)
+        call = {"token_weights": torch.ones(case.labels.shape), **call_inputs(objective, case.labels)}
+        if spoilt:
+            call["token_weights"][rows] = value
+            if "ref_logps" in call:
+                call["ref_logps"][rows if objective.ref_per_token else (..., rows)] = value
+            for tensor in call.get("objective_inputs", {}).values():
+                if tensor.is_floating_point():
+                    tensor[rows] = value
+        loss = fused_preference_loss(case.hidden, case.head, case.labels, objective, **call)
+        results.append([loss, *torch.autograd.grad(loss, case.leaves)])
+    assert results[1][0].isfinite()
+    for clean, got in zip(*results, strict=True):
+        assert torch.equal(clean, got)
+
+
 @pytest.mark.parametrize(("trainable", "expected"), [(False, 2), (True, 3)])
 @pytest.mark.parametrize("name", NAMES)
 def test_same_products_as_asft(name, trainable, expected):

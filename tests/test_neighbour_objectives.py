@@ -120,6 +120,11 @@ def test_rpo_derivatives_are_the_papers():
         assert same(grad(RPO(beta, eta, normalization), policy(), ref_logps=REFS[0]), expected)
 
 
+def test_rpo_signs_its_own_errors():
+    with pytest.raises(ValueError, match=r"rpo: ref_logps: got \(3, 6\), need a tensor \(6,\), one entry a row"):
+        RPO()(policy(), REFS)
+
+
 # MRPO
 
 
@@ -275,6 +280,52 @@ def test_lmpo_state_goes_on_where_it_was_saved():
     assert torch.equal(whole(policy(SUMS * 2)).loss, loaded(policy(SUMS * 2)).loss)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [lambda: get_objective("lmpo + 0.1 sft"), lambda: BMC("lmpo"), lambda: BMC("0.5 dpo + lmpo"), LMPO],
+    ids=["sum", "bmc", "bmc of a sum", "alone"],
+)
+def test_the_state_of_lmpo_is_that_of_what_it_is_part_of(make):
+    """Read and held by a module around it, as PreferenceModel is one."""
+
+    def call(objective, sums):
+        return objective(policy(sums), REFS[0] if objective.needs_reference else None).loss
+
+    objective, holder = make(), torch.nn.Module()
+    holder.objective = objective
+    call(objective, SUMS)
+    (steps,) = (value for name, value in holder.state_dict().items() if name.endswith("steps"))
+    assert steps == 1
+    assert len(holder.state_dict()) == 3
+    holder.eval()
+    before = copy.deepcopy(holder.state_dict())
+    held = call(objective, SUMS * 2)
+    assert holder.state_dict() == before
+
+    other = make()
+    other.load_state_dict(objective.state_dict())
+    assert torch.equal(call(other.eval(), SUMS * 2), held)
+    assert not torch.equal(call(make().eval(), SUMS * 2), held)
+    copied = copy.deepcopy(objective).train()
+    call(copied, SUMS)
+    assert holder.state_dict() == before
+    assert {buffer.device.type for buffer in holder.to("meta").buffers()} == {"meta"}
+
+
+def test_statistics_of_lmpo_move_and_are_not_cast():
+    objective = LMPO()
+    objective(policy())
+    before = copy.deepcopy(objective.state_dict())
+    for cast in (torch.nn.Module.half, torch.nn.Module.float, lambda module: module.to(torch.bfloat16)):
+        cast(torch.nn.ModuleList([objective]))
+        assert objective.state_dict() == before
+        assert objective.running_mean.dtype == objective.running_std.dtype == torch.float64
+    assert LMPO().to("meta", torch.bfloat16).running_std.dtype == torch.float64
+    empty = LMPO().to("meta").to_empty(device="cpu")
+    empty.load_state_dict(before)
+    assert empty.state_dict() == before
+
+
 def test_lmpo_leaves_out_what_has_no_spread_and_pairs_that_do_not_count():
     objective = LMPO()
     assert same(objective(pair(-1.0, -2.0)).loss, SimPO()(pair(-1.0, -2.0)).loss)
@@ -411,6 +462,22 @@ def test_fpo_by_hand():
     assert loss.item() == pytest.approx(softplus(-0.125), rel=DOUBLE)
 
 
+def test_fpo_rewards_by_hand():
+    """beta times log-ratios per token, 1 and -1: the drift is a margin of the loss and no reward."""
+    metrics = FPO(0.3)(pair(-2.0, -6.0, (2, 3)), refs(-4.0, -3.0), feature_distance=refs(0.5, 2.0)).metrics
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
+        {
+            "chosen_reward": 0.3,
+            "rejected_reward": -0.3,
+            "reward_margin": 0.6,
+            "reward_accuracy": 1,
+            "chosen_feature_distance": 0.5,
+            "rejected_feature_distance": 2,
+        },
+        rel=DOUBLE,
+    )
+
+
 def test_fpo_without_alpha_is_length_normalised_dpo():
     inputs = {"ref_logps": REFS[0]}
     loss = FPO(beta=0.7, alpha=0.0)(policy(), feature_distance=DISTANCES, **inputs).loss
@@ -526,6 +593,19 @@ def test_bmc_own_and_policy_differ_away_from_the_reference():
     assert torch.equal(unshifted, own)
 
 
+def test_bmc_weighs_the_reference_at_the_labels_alone():
+    """Where only nll_labels has a token the reference's sum has none."""
+    case = make_case(rows=6, valid=0.9)
+    full = case.labels[:3].clone()
+    case.labels[:, :5] = -100
+    exact = case.to(torch.float64)
+    objective = BMC("dpo + orpo", ref_weighting="policy")
+    inputs = {**call_inputs(objective, case.labels), "nll_labels": full}
+    loss = fused_preference_loss(case.hidden, case.head, case.labels, objective, **inputs)
+    truth = reference.fused_preference_loss(exact.hidden, exact.head, exact.labels, objective, **inputs)
+    assert relative_error(loss, truth) <= fp32_bound(32)
+
+
 def test_bmc_takes_from_its_base_what_the_call_needs():
     assert (BMC("simpo").needs_reference, BMC("simpo", ref_weighting="policy").ref_per_token) == (False, False)
     assert (BMC("dpo").ref_per_token, BMC("dpo", ref_weighting="policy").ref_per_token) == (False, True)
@@ -591,16 +671,27 @@ def test_500_nats(name, margin):
         ("mrpo", {"clip": -0.1}, "mrpo: clip: got -0.1, need a finite number >= 0"),
         ("mrpo", {"alpha": 0.5}, r"mrpo: alpha: got 0.5, need one weight a reference, or None \(adaptive\)"),
         ("mrpo", {"alpha": (0.5, 0.6)}, "mrpo: alpha: got weights of sum 1.1, need sum 1"),
+        ("mrpo", {"alpha": (0.5, 0.50001)}, "mrpo: alpha: got weights of sum 1.00001, need sum 1"),
+        ("mrpo", {"alpha": (True,)}, "mrpo: alpha: got True, need a finite number >= 0"),
+        ("mrpo", {"swap_weights": "false"}, "mrpo: swap_weights: got 'false', need True or False"),
+        ("mrpo", {"swap_weights": float("nan")}, "mrpo: swap_weights: got nan, need True or False"),
+        ("mrpo", {"swap_weights": [1]}, r"mrpo: swap_weights: got \[1\], need True or False"),
+        ("mrpo", {"swap_weights": 1}, "mrpo: swap_weights: got 1, need True or False"),
         ("mrpo", {"alpha": (1.5, -0.5)}, "mrpo: alpha: got -0.5, need a finite number >= 0"),
         ("lmpo", {"lam": float("nan")}, "lmpo: lam: got nan, need"),
         ("lmpo", {"gamma_beta_ratio": -1}, "lmpo: gamma_beta_ratio: got -1, need"),
         ("lmpo", {"power": 4}, "lmpo: power: got 4, need an odd integer >= 1"),
+        ("lmpo", {"power": 10**40 + 1}, "lmpo: power: got 10+1, need an odd integer >= 1 that float64 holds"),
+        ("lmpo", {"power": True}, "lmpo: power: got True, need an odd integer >= 1"),
         ("poft", {"beta": -1}, "poft: beta: got -1, need a finite number > 0"),
         ("poft", {"gamma": -1}, "poft: gamma: got -1, need a finite number >= 0"),
         ("fpo", {"top_k": 0}, "fpo: top_k: got 0, need an integer >= 1"),
         ("fpo", {"alpha": "a"}, "fpo: alpha: got 'a', need a finite number >= 0"),
         ("bmc", {"base": "dpo", "delta": 0}, "bmc: delta: got 0, need a finite number > 0"),
         ("bmc", {"base": "dpo", "ref_weighting": "x"}, "bmc: ref_weighting: got 'x', need one of 'own', 'policy'"),
+        ("bmc", {}, "bmc: base: got None, need a name such as 'dpo' or an Objective such as DPO"),
+        ("bmc", {"base": "bmc"}, "bmc: base: got 'bmc', need a name such as 'dpo' or an Objective such as DPO"),
+        ("bmc", {"base": "simpo + poft"}, "bmc: base: got WeightedSum, need a paired objective of plain sums"),
         ("bmc", {"base": 3}, "bmc: base: got 3, need a name such as 'dpo' or an Objective"),
         ("bmc", {"base": "sft"}, "bmc: base: got SFT, need a paired objective of plain sums"),
         ("bmc", {"base": BMC("dpo")}, "bmc: base: got BMC, need a paired objective of plain sums"),
@@ -616,14 +707,18 @@ def test_inputs_are_checked():
         MRPO(alpha=(0.5, 0.5))(policy(), REFS)
     with pytest.raises(ValueError, match=r"mrpo: swap_weights: got True with 3 references, need 2"):
         MRPO(swap_weights=True)(policy(), REFS)
-    with pytest.raises(ValueError, match=r"mrpo: ref_logps: got \(5,\), need a tensor \(K, 6\) of K references, or"):
+    with pytest.raises(ValueError, match=r"mrpo: ref_logps: got \(5,\), need a tensor \(K, 6\) of K >= 1 references"):
         MRPO()(policy(), REFS[0, :5])
+    with pytest.raises(ValueError, match=r"mrpo: ref_logps: got \(0, 6\), need a tensor \(K, 6\) of K >= 1 references"):
+        MRPO()(policy(), REFS[:0])
     with pytest.raises(ValueError, match=r"poft: ref_logps: got \(3, 6\), need a tensor \(6,\)"):
         PoFT()(policy(), REFS)
     with pytest.raises(ValueError, match=r"fpo: feature_distance: got \(3,\), need a tensor \(6,\)"):
         FPO()(policy(), REFS[0], feature_distance=DISTANCES[:3])
     with pytest.raises(ValueError, match=r"marks: got shape \(2, 3\), need \(2, 4\), that of logps"):
         weighted_reference(torch.zeros(2, 4), torch.zeros(2, 3), 2.0)
+    with pytest.raises(ValueError, match="weighted_reference: delta: got 0, need a finite number > 0"):
+        weighted_reference(torch.zeros(2, 4), torch.zeros(2, 4), 0)
     case = make_case(rows=4)
     with pytest.raises(ValueError, match=r"token_weights: got None, need"):
         fused_preference_loss(case.hidden, case.head, case.labels, BMC("simpo"))

@@ -47,16 +47,18 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
 def get_objective(name: str, **parameters) -> Objective:
     """The objective called `name`, with its paper's defaults where a parameter is not given.
 
-    A weighted sum of names with their defaults is one too: "dpo + 0.005 sft" (then without parameters;
+    A weighted sum of names with their defaults is one too: "dpo + 0.005 sft", "0.5 dpo" (then without parameters;
     `WeightedSum` takes objects).
     """
-    if "+" in name:
+    if not isinstance(name, str):
+        raise ValueError(f"objective: got {name!r}, need a name, such as 'dpo', or a sum of names")
+    if "+" in name or re.match(r"\s*[\d.]", name):
         if parameters:
             raise ValueError(
                 f"objective: got the sum {name!r} with {', '.join(parameters)}, need a sum alone, of defaults; "
                 "for others WeightedSum(((1.0, get_objective(...)), ...))"
             )
-        return WeightedSum(tuple(_term(term) for term in name.split("+")))
+        return WeightedSum(tuple(_term(term) for term in re.split(r"(?<![\d.]e)\+", name)))  # but for that of 1e+3
     if name not in OBJECTIVES:
         raise ValueError(
             f"objective: got {name!r}, need one of {', '.join(map(repr, OBJECTIVES))}, a sum such as "
@@ -73,7 +75,7 @@ def get_objective(name: str, **parameters) -> Objective:
 
 
 def _term(term: str) -> tuple[float, Objective]:
-    match = re.fullmatch(r"\s*(?:((?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)\s*\*?\s*)?([a-z_]+)\s*", term)
+    match = re.fullmatch(r"\s*(?:((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*\*?\s*)?([a-z_]+)\s*", term)
     if match is None:
         raise ValueError(f"objective: got the term {term.strip()!r} in a sum, need 'name' or 'weight name'")
     return float(match[1] or 1), get_objective(match[2])

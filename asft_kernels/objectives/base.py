@@ -1,13 +1,13 @@
 """What every objective is, their weighted sum, and the reduction over pairs that they share."""
 
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf
 from numbers import Real
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from asft_kernels.sequence import Logps
 
@@ -31,7 +31,8 @@ class Objective:
     """A small function of sequence statistics; it sees no hidden states and no kernels.
 
     paired: rows 0..B-1 are chosen and row B+i is the answer rejected for row i; else any rows.
-    needs_reference: takes ref_logps, sums per row under the reference, (R,) or (K, R).
+    needs_reference: takes ref_logps, (R,) or (K, R), of each row under the reference.
+    reference_kind: what they are: "sum" of a row's log-probabilities, or "mean" per token.
     uses_nll_labels: reads Logps.nll_avg, so that nll_labels make a difference.
     ref_per_token: ref_logps are given per token, in the labels' shape, and summed as the policy's are.
     inputs, optional_inputs: further tensors by name, with what they are: `objective_inputs` of the call,
@@ -43,6 +44,7 @@ class Objective:
 
     paired: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = False
+    reference_kind: ClassVar[str] = "sum"
     uses_nll_labels: ClassVar[bool] = False
     ref_per_token: ClassVar[bool] = False
     inputs: ClassVar[Mapping[str, str]] = {}
@@ -53,34 +55,55 @@ class Objective:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class WeightedSum(Objective):
+class Composite(nn.Module, Objective):
+    """An objective made of others: a module, so that the state of a part (lmpo) is its own: moved, saved, in train().
+
+    Equal to another, as the dataclasses are, by what it is made of: `fields`, names of its attributes.
+    """
+
+    fields: ClassVar[tuple[str, ...]]
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def __repr__(self) -> str:
+        made_of = ", ".join(f"{name}={value!r}" for name, value in zip(self.fields, self._values(), strict=True))
+        return f"{type(self).__name__}({made_of})"
+
+    def _values(self) -> tuple[object, ...]:
+        return tuple(getattr(self, name) for name in self.fields)
+
+
+class WeightedSum(Composite):
     """Several objectives of one batch: "dpo + 0.005 sft".
 
     terms: (weight, objective), at least one. With a paired one among them the unpaired ones see the chosen rows.
+    Those with a reference read the same ref_logps: ValueError where one needs sums and another means.
     """
 
-    terms: tuple[tuple[float, Objective], ...]
+    fields = ("terms",)
 
-    def __post_init__(self) -> None:
+    def __init__(self, terms: Iterable[tuple[float, Objective]]) -> None:
+        super().__init__()
+        self.terms = tuple(_checked_term(term) for term in terms)
         if not self.terms:
             raise ValueError("weighted sum: got no terms, need at least one (weight, objective)")
-        for weight, objective in self.terms:
-            require_number("weighted sum", f"weight of {type(objective).__name__}", weight)
-            if not isinstance(objective, Objective):
-                raise ValueError(f"weighted sum: got {objective!r}, need an Objective, such as DPO()")
-            if hasattr(objective, "weigh_tokens") or objective.ref_per_token:
-                raise ValueError(
-                    f"weighted sum: got {type(objective).__name__}, which weighs tokens, need objectives of plain "
-                    "sums; give it the others as its base instead"
-                )
         objectives = [objective for _, objective in self.terms]
+        self.parts = nn.ModuleList(o for o in objectives if isinstance(o, nn.Module))
         for name in ("paired", "needs_reference", "uses_nll_labels"):
-            object.__setattr__(self, name, any(getattr(o, name) for o in objectives))
+            setattr(self, name, any(getattr(o, name) for o in objectives))
         for name in ("inputs", "optional_inputs"):
-            object.__setattr__(self, name, {k: v for o in objectives for k, v in getattr(o, name).items()})
+            setattr(self, name, {k: v for o in objectives for k, v in getattr(o, name).items()})
+        kinds = {o.reference_kind: type(o).__name__ for o in objectives if o.needs_reference}
+        if len(kinds) > 1:
+            got = " and ".join(f"{name}, whose ref_logps are {kind}s" for kind, name in kinds.items())
+            raise ValueError(f"weighted sum: got {got}, need objectives that read the same reference")
+        vars(self).update(reference_kind=next(iter(kinds), "sum"))
 
-    def __call__(self, policy: Logps, ref_logps: Tensor | None = None, **inputs: Tensor) -> LossTerms:
+    def forward(self, policy: Logps, ref_logps: Tensor | None = None, **inputs: Tensor) -> LossTerms:
         parts = []
         for weight, objective in self.terms:
             own = {k: v for k, v in inputs.items() if k in objective.inputs or k in objective.optional_inputs}
@@ -97,6 +120,21 @@ class WeightedSum(Objective):
             sum_of(weight * terms.align for weight, terms in parts),
             {name: value for _, terms in reversed(parts) for name, value in terms.metrics.items()},
         )
+
+
+def _checked_term(term: object) -> tuple[float, Objective]:
+    if not isinstance(term, Sequence) or isinstance(term, str) or len(term) != 2:
+        raise ValueError(f"weighted sum: got the term {term!r}, need a pair (weight, objective), such as (1.0, DPO())")
+    weight, objective = term
+    require_number("weighted sum", f"weight of {type(objective).__name__}", weight)
+    if not isinstance(objective, Objective):
+        raise ValueError(f"weighted sum: got {objective!r}, need an Objective, such as DPO()")
+    if hasattr(objective, "weigh_tokens") or objective.ref_per_token:
+        raise ValueError(
+            f"weighted sum: got {type(objective).__name__}, which weighs tokens, need objectives of plain sums; give "
+            "it the others as its base instead"
+        )
+    return weight, objective
 
 
 def chosen_of_pairs(policy: Logps) -> Logps:
@@ -129,11 +167,17 @@ def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
 
 def counting(policy: Logps, paired: bool) -> Tensor:
     """(B,) or (R,) bool: a row counts if it has a valid token, a pair only if both its rows do."""
-    filled = policy.length > 0
+    rows = counting_rows(policy.length, paired)
+    return rows.chunk(2)[0] if paired else rows
+
+
+def counting_rows(length: Tensor, paired: bool) -> Tensor:
+    """(R,) bool of (R,) lengths: the rows that count, those of pairs that do if paired."""
+    filled = length > 0
     if not paired:
         return filled
     chosen, rejected = filled.chunk(2)
-    return chosen & rejected
+    return (chosen & rejected).repeat(2)
 
 
 def mean_over(values: Tensor, counts: Tensor) -> Tensor:
@@ -149,9 +193,9 @@ def reduce_loss(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:
 
 
 def require_number(objective: str, name: str, value: float, *, above_zero: bool = False) -> None:
-    """A ValueError that names the parameter unless it is finite and >= 0, or > 0."""
+    """A ValueError that names the parameter unless it is finite, in float64 too, and >= 0, or > 0."""
     real = isinstance(value, Real) and not isinstance(value, bool)
-    if not (real and (value > 0 if above_zero else value >= 0) and value < inf):
+    if not (real and (value > 0 if above_zero else value >= 0) and value <= sys.float_info.max):
         raise ValueError(f"{objective}: {name}: got {value!r}, need a finite number {'>' if above_zero else '>='} 0")
 
 

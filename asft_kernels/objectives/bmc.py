@@ -1,63 +1,53 @@
 """BMC's modelling: any paired loss, with the tokens in which the two answers differ weighed by the policy's doubt."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from math import log
 
 import torch
 from torch import Tensor
 
-from asft_kernels.objectives.base import LossTerms, Objective, require_choice, require_number
+from asft_kernels.objectives.base import Composite, LossTerms, Objective, require_choice, require_number
 from asft_kernels.sequence import Logps
 
 
-@dataclass(frozen=True)
-class BMC(Objective):
+class BMC(Composite):
     """Bridging and Modeling Correlations, arXiv 2408.07471: the modelling, Eq. 4 to 6 (second-hand) and its code.
 
         L = base loss on S~ = sum_t W_t logp_t,   W_t = 1 + M_t min(1 / sg(p_t), delta)
 
     M: 1 on the tokens in which the answers differ (`asft_kernels.data.diff_marks`): the call's token_weights. Means
         stay sums over the plain number of tokens.
-    base: a paired objective of sums or means, or its name, or a sum such as "dpo + 0.005 sft".
+    base: a paired objective of sums or means, or its name, or a sum such as "dpo + 0.005 sft"; it has no default.
     delta: largest weight beside 1, > 0, default 2; the authors take 1.5 to 3.
     ref_weighting: how the reference's sums are weighed; no difference to a base without a reference.
         "own" (default, the released code): by the reference's own p_t; ref_logps are `weighted_reference` sums.
-        "policy" (the natural reading of Eq. 4): by the policy's; ref_logps are per token.
+        "policy" (the natural reading of Eq. 4): by the policy's; ref_logps are per token, of one reference.
     With orpo, cpo or asft as base the code's likelihood is unweighted: pass nll_labels=labels[:B] for that.
     """
 
-    base: str | Objective
-    delta: float = 2.0
-    ref_weighting: str = "own"
+    fields = ("base", "delta", "ref_weighting")
 
-    def __post_init__(self):
+    def __init__(self, base: str | Objective | None = None, delta: float = 2.0, ref_weighting: str = "own") -> None:
         from asft_kernels.objectives import get_objective  # which imports this file
 
-        require_number("bmc", "delta", self.delta, above_zero=True)
-        require_choice("bmc", "ref_weighting", self.ref_weighting, ("own", "policy"))
-        base = get_objective(self.base) if isinstance(self.base, str) else self.base
-        if not isinstance(base, Objective):
+        super().__init__()
+        require_number("bmc", "delta", delta, above_zero=True)
+        require_choice("bmc", "ref_weighting", ref_weighting, ("own", "policy"))
+        made = get_objective(base) if isinstance(base, str) and base != "bmc" else base
+        if not isinstance(made, Objective):
             raise ValueError(f"bmc: base: got {base!r}, need a name such as 'dpo' or an Objective such as DPO()")
-        if not base.paired or base.ref_per_token or hasattr(base, "weigh_tokens"):
+        sums = made.reference_kind == "sum" and not made.ref_per_token and not hasattr(made, "weigh_tokens")
+        if not made.paired or not sums:
             need = "a paired objective of plain sums, such as dpo, ipo, orpo or simpo"
-            raise ValueError(f"bmc: base: got {type(base).__name__}, need {need}")
-        of_instance: Mapping[str, object] = {
-            "base": base,
-            "needs_reference": base.needs_reference,
-            "uses_nll_labels": base.uses_nll_labels,
-            "ref_per_token": base.needs_reference and self.ref_weighting == "policy",
-            "inputs": base.inputs,
-            "optional_inputs": base.optional_inputs,
-        }
-        for name, value in of_instance.items():
-            object.__setattr__(self, name, value)
+            raise ValueError(f"bmc: base: got {type(made).__name__}, need {need}")
+        self.base, self.delta, self.ref_weighting = made, delta, ref_weighting
+        for name in ("needs_reference", "uses_nll_labels", "inputs", "optional_inputs"):
+            setattr(self, name, getattr(made, name))
+        vars(self).update(ref_per_token=made.needs_reference and ref_weighting == "policy")
 
     def weigh_tokens(self, logps: Tensor, token_weights: Tensor) -> Tensor:
         return _weights(logps, token_weights, self.delta)
 
-    def __call__(self, policy: Logps, ref_logps: Tensor | None = None, **inputs: Tensor) -> LossTerms:
-        assert isinstance(self.base, Objective)
+    def forward(self, policy: Logps, ref_logps: Tensor | None = None, **inputs: Tensor) -> LossTerms:
         return self.base(policy, ref_logps, **inputs)
 
 
@@ -67,8 +57,9 @@ def weighted_reference(
     """(R,) sums of the reference's log-probabilities by its own confidence: ref_logps for ref_weighting="own".
 
     logps: (R, T) or packed (M,), as `fused_linear_logps` returns them with this cu_seqlens and shift.
-    marks: in the same shape, aligned with the labels. delta: the objective's.
+    marks: in the same shape, aligned with the labels. delta: the objective's, > 0.
     """
+    require_number("weighted_reference", "delta", delta, above_zero=True)
     if marks.shape != logps.shape:
         raise ValueError(f"marks: got shape {tuple(marks.shape)}, need {tuple(logps.shape)}, that of logps")
     if shift:  # logps stand one place before their labels; at a sequence's last place they are 0

@@ -9,6 +9,8 @@ from torch.nn.functional import logsigmoid
 from asft_kernels.objectives.base import LossTerms, Objective, require_input, require_number, reward_metrics
 from asft_kernels.sequence import Logps
 
+SMALLEST_TAU = 4e-155  # 1 / (2 beta) is then 1.25e154, and its square 1.6e308, under float64's 1.8e308
+
 
 def log_ratio(objective: str, policy: Logps, ref_logps: Tensor | None) -> Tensor:
     """log(pi / pi_ref) of each whole answer, (R,)."""
@@ -78,6 +80,8 @@ class IPO(Objective):
 
     def __post_init__(self):
         require_number("ipo", "beta", self.beta, above_zero=True)
+        if self.beta < SMALLEST_TAU:
+            raise ValueError(f"ipo: beta: got {self.beta!r}, need 4e-155 at least: float64 has no (1 / (2 beta))^2")
 
     def __call__(self, policy: Logps, ref_logps: Tensor | None = None, **inputs: Tensor) -> LossTerms:
         chosen, rejected = (log_ratio("ipo", policy, ref_logps) / policy.length.clamp(min=1)).chunk(2)

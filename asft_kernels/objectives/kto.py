@@ -47,6 +47,9 @@ class KTO(Objective):
         kl = inputs.get("kl", policy.sum.new_zeros(())).detach()
         if kl.dim():
             raise ValueError(f"kto: kl: got shape {tuple(kl.shape)}, need a scalar; kto_kl gives it")
+        if kl.device.type == "cpu" and not torch.compiler.is_compiling() and kl < 0:
+            raise ValueError(f"kto: kl: got {kl.item():g}, need a number >= 0; kto_kl gives it")
+        kl = kl.clamp(min=0)  # as TRL does; elsewhere than on a CPU a look at the value would wait for the device
         ratio = log_ratio("kto", policy, ref_logps)
         over = self.beta * torch.where(desirable, ratio - kl, kl - ratio)
         # 1 - sigmoid(x) so that value and derivative s (1 - s) keep their digits on both sides.

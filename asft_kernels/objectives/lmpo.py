@@ -1,5 +1,6 @@
 """LMPO: SimPO whose margin grows with the standardised unsureness of each pair. Keeps state."""
 
+from collections.abc import Callable
 from numbers import Integral
 
 import torch
@@ -32,7 +33,8 @@ class LMPO(nn.Module, Objective):
     mean and std are running ones (0.9 of the old), corrected for their start at 0, over the counting pairs of all
     ranks of torch.distributed; every rank must call, also with no such pair. They are buffers: in state_dict,
     updated by each call in train() and before it is used, fixed in eval(). A call with fewer than two counting
-    pairs over all ranks has no spread and is left out; before the first that has, z = 0.
+    pairs over all ranks has no spread and is left out; before the first that has, z = 0. They stay float64 when the
+    module that holds them is cast.
     """
 
     running_mean: Tensor
@@ -44,8 +46,9 @@ class LMPO(nn.Module, Objective):
         require_number("lmpo", "beta", beta, above_zero=True)
         require_number("lmpo", "gamma_beta_ratio", gamma_beta_ratio)
         require_number("lmpo", "lam", lam)
-        if not isinstance(power, Integral) or isinstance(power, bool) or power < 1 or power % 2 == 0:
-            raise ValueError(f"lmpo: power: got {power!r}, need an odd integer >= 1")
+        whole = isinstance(power, Integral) and not isinstance(power, bool)
+        if not whole or not 1 <= power < 2**53 or power % 2 == 0:
+            raise ValueError(f"lmpo: power: got {power!r}, need an odd integer >= 1 that float64 holds")
         self.beta, self.gamma_beta_ratio, self.lam, self.power = beta, gamma_beta_ratio, lam, power
         self.register_buffer("running_mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("running_std", torch.zeros((), dtype=torch.float64))
@@ -87,6 +90,16 @@ class LMPO(nn.Module, Objective):
         self.running_mean.lerp_(mean.to(self.running_mean), weight)
         self.running_std.lerp_(std.to(self.running_std), weight)
         self.steps += pairs >= 2
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LMPO":
+        """Moves the statistics and does not cast them: the 0.1 of a step is less than half precision would keep."""
+        before = {"running_mean": self.running_mean, "running_std": self.running_std}
+        super()._apply(fn, recurse)
+        for name, exact in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != exact.dtype:
+                setattr(self, name, exact.to(moved.device))
+        return self
 
     def extra_repr(self) -> str:
         return f"beta={self.beta}, gamma_beta_ratio={self.gamma_beta_ratio}, lam={self.lam}, power={self.power}"

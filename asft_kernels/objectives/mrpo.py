@@ -38,6 +38,8 @@ class MRPO(Objective):
 
     def __post_init__(self):
         require_number("mrpo", "beta", self.beta, above_zero=True)
+        if not isinstance(self.swap_weights, bool):
+            raise ValueError(f"mrpo: swap_weights: got {self.swap_weights!r}, need True or False")
         if self.clip is not None:
             require_number("mrpo", "clip", self.clip)
         if self.alpha is None:
@@ -63,10 +65,12 @@ class MRPO(Objective):
 
     def _references(self, ref_logps: Tensor | None, rows: int) -> Tensor:
         """(K, R) float64, the base first."""
-        if not isinstance(ref_logps, Tensor) or ref_logps.dim() not in (1, 2) or ref_logps.shape[-1] != rows:
+        refs = ref_logps[None] if isinstance(ref_logps, Tensor) and ref_logps.dim() == 1 else ref_logps
+        if not isinstance(refs, Tensor) or refs.dim() != 2 or refs.shape[1] != rows or not len(refs):
             got = tuple(ref_logps.shape) if isinstance(ref_logps, Tensor) else type(ref_logps).__name__
-            raise ValueError(f"mrpo: ref_logps: got {got}, need a tensor (K, {rows}) of K references, or ({rows},)")
-        refs = ref_logps.detach().double().reshape(-1, rows)
+            need = f"a tensor (K, {rows}) of K >= 1 references, or ({rows},)"
+            raise ValueError(f"mrpo: ref_logps: got {got}, need {need}")
+        refs = refs.detach().double()
         if self.alpha is not None and len(self.alpha) != len(refs):
             raise ValueError(f"mrpo: alpha: got {len(self.alpha)} weights for {len(refs)} references, need one each")
         if self.swap_weights and len(refs) != 2:

@@ -27,6 +27,7 @@ class PoFT(Objective):
     gamma: float = 0.0
     paired: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = True
+    reference_kind: ClassVar[str] = "mean"
 
     def __post_init__(self):
         require_number("poft", "beta", self.beta, above_zero=True)

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from asft_kernels.objectives.base import LossTerms, Objective, counting, require_choice, require_number
-from asft_kernels.objectives.dpo import DPO
+from asft_kernels.objectives.base import LossTerms, Objective, counting, require_choice, require_number, reward_metrics
+from asft_kernels.objectives.dpo import log_ratio
 from asft_kernels.sequence import Logps
 
 
@@ -35,8 +36,9 @@ class RPO(Objective):
         require_choice("rpo", "normalization", self.normalization, ("sum", "sequence", "token"))
 
     def __call__(self, policy: Logps, ref_logps: Tensor | None = None, **inputs: Tensor) -> LossTerms:
-        dpo = DPO(self.beta)(policy, ref_logps)
-        return LossTerms(dpo.loss + self._imitation(policy), dpo.sft, dpo.align, dpo.metrics)
+        chosen, rejected = (self.beta * log_ratio("rpo", policy, ref_logps)).chunk(2)
+        dpo = -logsigmoid(chosen - rejected)
+        return LossTerms(dpo + self._imitation(policy), -policy.chosen.avg, dpo, reward_metrics(chosen, rejected))
 
     def _imitation(self, policy: Logps) -> Tensor:
         chosen = policy.chosen
