@@ -15,11 +15,12 @@ from asft_kernels import fused_linear_logps
 from asft_kernels.data import PairCollator, load_pairs
 from asft_kernels.data.diff_marks import diff_marks
 from asft_kernels.integrations.hf_model import PreferenceModel
-from asft_kernels.objectives import BMC, KTO, OBJECTIVES, SFT, PoFT
+from asft_kernels.objectives import BMC, KTO, MRPO, OBJECTIVES, SFT, PoFT, get_objective
 from asft_kernels.score import main as score
 from asft_kernels.sequence import Logps
 from asft_kernels.train import main
-from asft_kernels.train.on_pairs import OnPairs
+from asft_kernels.train.arguments import JobArguments
+from asft_kernels.train.on_pairs import OnPairs, on_pairs
 from asft_kernels.train.reference import ObjectiveCollator, with_reference
 from tiny_lm import pairs, saved_sae, saved_tiny_model, tiny_model, tiny_tokenizer, write_lines
 
@@ -133,14 +134,37 @@ def test_reference_per_token_has_the_layout_of_the_fused_call(tmp_path):
     torch.testing.assert_close(batch["ref_logps"], own.detach(), rtol=0, atol=1e-5)
 
 
-def test_state_of_an_objective_is_resumed(files, tmp_path):
-    objective = ["--objective", "lmpo", "--save-steps", "2", "--lr-scheduler-type", "constant"]
+@pytest.mark.parametrize("name", ["lmpo", "lmpo + 0.1 sft", "bmc"])
+def test_state_of_an_objective_is_resumed(files, tmp_path, name):
+    given = ["--objective-args", "base=lmpo"] if name == "bmc" else []
+    objective = ["--objective", name, *given, "--save-steps", "2", "--lr-scheduler-type", "constant"]
     whole = trained(files, tmp_path / "whole", *objective, steps=4)
     trained(files, tmp_path / "cut", *objective, steps=2)
     resumed = trained(files, tmp_path / "cut", *objective, "--resume", steps=4)
     for one, other in zip(whole, resumed, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
         assert one["target_margin"] == pytest.approx(other["target_margin"], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["poft + sft", "simpo + 0.1 poft"])
+def test_a_sum_with_poft_reads_means_per_token(tmp_path, name):
+    """As poft alone: the columns hold means, of -5.6 nats a token at random weights, and not sums of some 30 tokens."""
+    tokenizer, model = tiny_tokenizer(), tiny_model()
+    data = write_lines(tmp_path / "pairs.jsonl", pairs(4))
+    dataset, _ = load_pairs(data, tokenizer, max_length=64, max_prompt_length=32)
+    options = {"scores": [], "tokenizer": tokenizer, "batch_size": 2, "label": "reference", "max_length": 64}
+    columns = [
+        with_reference(dataset, PreferenceModel(model, on_pairs(get_objective(x))), **options) for x in ("poft", name)
+    ]
+    for side in ("ref_chosen_logps", "ref_rejected_logps"):
+        assert columns[0][side] == columns[1][side]
+        assert all(-10 < value < -1 for row in columns[1][side] for value in row)
+
+
+@pytest.mark.parametrize(("given", "expected"), [("false", False), ("False", False), ("true", True), ("TRUE", True)])
+def test_truth_values_among_the_parameters(given, expected):
+    job = JobArguments(model="m", data="d", objective="mrpo", objective_args=[f"swap_weights={given}", "clip=none"])
+    assert job.build_objective() == MRPO(swap_weights=expected, clip=None)
 
 
 def test_single_answers_on_pairs_see_pairs_that_count():
@@ -165,6 +189,11 @@ def test_single_answers_on_pairs_see_pairs_that_count():
         (["--objective", "kto + 0.1 sft"], "got kto + 0.1 sft, need kto by itself"),
         (["--objective", "kto", "--ref-scores", "a.parquet"], "its reference is --model as it comes"),
         (["--objective", "dnpo"], "python -m asft_kernels.dnpo"),
+        (["--objective", "dnpo + sft"], "python -m asft_kernels.dnpo"),
+        (["--objective", "bmc", "--objective-args", "base=dnpo + sft"], "python -m asft_kernels.dnpo"),
+        (["--objective", "bmc"], "--objective: bmc: base: got None, need a name such as 'dpo'"),
+        (["--objective", "dpo + poft"], "--objective: weighted sum: got DPO, whose ref_logps are sums and PoFT"),
+        (["--objective", "mrpo", "--objective-args", "swap_weights=no"], "mrpo: swap_weights: got 'no', need True or"),
         (["--objective", "nosuch"], "--objective: objective: got 'nosuch', need one of 'asft'"),
         (["--objective", "dpo", "--objective-args", "beta"], "--objective-args: got 'beta', need NAME=VALUE"),
         (["--objective", "dpo", "--lam", "2"], "dpo: got the parameter 'lam', need one of beta, label_smoothing"),

@@ -112,7 +112,7 @@ class JobArguments:
         return objective
 
     def _can_train(self, objective: Any) -> None:
-        if isinstance(objective, DNPO):
+        if _has_dnpo(objective):
             raise ArgumentProblem("--objective: dnpo trains its reference's noise, too: python -m asft_kernels.dnpo")
         if "desirable" in objective.inputs and not isinstance(objective, KTO):
             raise ArgumentProblem(
@@ -148,8 +148,16 @@ def fpo_of(objective: Any) -> FPO | None:
     return next((term for term in terms if isinstance(term, FPO)), None)
 
 
+def _has_dnpo(objective: Any) -> bool:
+    """By itself, in a sum, or as a base."""
+    parts = [term for _, term in getattr(objective, "terms", ())] + [getattr(objective, "base", None)]
+    return isinstance(objective, DNPO) or any(_has_dnpo(part) for part in parts if part is not None)
+
+
 def _literal(value: str) -> Any:
-    """A number, None, a tuple; else the text itself."""
+    """A number, a tuple, None, True or False (in small letters, too); else the text itself."""
+    if value.lower() in ("true", "false", "none"):
+        value = value.capitalize()
     try:
         return ast.literal_eval(value)
     except (SyntaxError, ValueError):

@@ -22,6 +22,7 @@ class OnPairs(Objective):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "needs_reference", self.single.needs_reference)
+        object.__setattr__(self, "reference_kind", self.single.reference_kind)
         object.__setattr__(self, "optional_inputs", self.single.optional_inputs)
 
     def __call__(self, policy: Logps, ref_logps: Tensor | None = None, **inputs: Tensor) -> LossTerms:

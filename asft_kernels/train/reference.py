@@ -10,11 +10,10 @@ from asft_kernels.data import DataError, PairCollator
 from asft_kernels.data.diff_marks import diff_marks
 from asft_kernels.data.pairs import IGNORE_INDEX
 from asft_kernels.integrations.hf_model import PreferenceModel
-from asft_kernels.objectives import BMC, PoFT, weighted_reference
+from asft_kernels.objectives import BMC, weighted_reference
 from asft_kernels.sae.cache import ReferenceFeatures
 from asft_kernels.score.scoring import reference_logps, score_pairs
 from asft_kernels.score.table import SIDES, load_scores, load_token_logps, mean_avg_logps
-from asft_kernels.train.on_pairs import OnPairs
 from asft_kernels.train.step_inputs import MismatchInputs
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def with_reference(
         return _with_marks(pairs, model, objective, scores, tokenizer, live)
     if not objective.needs_reference:
         return pairs
-    if isinstance(objective, OnPairs) and isinstance(objective.single, PoFT):
+    if objective.reference_kind == "mean":
         if scores:
             values = mean_avg_logps(scores, pairs)[None]
         else:

@@ -153,18 +153,20 @@ class PreferenceTrainer(Trainer):
             own = {name: value for name, value in state_dict.items() if name.startswith("model.")}
             state_dict = {name.removeprefix("model."): value for name, value in own.items()}
         objective = self._objective()
-        if isinstance(objective, nn.Module):
+        if objective is not None:
             torch.save(objective.state_dict(), folder / STATE)
         self._language_model().save_pretrained(folder, state_dict=state_dict)
         self.tokenizer_to_save.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
 
-    def _objective(self) -> Any:
-        return getattr(self.accelerator.unwrap_model(self.model), "objective", None)
+    def _objective(self) -> nn.Module | None:
+        """The objective, if it keeps statistics."""
+        objective = getattr(self.accelerator.unwrap_model(self.model), "objective", None)
+        return objective if isinstance(objective, nn.Module) and objective.state_dict() else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         objective = self._objective()
-        if isinstance(objective, nn.Module):
+        if objective is not None:
             objective.load_state_dict(torch.load(Path(resume_from_checkpoint) / STATE, weights_only=True))
         super()._load_from_checkpoint(resume_from_checkpoint, self._language_model() if model is None else model)
 
