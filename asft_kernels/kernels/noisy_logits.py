@@ -173,8 +173,8 @@ def noisy_gradient_kernel(
     tl.store(noise_ptr + at, pull[:, None] * p * eps + shrink[:, None] * std, mask=there)
 
 
-# 16 entries a thread: 4 to 8 programs on a multiprocessor (docs/kernels.md). A warp reads 512 bytes of a row at once and needs no
-# other warp for a row's sum.
+# 16 entries a thread: 4 to 8 programs on a multiprocessor (docs/kernels.md). A warp reads 512 bytes of a row at once
+# and needs no other warp for a row's sum.
 BLOCK_M, BLOCK_V = 16, 128
 
 
