@@ -35,7 +35,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement's shape. rounds: timed calls. contestants: display names, () for all that can take the case."""
+    """One measurement's shape. rounds: timed turns. contestants: display names, () for all that can take the case."""
 
     set: str
     work: str
@@ -148,7 +148,8 @@ def cpu_cases() -> list[Case]:
         )
         for loss, name in (("simpo", "SimPO"), ("dpo", "DPO"), ("orpo", "ORPO"))
     ]  # fmt: skip
-    # In plain torch the log-softmax of M V logits and two gradients of its size are 24 GiB, before anything else.
+    # In plain torch the log-softmax of M V logits and two gradients of its size are 24 GiB, before anything else: by
+    # arithmetic, whatever limit a run had (report.py says so beside the rows).
     beyond = Case("beyond-plain", TRAINABLE, 2048, 8192, 64, 262144, rounds=3, contestants=(*OURS, "plain torch"))
     return [*main, *share, *low, *losses, *growth("cpu", "float32", 256, 8192, 512), beyond]
 

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import asft_kernels
@@ -16,8 +15,10 @@ from asft_kernels.backends.plan import default_cache_bytes, make_plan
 from benchmarks import calls
 from benchmarks.cases import TRAINABLE, WORKS, Case, Inputs
 from benchmarks.losses import LOSSES
+from benchmarks.machine import package_version
 
 BARE = "bare products"
+TUNED = ", tuned"  # after the name of what has it measured with the tile that autotune stored
 EVERYTHING = 2**62  # cache_bytes that no E passes
 MODULES = {
     "cut-cross-entropy": "cut_cross_entropy",
@@ -65,10 +66,7 @@ class Contestant:
     def version(self) -> str:
         if self.package == "asft_kernels":
             return asft_kernels.__version__
-        try:
-            return version(self.package)
-        except PackageNotFoundError:
-            return "not installed"
+        return package_version(self.package)
 
 
 def _interpreted(case: Case) -> bool:
@@ -78,10 +76,15 @@ def _interpreted(case: Case) -> bool:
 
 @dataclass(frozen=True)
 class Ours(Contestant):
-    """What of E exceeds cache_bytes (None: the default) is computed once more."""
+    """What of E exceeds cache_bytes (None: the default) is computed once more.
+
+    tuned: takes the tile that autotune stored, whatever ASFT_KERNELS_TUNED says, and fails where none is; it takes part
+    only where it is asked for.
+    """
 
     backend: str = "torch"
     cache_bytes: int | None = None
+    tuned: bool = False
 
     def takes(self, case: Case) -> bool:
         redundant = self.cache_bytes == EVERYTHING and self._kept_rows(case, None) == case.V
@@ -110,8 +113,10 @@ def _ours(backend: str, devices: tuple[str, ...]) -> list[Contestant]:
         own: dict[str, Any] = {"backend": backend, "cache_bytes": cache_bytes, "devices": devices}
         return Ours(name + suffix, "asft_kernels", run, **own, **fields)
 
+    tuned = with_cache(TUNED, None, tuned=True, note="the tile that autotune found fastest here")
     return [
         with_cache("", None),
+        *[tuned] * (backend == "triton"),
         with_cache(", cache_bytes=0", 0, works=(TRAINABLE,)),
         with_cache(
             ", all E kept", EVERYTHING, works=(TRAINABLE,), note="cache_bytes as large as E, where E passes the default"

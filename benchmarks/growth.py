@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from asft_kernels.backends.plan import default_cache_bytes, default_chunk
-from benchmarks.tables import MIB, OURS, Row, by_work, groups, in_style, markdown
+from benchmarks.tables import MIB, OURS, Row, by_work, groups, in_style, markdown, once
 
 # What grows in each growth set.
 AXES: dict[str, Callable[[Row], float]] = {
@@ -36,7 +36,7 @@ def fixed_sizes(row: Row, set_name: str) -> str:
 
 def growth_table(rows: list[Row], set_name: str) -> list[str]:
     """Seconds at each size, and the log-log slope of time: 1 is linear, 0 does not depend on it."""
-    axis = AXES[set_name]
+    axis, rows = AXES[set_name], once(rows)
     sizes = sorted({axis(r) for r in rows})
     lines = []
     for (work, contestant), line in groups(by_work(rows), "work", "contestant").items():
@@ -45,9 +45,11 @@ def growth_table(rows: list[Row], set_name: str) -> list[str]:
             in_style(at[x]["seconds"], "#.3g") if x in at and at[x]["status"] == "ok" else status(at.get(x))
             for x in sizes
         ]
+        timed = [axis(r) for r in line if r["status"] == "ok"]
         slope = log_slope([(axis(r), r["seconds"]) for r in line if r["status"] == "ok"])
-        lines.append([work, contestant, *cells, "–" if slope is None else f"{slope:.2f}"])
-    return markdown(["gradients", "contestant", *(f"{x:g}" for x in sizes), "slope"], lines)
+        cells.append("–" if slope is None else f"{slope:.2f} ({min(timed):g} to {max(timed):g})")
+        lines.append([work, contestant, *cells])
+    return markdown(["gradients", "contestant", *(f"{x:g}" for x in sizes), "slope (fitted from, to)"], lines)
 
 
 def status(row: Row | None) -> str:
@@ -65,7 +67,7 @@ def log_slope(points: list[tuple[float, float]]) -> float | None:
 def memory_table(rows: list[Row]) -> list[str]:
     """Extra memory against N: a straight line through the measurements, beside that of docs/algorithm.md's formula."""
     lines = []
-    for (work, contestant), line in groups(by_work(rows), "work", "contestant").items():
+    for (work, contestant), line in groups(by_work(once(rows)), "work", "contestant").items():
         right = sorted((r for r in line if r["status"] == "ok" and r["extra_bytes"] is not None), key=lambda r: r["N"])
         if len({r["N"] for r in right}) < 2:
             continue

@@ -2,14 +2,18 @@
 
 import hashlib
 import importlib.util
+import json
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
-from datetime import date
+from collections.abc import Iterable
+from datetime import date, datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,10 +27,42 @@ def require(*modules: str) -> None:
         sys.exit(f"not installed: {', '.join(missing)}; run: pip install -c constraints.txt -e '.[bench]'")
 
 
+class NoBar:
+    """Stands in for tqdm's bar, where that is not installed: the lines alone."""
+
+    def __init__(self, items: Iterable = (), **options: Any):
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+    def write(self, text: str) -> None:
+        print(text, flush=True)
+
+    def update(self, steps: float) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def progress(*items: Iterable, **options: Any) -> Any:
+    """tqdm's bar, or none."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return NoBar(*items, **options)
+    return tqdm(*items, **options)
+
+
 def about(device: str, module: str, arguments: list[str]) -> dict:
-    """Date, commit, command, machine, versions. module, arguments: of the command that is running."""
+    """Date, commit, command, machine, versions. module, arguments: of the command that is running.
+
+    started: tells this invocation from every other one. failed_checks: tests that failed on this machine before it, as
+    benchmarks/gpu.sh says in ASFT_BENCHMARK_FAILED_CHECKS. tuned, stored_tiles: ASFT_KERNELS_TUNED ("" if not set) and
+    a digest of the times that autotune stored for this GPU.
+    """
     facts = {
         "date": str(date.today()),
+        "started": datetime.now(timezone.utc).isoformat(),
         "commit": commit(),
         "command": " ".join(["python -m", module, *arguments]),
         "machine": _cpu(),
@@ -44,8 +80,28 @@ def about(device: str, module: str, arguments: list[str]) -> dict:
             "memory_gib": round(properties.total_memory / GIB, 1),
             "cuda": torch.version.cuda or f"ROCm {torch.version.hip}",
             "driver": _driver(),
+            "triton": package_version("triton"),
+            "tuned": os.environ.get("ASFT_KERNELS_TUNED", ""),
+            "stored_tiles": _stored_tiles(),
         }
-    return facts
+    failed = os.environ.get("ASFT_BENCHMARK_FAILED_CHECKS", "").strip()
+    return facts | ({"failed_checks": failed} if failed else {})
+
+
+def package_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _stored_tiles() -> str:
+    try:
+        from asft_kernels.kernels.tile_choice import stored_times
+    except ImportError:  # no Triton
+        return ""
+    times = stored_times(torch.device("cuda", 0))
+    return hashlib.sha256(json.dumps(times, sort_keys=True).encode()).hexdigest()[:8] if times else ""
 
 
 def device_slug(device: str) -> str:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.cases import WORKS
 from benchmarks.growth import AXES, AXIS_NAMES
-from benchmarks.tables import BARE, MIB, OURS, Row, groups
+from benchmarks.tables import BARE, MIB, OURS, Row, groups, once
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +34,7 @@ def draw(rows: list[Row], device: str, folder: Path) -> list[Path]:
 
 
 def timed(rows: list[Row]) -> list[Row]:
-    return [r for r in rows if r["kind"] == "cost" and r["status"] == "ok"]
+    return [r for r in once(rows) if r["kind"] == "cost" and r["status"] == "ok"]
 
 
 def roofs(rows: list[Row]) -> list[Row]:

@@ -16,7 +16,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.cases import WORKS
+from benchmarks.cases import SUITES, WORKS
+from benchmarks.contestants import CONTESTANTS, TUNED, contestants_of
 from benchmarks.machine import require
 from benchmarks.rows import is_smoke, read_rows, row_file
 from benchmarks.tables import (
@@ -30,10 +31,12 @@ from benchmarks.tables import (
     cost_table,
     groups,
     markdown,
+    once,
     peer_table,
     peers_ahead,
     shape_of,
     sources,
+    tiles,
     twin_table,
     verdict,
 )  # fmt: skip
@@ -47,6 +50,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench_results"
 BEGIN, END = "<!-- figures: drawn by `python -m benchmarks.report --write` -->", "<!-- /figures -->"
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+WANTED = {"cpu": ("cpu", "floor"), "cuda": ("gpu",)}  # suites of which every row belongs in a report
 SUMMARY_SETS = ("headline", "main", "floor")
 
 
@@ -60,18 +64,19 @@ def row_files() -> list[Path]:
 
 
 def newest_rows(files: list[Path]) -> dict[str, list[Row]]:
-    """Rows by machine, named after the device of their files: of each case the last run with all its contestants.
+    """Rows by machine, named after the device of their files: of each case the newest sources with all its contestants.
 
-    Contestants are compared within a run alone, so a later run of some of them replaces nothing. Two machines of one
-    device's name get a digest of their own behind it.
+    A later measurement of some of them replaces nothing; whom the package no longer has, and whom it measures only on
+    request, does not count. Two machines of one device's name get a digest of their own behind it.
     """
+    now = {c.name for c in CONTESTANTS if not c.name.endswith(TUNED)}
     newest: dict[tuple[str, str], dict[tuple, list[Row]]] = {}
     for path in files:
         device = re.sub(r"^\d{4}-\d\d-\d\d-", "", path.stem)
-        for (case, machine, _), rows in runs_of(path).items():
+        for (case, machine, _), rows in measured_in(path).items():
             cases = newest.setdefault((device, machine), {})
-            if {row["contestant"] for row in cases.get(case, [])} <= {row["contestant"] for row in rows}:
-                cases[case] = rows
+            if {row["contestant"] for row in cases.get(case, [])} & now <= {row["contestant"] for row in rows}:
+                cases[case] = of_runs(rows)
     machines = Counter(device for device, _ in newest)
     return {
         device if machines[device] == 1 else f"{device}-{zlib.crc32(machine.encode()):08x}": in_order(cases)
@@ -79,8 +84,43 @@ def newest_rows(files: list[Path]) -> dict[str, list[Row]]:
     }
 
 
-def runs_of(path: Path) -> dict[tuple, list[Row]]:
-    """Rows by (case, machine, commit): what one run measured, in the order of the file."""
+def of_runs(rows: list[Row]) -> list[Row]:
+    """Of a case's rows with the same sources each contestant's last, run by run, beside what that run compares it with.
+
+    A run that measured some contestants later did so with the bare products and our default, which stay with them,
+    marked `again`; the run that most contestants are from comes first.
+    """
+    last = {row["contestant"]: row["run"] for row in rows}
+    yardsticks = (BARE, OUR_DEFAULT[rows[0]["device"]]) if rows[0]["kind"] == "cost" else ()
+    others = Counter(run for name, run in last.items() if name not in yardsticks) or Counter(last.values())
+    (first, _), *_ = others.most_common(1)
+    in_first = {row["contestant"] for row in rows if row["run"] == first}
+    found = []
+    for run in sorted(others, key=lambda run: run != first):  # stable: the others in their order
+        for row in (row for row in rows if row["run"] == run):
+            if row["contestant"] in yardsticks:
+                again = run != first and row["contestant"] in in_first
+                found.append(row | {"again": True} if again else row)
+            elif last[row["contestant"]] == run:
+                found.append(row)
+    there = {row["contestant"] for row in found}
+    return found + [row for row in rows if row["contestant"] not in there and last[row["contestant"]] == row["run"]]
+
+
+def absent(rows: list[Row]) -> str:
+    """How many rows of the suites are not among those of a device, by set; "" where all are there."""
+    there = {(r["set"], r["case"], r["contestant"]) for r in rows if r["kind"] == "cost"}
+    cases = [case for suite in WANTED[rows[0]["device"]] for case in SUITES[suite]()]
+    wanted = [(case.set, case.id, c.name) for case in cases for c in contestants_of(case) if not c.name.endswith(TUNED)]
+    missing = Counter(row[0] for row in wanted if row not in there)
+    if not missing:
+        return ""
+    by_set = ", ".join(f"{name} {count}" for name, count in missing.items())
+    return f"{missing.total()} of the {len(wanted)} rows of the suite have no row here: {by_set}."
+
+
+def measured_in(path: Path) -> dict[tuple, list[Row]]:
+    """Rows by (case, machine, commit), in the order of the file: of one run, or of several of the same sources."""
     found: dict[tuple, list[Row]] = {}
     for row in read_rows(path):
         if not is_smoke(row):
@@ -128,7 +168,9 @@ def device_report(rows: list[Row], device: str) -> list[str]:
         lines += ["", f"### Cost: {set_name}"]
         for case in groups(in_set, *SHAPE).values():
             lines += ["", f"**{shape_of(case[0])}, loss {case[0]['loss']}**", "", *cost_table(case)]
-            lines += ["", verdict(case), "", sources(case)]
+            lines += ["", verdict(case), *(x for line in tiles(case) for x in ("", line)), "", sources(case)]
+        if set_name == "beyond-plain":
+            lines += ["", *map(beyond_plain, dict.fromkeys((r["M"], r["V"]) for r in in_set))]
         twins = twin_table(in_set)
         if twins:
             lines += ["", f"bf16 against fp32 time, {set_name}:", "", *twins, "", sources(in_set)]
@@ -142,6 +184,8 @@ def device_report(rows: list[Row], device: str) -> list[str]:
                 lines += ["Extra memory; the formula is that of [docs/algorithm.md](../docs/algorithm.md#memory):", ""]
                 lines += [*memory_table(case), ""]
             lines.append(sources(case))
+    if cost and absent(rows):
+        lines += ["", absent(rows)]
     if cost:
         lines += ["", "### Where a peer wins", "", *where_peers_win(rows)]
         lines += ["", "### Pictures", "", *(f"![{name}]({name})" for name in plots.names(rows, device))]
@@ -170,19 +214,19 @@ def summary(files: list[Path]) -> str:
         if main:
             lines += [f"Time of `{OUR_DEFAULT[device]}` over that of the bare products, ASFT loss:", ""]
             lines += [*shape_table(main), ""]
-        compared = [r for r in cost if not r["set"].startswith("growth-")]
-        if compared:
+        if cost:
             low = "In bf16 peers use the CPU's bf16 units, where it has them; ours upcasts to fp32."
-            upcasts = device == "cpu" and any(r["dtype"] == "bfloat16" for r in compared)
+            upcasts = device == "cpu" and any(r["dtype"] == "bfloat16" for r in cost)
             lines += [
-                "Time and extra memory of peers over ours, least to most of all cases; below 1, bold, a peer wins. "
-                + low * upcasts,
+                "Time and extra memory of peers over ours, least to most of all cases (a shape, a loss and the "
+                "gradients wanted); below 1, bold, a peer wins. " + low * upcasts,
                 "",
-                *peer_table(compared),
+                *peer_table(cost),
                 "",
                 f"{where_peers_win(rows)[0].rstrip(':.')}. {growth_sentence(rows, device)}",
                 "",
-                sources(compared, "bench_results/"),
+                *[f"{absent(rows)}\n"] * bool(absent(rows)),
+                sources(cost, "bench_results/"),
                 "",
             ]
     missing = DEVICES.keys() - {rows[0]["device"] for rows in measured.values()}
@@ -194,7 +238,7 @@ def summary(files: list[Path]) -> str:
 
 def shape_table(rows: list[Row]) -> list[str]:
     """Our default over the bare products: a line a shape, a column for each of the gradients wanted."""
-    ours = [r for r in rows if r["contestant"] == OUR_DEFAULT[r["device"]]]
+    ours = [r for r in once(rows) if r["contestant"] == OUR_DEFAULT[r["device"]]]
     lines = []
     for line in groups(ours, *SHAPE).values():
         at = {r["work"]: r for r in reversed(line)}  # a shape of two sets: the first one's
@@ -209,31 +253,43 @@ def ratio_cell(row: Row | None) -> str:
 
 
 def where_peers_win(rows: list[Row]) -> list[str]:
-    """One line a case, of all in which a peer was measured but the growth sets."""
-    compared = (r for r in rows if r["kind"] == "cost" and not r["set"].startswith("growth-"))
-    cases = {key: case for key, case in groups(compared, "set", *SHAPE).items() if answering_peers(case)}
-    found = [
-        f"- {shape_of(case[0])}, loss {case[0]['loss']}: {'; '.join(peers_ahead(case))}"
-        for case in cases.values()
-        if peers_ahead(case)
-    ]
-    if not found:
+    """How many cases there are, of all in which a peer was measured, and a line a shape and loss."""
+    shapes = groups((r for r in rows if r["kind"] == "cost"), "set", *SHAPE).values()
+    cases = [case for shape in shapes for case in groups(shape, "work").values() if answering_peers(case)]
+    won = sum(bool(peers_ahead(case)) for case in cases)
+    if not won:
         return [f"In none of the {len(cases)} cases does a peer take less time or memory than ours."]
-    return [f"A peer takes less time or memory than ours in {len(found)} of {len(cases)} cases:", "", *found]
+    found = [
+        f"- {shape_of(shape[0])}, loss {shape[0]['loss']}: {'; '.join(peers_ahead(shape))}"
+        for shape in shapes
+        if peers_ahead(shape)
+    ]
+    return [f"A peer takes less time or memory than ours in {won} of {len(cases)} cases:", "", *found]
+
+
+def beyond_plain(sizes: tuple[int, int]) -> str:
+    M, V = sizes
+    return (
+        "By arithmetic, not measured: plain torch's log-softmax and two gradients of its size are 3 · 4 · M · V bytes, "
+        f"{3 * 4 * M * V / 2**30:.0f} GiB; how much a contestant could take here stands with its rows."
+    )
 
 
 def growth_sentence(rows: list[Row], device: str) -> str:
     """Slopes of our default path, trainable head."""
     found = []
     for set_name, symbol in (("growth-n", "N"), ("growth-v", "V"), ("growth-pairs", "pairs")):
-        line = [r for r in rows if (r["kind"], r["set"], r["status"], r["work"]) == ("cost", set_name, "ok", WORKS[-1])]
-        slopes = [
-            log_slope([(AXES[set_name](r), r["seconds"]) for r in line if r["contestant"] == name])
+        wanted = ("cost", set_name, "ok", WORKS[-1])
+        line = [r for r in once(rows) if (r["kind"], r["set"], r["status"], r["work"]) == wanted]
+        points = [
+            [(AXES[set_name](r), r["seconds"]) for r in line if r["contestant"] == name]
             for name in (OUR_DEFAULT[device], BARE)
         ]
-        if slopes[0] is not None:
-            beside = "" if slopes[1] is None else f" (bare products {symbol}^{slopes[1]:.2f})"
-            found.append(f"{symbol}^{slopes[0]:.2f}{beside}")
+        slope, bare = map(log_slope, points)
+        if slope is not None:
+            sizes = [x for x, _ in points[0]]
+            beside = "" if bare is None else f", bare products {symbol}^{bare:.2f}"
+            found.append(f"{symbol}^{slope:.2f} ({symbol} from {min(sizes):g} to {max(sizes):g}{beside})")
     return f"With a trainable head our time grows as {', '.join(found)}." if found else "Growth: not measured yet."
 
 

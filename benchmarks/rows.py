@@ -9,7 +9,10 @@ from benchmarks.tables import SHAPE, Row
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of a file, each with the file's name; of a measurement that was repeated with the same sources, the last."""
+    """Rows of a file, each with the file's name and its run; of what a run has twice, the last.
+
+    run: when the invocation began that measured it; None in old rows, which count as one run a commit.
+    """
     rows = {}
     for line in path.read_text(errors="replace").splitlines():
         with suppress(json.JSONDecodeError):  # a run that was ended may leave half a line
@@ -17,8 +20,8 @@ def read_rows(path: Path) -> list[Row]:
             if not (isinstance(row, dict) and {"kind", "set", "contestant", "about"} <= row.keys()):
                 continue
             fields = [row.get(f) for f in ("kind", "set", "case", "inputs", "work", "contestant", *SHAPE)]
-            about = [row["about"].get(f) for f in ("commit", "machine")]
-            rows[(*fields, *about)] = row | {"file": path.name}
+            about = [row["about"].get(f) for f in ("commit", "machine", "started")]
+            rows[(*fields, *about)] = row | {"file": path.name, "run": about[-1]}
     return list(rows.values())
 
 

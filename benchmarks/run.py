@@ -7,9 +7,11 @@
 
 Each contestant of a case runs in a process of its own. After a first tiny call (imports and compilation, reported
 apart) its answer is checked against float64: a wrong one has no time. Then its extra memory is measured, and then the
-contestants take turns, a call each round; the figure is the median. Rows are written as cases end, or when Ctrl-C ends
-one: of fewer rounds then. A run that was cut off goes on where it stopped when started again with the same sources:
-what has a row is not measured again.
+contestants take turns, round by round: in a turn a call is repeated until a quarter of a second is full, and its median
+counts (on a GPU 0.05 s and the mean); the figure is the median of the turns. Rows are written as cases end, or when
+Ctrl-C ends one: of fewer rounds then. A run that was cut off goes on where it stopped when started again with the same
+sources and packages: what has a row is not measured again, but for the bare products and our default call, with which
+each run compares what it measures.
 """
 
 import argparse
@@ -25,16 +27,27 @@ import torch
 
 from benchmarks import estimate
 from benchmarks.cases import SUITES, Case, select
-from benchmarks.contestants import BARE, CONTESTANTS, Contestant, contestants_of
-from benchmarks.machine import about, device_slug, require
+from benchmarks.contestants import BARE, CONTESTANTS, TUNED, Contestant, Ours, contestants_of
+from benchmarks.machine import about, device_slug, progress
 from benchmarks.runner import Prepared, Stopped, gemm_rate, measure_case
+from benchmarks.tables import OUR_DEFAULT
 
-Key = tuple[str, str, str, str, str]
+Key = tuple
 
 
 def key(row: dict) -> Key:
-    """What makes a row the same measurement."""
-    return row["about"]["commit"], row["kind"], row["set"], row["case"], row["contestant"]
+    """What makes a row the same measurement: sources, case, contestant, versions, tiles, checks that had failed."""
+    return _key(row["kind"], row["set"], row["case"], row["contestant"], row.get("version"), row["about"])
+
+
+def _key(kind: str, set_: str, case: str, contestant: str, version: str | None, facts: dict) -> Key:
+    stored = facts.get("stored_tiles") if contestant.endswith(TUNED) or facts.get("tuned") != "0" else None
+    of_run = (facts.get(field) for field in ("commit", "python", "torch", "triton", "tuned", "failed_checks"))
+    return kind, set_, case, contestant, version, stored, *of_run
+
+
+def has_row(kind: str, case: Case, contestant: Contestant, done: set[Key], facts: dict) -> bool:
+    return _key(kind, case.set, case.id, contestant.name, contestant.version, facts) in done
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -55,21 +68,20 @@ def append(path: Path, rows: Iterable[dict]) -> None:
         file.write("\n" * bool(cut_off) + "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def missing(case: Case, contestants: list[Contestant], done: set[Key], commit: str) -> list[Contestant]:
-    """Contestants without a row, and the bare products with them, which their ratios need."""
-    left = [c for c in contestants if (commit, "cost", case.set, case.id, c.name) not in done]
-    return [c for c in contestants if c in left or c.name == BARE] if left else []
+def missing(case: Case, names: list[str], done: set[Key], facts: dict) -> list[Contestant]:
+    """Those asked for without a row, and what they are compared with: the bare products and our default."""
+    every, yardsticks = contestants_of(case), (BARE, OUR_DEFAULT[case.device])
+    asked = [c for c in every if c.name == BARE or asked_for(c, names)]
+    left = [c for c in asked if not has_row("cost", case, c, done, facts)]
+    return [c for c in every if c in left or c.name in yardsticks] if left else []
 
 
 def run(cases: list[Case], names: list[str], path: Path, facts: dict, limit: float) -> int:
     """Measure what has no row in path yet, or one that failed; the number of our own rows that are not ok."""
-    from tqdm import tqdm
-
     done = {key(row) for row in rows_of(path) if row["status"] != "failed"}
     plan = []
     for case in cases:
-        contestants = [c for c in contestants_of(case) if c.name == BARE or asked_for(c, names)]
-        left = missing(case, contestants, done, facts["commit"])
+        left = missing(case, names, done, facts)
         if left:
             rate = gemm_rate(case.device, case.dtype)
             plan.append((case, left, estimate.seconds(case, left, rate)))
@@ -81,7 +93,7 @@ def run(cases: list[Case], names: list[str], path: Path, facts: dict, limit: flo
         print("smoke: tiny shapes, to see that everything works; no measurement, and left out of every report")
     bad = 0
     prepared = Prepared()
-    bar = tqdm(total=round(total), disable=None, bar_format="{l_bar}{bar}| {elapsed}, about {remaining} left")
+    bar = progress(total=round(total), disable=None, bar_format="{l_bar}{bar}| {elapsed}, about {remaining} left")
     try:
         for case, left, seconds in plan:
             bar.write(f"{case.set}: {case.id}")
@@ -91,7 +103,7 @@ def run(cases: list[Case], names: list[str], path: Path, facts: dict, limit: flo
             except Stopped as stop:
                 rows, stopped = stop.rows, stop
             rows = [row | {"about": facts} for row in rows]
-            append(path, [row for row in rows if key(row) not in done])
+            append(path, rows)
             if stopped:
                 raise stopped
             for row in rows:
@@ -105,6 +117,9 @@ def run(cases: list[Case], names: list[str], path: Path, facts: dict, limit: flo
 
 
 def asked_for(contestant: Contestant, names: list[str]) -> bool:
+    if isinstance(contestant, Ours) and contestant.tuned:  # by name alone: it needs what autotune stored
+        names = [name for name in names if TUNED.strip(", ") in name]
+        return any(name in contestant.name for name in names)
     return not names or any(name in contestant.name for name in names)
 
 
@@ -159,7 +174,7 @@ def main() -> None:
         description=__doc__, epilog=sets_of_suites(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sets", nargs="*", default=[default], help=f"suites, or sets of {default} (default: {default})")
-    parser.add_argument("--rounds", type=rounds, help="timed calls of each contestant, instead of the case's number")
+    parser.add_argument("--rounds", type=rounds, help="turns of each contestant, instead of the case's number")
     parser.add_argument("--contestants", nargs="+", default=[], metavar="NAME", help="only names with this in them")
     parser.add_argument("--out", type=Path, help="file of rows (default: bench_results/DATE-DEVICE.jsonl)")
     parser.add_argument(
@@ -182,7 +197,6 @@ def main() -> None:
         print(*(f"{case.set}: {case.id}" for case in cases), sep="\n")
         print("", *contestant_lines(args.contestants, cases, here), sep="\n")
         return
-    require("tqdm")
     if any(case.device != here for case in cases):
         parser.error(f"these cases are for another device than the one here ({here})")
     if args.rounds:

@@ -11,10 +11,10 @@ from typing import Any
 from benchmarks.cases import WORKS, Case, Inputs, make_inputs
 from benchmarks.contestants import BARE, Contestant
 from benchmarks.machine import GIB, available_memory, import_seconds
-from benchmarks.measure import GemmRate
+from benchmarks.measure import CPU_SECONDS, GPU_SECONDS, GemmRate
 from benchmarks.worker import Contender, Preparation, Worker, WorkerFailed
 
-MEMORY_LIMIT = 24 * GIB  # of a worker: what "plain torch cannot hold" means
+MEMORY_LIMIT = 24 * GIB  # of a worker at most: less where the machine has less, as the row then says
 RESTING = {"cpu": GIB // 4, "cuda": GIB // 2}  # bytes of a worker between its calls, inputs aside
 # Share of the available memory that idle workers may take; the rest is for the peak of the one that works.
 IDLE_SHARE = {"cpu": 0.2, "cuda": 0.6}
@@ -104,6 +104,7 @@ def _check(entry: Entry, case: Case, folder: Path, memory_limit: int | None, lim
         if entry.facts.get("reason"):
             entry.fail(entry.facts["reason"], "refused")
         else:
+            entry.facts["tile"] = entry.worker.ask("tile", limit=limit)
             entry.facts["extra_bytes"] = entry.worker.ask("memory", limit=limit)
     except WorkerFailed as failure:
         entry.fail(str(failure))
@@ -177,12 +178,14 @@ def _row(case: Case, entry: Entry, bare: float | None) -> dict:
         "first_call_s": None,
         "import_s": None,
         "extra_bytes": None,
+        "tile": None,
         **NO_ERRORS,
         **entry.facts,
         "seconds": middle,
         "seconds_min": min(seconds, default=None),
         "seconds_max": max(seconds, default=None),
         "rounds": len(seconds),
+        "round_seconds": CPU_SECONDS if case.device == "cpu" else GPU_SECONDS,
         "ratio": middle / bare if middle and bare else None,
         "gemm_share": flops / middle / rate if middle else None,
         "gemm_flops_per_s": rate,

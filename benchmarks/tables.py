@@ -23,6 +23,11 @@ def groups(rows: Iterable[Row], *fields: str) -> dict[tuple, list[Row]]:
     return found
 
 
+def once(rows: Iterable[Row]) -> list[Row]:
+    """Without the bare products and ours that a later run measured again, to compare other contestants with."""
+    return [row for row in rows if not row.get("again")]
+
+
 def markdown(header: list[str], lines: Iterable[list[str]], *, words: int = 2) -> list[str]:
     """A table whose first columns are words and stand to the left; figures stand to the right."""
     rule = ["---" if i < words else "---:" for i in range(len(header))]
@@ -43,13 +48,19 @@ def sources(rows: list[Row], folder: str = "") -> str:
         ", ".join(filter(None, machine)),
         f"driver {of('driver')}" if of("driver") else "",
         f"CUDA {of('cuda')}" if of("cuda") else "",
-        f"Python {of('python')}, torch {of('torch')}{', ' + versions if versions else ''}",
+        f"Python {of('python')}, torch {of('torch')}{', triton ' + of('triton') if of('triton') else ''}"
+        f"{', ' + versions if versions else ''}",
         f"commit {of('commit')}",
         f"`{of('command')}`, {of('date')}",
     ]
     rounds = sorted({r["rounds"] for r in rows if r.get("rounds")})
     if rounds:
         parts.append(f"median of {' to '.join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))} rounds")
+    repeated = sorted({r["round_seconds"] for r in rows if r.get("round_seconds")})
+    if repeated:
+        parts.append(f"in a round shorter calls are repeated for {', '.join(f'{x:g}' for x in repeated)} s")
+    if of("failed_checks"):
+        parts.append(f"**some after failed checks on this machine: {of('failed_checks')}**")
     limits = [f"{x / GIB:.1f}" for x in sorted({r["memory_limit"] for r in rows if r.get("memory_limit")})]
     if limits:
         parts.append(f"a contestant may take {' to '.join(dict.fromkeys((limits[0], limits[-1])))} GiB")
@@ -104,12 +115,15 @@ def in_style(figure: float, style: str) -> str:
 
 
 def cost_table(rows: list[Row]) -> list[str]:
-    """Contestants of one shape and loss by the gradients wanted; the best in each column is bold."""
+    """Contestants of one shape and loss by the gradients wanted; the best in each column is bold.
+
+    What another run measured later stands below what it was compared with there.
+    """
     lines = []
     for work, contestants in groups(by_work(rows), "work").items():
         tops = [best(contestants, value, style) for _, value, style in COST]
         for r in contestants:
-            cells = [work[0], r["contestant"]]
+            cells = [work[0], r["contestant"] + ", again" * bool(r.get("again"))]
             if r["status"] == "ok":
                 for (_, value, style), top in zip(COST, tops, strict=True):
                     figure = value(r)
@@ -120,6 +134,13 @@ def cost_table(rows: list[Row]) -> list[str]:
                 cells += [f"{r['status']}: {one_line(r['reason'])}", *["–"] * len(COST)]
             lines.append(cells)
     return markdown(["gradients", "contestant", *(name for name, *_ in COST), "range, s"], lines)
+
+
+def tiles(rows: list[Row]) -> list[str]:
+    """The tiles of our Triton kernels in these rows, in one line; none: no line."""
+    found = groups((r for r in rows if r.get("tile")), "contestant", "tile")
+    said = "; ".join(f"{contestant}: {tile}" for contestant, tile in found)
+    return [f"Tiles: {said}."] if said else []
 
 
 def one_line(reason: str | None) -> str:
@@ -135,7 +156,7 @@ def answering_peers(rows: list[Row]) -> list[Row]:
 def peers_ahead(rows: list[Row]) -> list[str]:
     """Where a peer's time or memory is below that of our default call, at one shape, in words."""
     found = []
-    for (work,), contestants in groups(by_work(rows), "work").items():
+    for (work, _), contestants in groups(by_work(rows), "work", "run").items():
         ours = {r["contestant"]: r for r in contestants if r["package"] == OURS}
         default = ours.pop(OUR_DEFAULT[rows[0]["device"]], None)
         if default is None:
@@ -160,7 +181,7 @@ def peer_table(rows: list[Row]) -> list[str]:
     """Time and memory of each peer over our default's in the same case, least to most over the cases."""
     ours = {case_of(r): r for r in rows if r["contestant"] == OUR_DEFAULT[r["device"]] and r["status"] == "ok"}
     lines = []
-    peers = [r for r in rows if r["package"] != OURS and r["contestant"] != BARE and case_of(r) in ours]
+    peers = [r for r in once(rows) if r["package"] != OURS and r["contestant"] != BARE and case_of(r) in ours]
     by_dtype = sorted(peers, key=lambda r: r["dtype"] != "float32")
     for (dtype, contestant), line in groups(by_dtype, "dtype", "contestant").items():
         right = [(r, ours[case_of(r)]) for r in line if r["status"] == "ok"]
@@ -177,7 +198,8 @@ def outcomes(rows: list[Row]) -> str:
 
 
 def case_of(row: Row) -> tuple:
-    return tuple(row[field] for field in ("set", *SHAPE, "work"))
+    """With the run: nothing is compared with what another one measured."""
+    return tuple(row[field] for field in ("set", *SHAPE, "work", "run"))
 
 
 def span(ratios: list[float]) -> str:
@@ -192,7 +214,7 @@ def twin_table(rows: list[Row]) -> list[str]:
     """Our time in bf16 over that in fp32, where the same shape was measured in both; none: no lines."""
     fields = [field for field in SHAPE if field != "dtype"]
     lines = []
-    right = [r for r in rows if r["package"] == OURS and r["status"] == "ok"]
+    right = [r for r in once(rows) if r["package"] == OURS and r["status"] == "ok"]
     for (contestant, work, *_), line in groups(right, "contestant", "work", *fields).items():
         at = {r["dtype"]: r for r in line}
         if {"float32", "bfloat16"} <= at.keys():

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.calls import Result
 from benchmarks.cases import Case, Inputs, make_inputs
-from benchmarks.contestants import Contestant
+from benchmarks.contestants import Contestant, Ours
 from benchmarks.machine import GIB
 from benchmarks.measure import extra_memory, release, seconds_of_call, wait
 from benchmarks.oracle import Exact, compare, exact_answer, refusal, tolerance
@@ -128,6 +128,8 @@ class Contender:
     def start(self) -> float:
         """Seconds of the first call, of a few tokens, after the import of its package."""
         importlib.import_module(self.contestant.module)
+        if isinstance(self.contestant, Ours) and self.contestant.tuned:
+            os.environ["ASFT_KERNELS_TUNED"] = "1"
         tiny = self.case.tiny()
         inputs = Inputs(*(x.to(self.case.device) for x in make_inputs(tiny)))
         began = time.perf_counter()
@@ -163,6 +165,19 @@ class Contender:
             "tol_grad": allowed.grad,
             "reason": refusal(errors, allowed),
         }
+
+    def tile(self) -> str | None:
+        """That of this package's Triton backend, with "tuned: " before one that autotune measured; None of others."""
+        if not isinstance(self.contestant, Ours) or self.contestant.backend != "triton":
+            return None
+        from asft_kernels.backends import Logits, triton_fused
+
+        hidden, rows = self.inputs.hidden.flatten(0, 1), torch.empty(self.case.N)
+        tile = triton_fused._tile(hidden, self.inputs.weight, rows, Logits())
+        measured = tile.why.startswith("measured")
+        if self.contestant.tuned and not measured:
+            raise RuntimeError("no stored tile for this problem: run python -m asft_kernels.autotune")
+        return f"tuned: {tile}" if measured else str(tile)
 
     def memory(self) -> int | None:
         gc.collect()

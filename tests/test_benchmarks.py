@@ -8,12 +8,14 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from asft_kernels import reference
+from asft_kernels.backends import triton_fused
 from benchmarks import accuracy, estimate, machine, run
 from benchmarks.calls import gradients, ours, per_token, plain_torch
 from benchmarks.cases import FROZEN, NO_GRADIENT, TRAINABLE, WORKS, Case, cpu_cases, gpu_cases, make_inputs, smoke_cases
@@ -23,6 +25,8 @@ from benchmarks.machine import GIB
 from benchmarks.measure import extra_memory
 from benchmarks.oracle import compare, exact_answer, refusal, tolerance
 from benchmarks.runner import Prepared, measure_case
+from benchmarks.worker import Contender
+from cases import gemms
 
 CASE = Case("test", TRAINABLE, N=40, M=64, D=16, V=200, rounds=2)
 MIB = 2**20
@@ -127,7 +131,15 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     def fake(case, contestants, prepared, *, limit):
         measured.append((case.id, [c.name for c in contestants]))
         return [
-            {"kind": "cost", **case.row, "contestant": c.name, "package": c.package, "status": status, "reason": "fake"}
+            {
+                "kind": "cost",
+                **case.row,
+                "contestant": c.name,
+                "package": c.package,
+                "status": status,
+                "version": c.version,
+                "reason": "fake",
+            }
             for c in contestants
         ]
 
@@ -143,7 +155,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     measured.clear()
     run.run(cases, [], path, facts, limit=1)
     assert measured == [(cases[1].id, [BARE, "plain torch"])]  # with the yardstick, which the ratio needs
-    assert len(run.rows_of(path)) == 4
+    assert len(run.rows_of(path)) == 5  # with the yardstick of that run
     run.run(cases, [], path, facts, limit=1)
     assert len(measured) == 1
     status = "failed"  # a peer that was not installed, a GPU that others held: again
@@ -152,6 +164,132 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert len(measured) == 5
     ours = [replace(CASE, contestants=(BARE, "asft_kernels torch"))]
     assert run.run(ours, [], path, {"commit": "ghi"}, limit=1) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        ({}, False),
+        ({"commit": "def"}, True),
+        ({"torch": "2.14"}, True),
+        ({"triton": "4.0"}, True),
+        ({"failed_checks": "parity"}, True),
+        ({"tuned": ""}, True),
+        ({"stored_tiles": "other"}, False),  # which nobody takes under ASFT_KERNELS_TUNED=0
+        ({"started": "later", "date": "2030-01-03"}, False),
+    ],
+)
+def test_what_makes_a_measurement_another_one(change, again):
+    case, facts = replace(CASE, contestants=(BARE, "plain torch")), {"commit": "abc", "torch": "2.13", "tuned": "0"}
+    plain = contestants_of(case)[1]
+    row = {"kind": "cost", **case.row, "contestant": plain.name, "version": plain.version, "about": facts}
+    assert run.has_row("cost", case, plain, {run.key(row)}, facts | change) != again
+    assert not run.has_row("cost", case, plain, {run.key(row | {"version": "0.0"})}, facts)
+    tuned = next(c for c in CONTESTANTS if c.name == "asft_kernels triton, tuned")
+    stale = row | {"contestant": tuned.name, "version": tuned.version, "about": facts | {"stored_tiles": "one"}}
+    assert run.has_row("cost", case, tuned, {run.key(stale)}, facts | {"stored_tiles": "one"})
+    assert not run.has_row("cost", case, tuned, {run.key(stale)}, facts | {"stored_tiles": "two"})
+
+
+def test_who_is_measured_later_has_our_default_beside_it():
+    case, facts = replace(CASE, contestants=(BARE, "asft_kernels torch", "plain torch")), {"commit": "abc"}
+    rows = [
+        {"kind": "cost", **case.row, "contestant": c.name, "version": c.version, "about": facts}
+        for c in contestants_of(case)
+    ]
+    names = [c.name for c in run.missing(case, [], {run.key(r) for r in rows[:2]}, facts)]
+    assert names == [BARE, "asft_kernels torch", "plain torch"]
+    assert run.missing(case, [], {run.key(r) for r in rows}, facts) == []
+
+
+def test_the_tuned_one_takes_part_only_by_name():
+    tuned = next(c for c in CONTESTANTS if c.name == "asft_kernels triton, tuned")
+    assert [run.asked_for(tuned, names) for names in ([], ["triton"], ["tuned"], ["triton, tuned"])] == [
+        False, False, True, True
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("work", "expected"), list(zip(WORKS, (1, 2, 3), strict=True)))
+def test_bare_products_are_as_many_as_the_case_says(work, expected, dtype):
+    case = replace(CASE, work=work, dtype=dtype, V=3000)
+    inputs = make_inputs(case)
+    bare = next(c for c in CONTESTANTS if c.name == BARE)
+    assert bare.products(case) == expected
+    assert gemms(lambda: bare.run(case, inputs), case.N, case.V, case.D) == pytest.approx(expected, rel=1e-9)
+
+
+class Noted:
+    """In a worker's place: notes whom it asked for a time."""
+
+    turns: ClassVar[list[str]] = []
+
+    def __init__(self, make, contestant, *args, **options):
+        self.name = contestant.name
+
+    def ask(self, step, *args, limit):
+        if step == "time":
+            self.turns.append(self.name)
+        return {"check": {}, "tile": None}.get(step, 1.0)
+
+    def close(self, patience=0.0): ...
+
+
+def test_turns_go_back_and_forth(monkeypatch, tmp_path):
+    monkeypatch.setattr("benchmarks.runner.Worker", Noted)
+    monkeypatch.setattr("benchmarks.runner.gemm_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr("benchmarks.runner.package_import_seconds", lambda module: 0.0)
+    monkeypatch.setattr("benchmarks.runner.fit_together", lambda *args: True)
+    inputs: Any = Mock()
+    inputs.folder_of.return_value = tmp_path
+    measure_case(replace(CASE, rounds=3), [named(f) for f in (right, raises, dies)], inputs)
+    there, back = ["right", "raises", "dies"], ["dies", "raises", "right"]
+    assert Noted.turns == [*there, *back, *there]
+
+
+def takes_3_gib(case, inputs):
+    torch.empty(3 * GIB, dtype=torch.uint8)  # asked for, never touched
+    return right(case, inputs)
+
+
+def test_the_limit_of_memory_is_really_set(prepared, monkeypatch):
+    """What the machine grants, a limit below it refuses."""
+    if machine.available_memory("cpu") < 5 * GIB:
+        pytest.skip("needs 5 GiB of available memory")
+    for limit, status in ((24 * GIB, "ok"), (2 * GIB, "failed")):
+        monkeypatch.setattr("benchmarks.runner.MEMORY_LIMIT", limit)
+        (row,) = measure_case(replace(CASE, rounds=1), [named(takes_3_gib)], prepared)
+        assert row["status"] == status, row["reason"]
+    assert row["reason"].startswith("out of memory under a limit of 2.0 GiB")
+
+
+@pytest.mark.interpreter
+def test_rows_of_our_kernels_name_their_tile(prepared, monkeypatch):
+    """In the interpreter the table's first; a stored one is told apart, and one that is not stored is an error."""
+    triton = next(c for c in CONTESTANTS if c.name == "asft_kernels triton, tuned")
+    case = replace(CASE, work=NO_GRADIENT, N=4, M=8, V=16, rounds=1)
+    folder = prepared.folder_of(case)
+    contender = Contender(triton, case, folder)
+    contender.load(case, folder)
+    with pytest.raises(RuntimeError, match="no stored tile for this problem"):
+        contender.tile()
+    contender.contestant = replace(triton, tuned=False)
+    first = contender.tile()
+    chosen = triton_fused.best_tile
+    monkeypatch.setattr(triton_fused, "best_tile", lambda *a, **of: replace(chosen(*a, **of), why="measured: 1 ms"))
+    contender.contestant = triton
+    assert contender.tile() == f"tuned: {first}"
+    contender.contestant = named(right)
+    assert contender.tile() is None
+
+
+def test_every_contestant_has_an_accuracy_row():
+    for device in ("cpu", "cuda"):
+        cases = [case for case, _ in accuracy.accuracy_cases(None, device)]
+        there = {c.name for case in cases for c in accuracy.answering(case)}
+        settings = {c.name for c in CONTESTANTS if c.name.startswith(("asft_kernels torch, ", "asft_kernels triton, "))}
+        wanted = {c.name for c in CONTESTANTS if c.checked and device in c.devices} - settings
+        assert there == wanted
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -357,13 +495,13 @@ def test_accuracy_measures_random_and_given_states(tmp_path, prepared, monkeypat
     stored: dict[str, torch.Tensor] = dict(zip(("hidden", "weight", "labels"), inputs, strict=True))
     file = Path(tmp_path) / "states.pt"
     torch.save(stored, file)
-    monkeypatch.setattr(accuracy, "PAIRS", (2,))
+    monkeypatch.setattr(accuracy, "LOSSES", {"asft": (2,)})
     cases = [case for case, kind in accuracy.accuracy_cases(stored, "cpu") if kind == "real"]
     case = next(c for c in cases if c.dtype == "bfloat16" and c.loss == "asft")
     workers = accuracy.Workers(limit=60)
     real = Prepared(partial(accuracy.real_inputs, source=file))
     try:
-        (row,) = accuracy.measure(case, real, workers)
+        (row,) = accuracy.measure(case, accuracy.answering(case), real, workers)
     finally:
         real.close()
         workers.close()
@@ -388,23 +526,31 @@ def test_accuracy_without_the_model_goes_on_with_random_inputs(tmp_path, monkeyp
     assert "random inputs alone: no network" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", ["run", "accuracy", "report"])
-def test_without_the_extra_it_says_what_to_install(module, tmp_path):
+def test_without_tqdm_there_is_no_bar(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    bar = machine.progress(total=3, disable=None)
+    bar.write("a line")
+    bar.update(1)
+    bar.close()
+    assert capsys.readouterr().out == "a line\n"
+    assert list(machine.progress([1, 2], unit="case")) == [1, 2]
+
+
+def test_without_the_extra_the_report_says_what_to_install(tmp_path):
     """In a process of its own, in which none of these can be found."""
-    code = f"""
+    code = """
 import importlib.util, runpy, sys
 find_spec = importlib.util.find_spec
 missing = ("tqdm", "numpy", "matplotlib")
 sys.modules.update(dict.fromkeys(missing))  # importing one raises ImportError
 importlib.util.find_spec = lambda name: None if name in missing else find_spec(name)
-sys.argv = ["{module}"]
-runpy.run_module("benchmarks.{module}", run_name="__main__")
+sys.argv = ["report"]
+runpy.run_module("benchmarks.report", run_name="__main__")
 """
     environment = os.environ | {"PYTHONPATH": str(Path(machine.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    wanted = "numpy, matplotlib" if module == "report" else "tqdm"
     *_, last = done.stderr.splitlines()  # after torch's own warning, as numpy is missing
-    assert last == f"not installed: {wanted}; run: pip install -c constraints.txt -e '.[bench]'"
+    assert last == "not installed: numpy, matplotlib; run: pip install -c constraints.txt -e '.[bench]'"
     assert "Traceback" not in done.stderr
     assert done.returncode == 1
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import growth, plots, report, tables
+from benchmarks.cases import Case, cpu_cases
+from benchmarks.contestants import contestants_of
 
 ABOUT = {
     "date": "2030-01-02", "commit": "abc1234", "command": "python -m benchmarks.run cpu",
@@ -25,6 +27,7 @@ def row(contestant="asft_kernels torch", package="asft_kernels", **changes):
         "seconds": 2.0, "seconds_min": 1.9, "seconds_max": 2.2, "rounds": 7, "first_call_s": 3.0, "import_s": 1.0,
         "ratio": 1.02, "gemm_share": 0.9, "gemm_flops_per_s": 2e11, "extra_bytes": 20 * 2**20, "err_loss": 1e-7,
         "err_dh": 3e-7, "err_dw": None, "tol_loss": 1e-5, "tol_grad": 1e-5, "file": "2030-01-02-cpu.jsonl",
+        "run": None,
         "about": ABOUT, **changes,
     }  # fmt: skip
 
@@ -83,7 +86,9 @@ def test_peers_that_win_are_named_in_words():
     assert "in 1 of 1 cases:" in report.where_peers_win(MAIN)[0]
     shares = [r | {"set": "valid-share"} for r in MAIN]
     assert "in 1 of 1 cases:" in report.where_peers_win(shares)[0]
-    assert "none of the 0" in report.where_peers_win([r | {"set": "growth-n"} for r in MAIN])[0]
+    grown_too = [r | {"set": "growth-n", "D": 32} for r in MAIN]
+    assert "in 2 of 2 cases:" in report.where_peers_win([*MAIN, *grown_too])[0]
+    assert [line[:40] for line in report.where_peers_win(grown_too)[2:]] == ["- Tiny: N = 512 of 1024 positions, D = 3"]
     slow = PEER | {"seconds": 2.0}
     nowhere = "In none of the 1 cases does a peer take less time or memory than ours."
     assert report.where_peers_win([row(), slow]) == [nowhere]
@@ -91,11 +96,108 @@ def test_peers_that_win_are_named_in_words():
     assert tables.verdict([row()]) == "No peer was measured here."
 
 
+def test_a_case_is_the_same_in_the_sentence_and_in_the_table():
+    """A shape, a loss and the gradients wanted; those of a growth set among them."""
+    works = [
+        r | {"work": work, "set": name} for name in ("main", "growth-v") for work in tables.WORKS for r in MAIN[:3]
+    ]
+    (line,) = [x for x in tables.peer_table(works) if "fast peer" in x]
+    assert line.split("|")[-2].strip() == "6"
+    assert "in 6 of 6 cases:" in report.where_peers_win(works)[0]
+    assert len(report.where_peers_win(works)) == 2 + 2  # a line a shape
+
+
+def test_the_summary_takes_growth_sets_in(file):
+    slow = [BARE, row(seconds=2.0), PEER | {"seconds": 6.0}]
+    ahead = [r | {"set": "growth-n", "work": "trainable head"} for r in (BARE, row(), PEER | {"seconds": 1.3})]
+    file.write_text("".join(json.dumps(r) + "\n" for r in [*slow, *ahead]))
+    text = report.summary([file])
+    assert "| float32 | fast peer | – | 3.00 | **0.65** | 4.50 | 2 |" in text
+    assert "in 1 of 2 cases" in text
+
+
+def test_rows_of_the_suite_that_are_absent_are_counted_by_set(file, monkeypatch):
+    cases = [Case(name, "frozen head", 8, 8, 4, 16, contestants=("bare products", "plain torch")) for name in "ab"]
+    monkeypatch.setitem(report.SUITES, "cpu", lambda: cases)
+    monkeypatch.setitem(report.SUITES, "floor", lambda: [])
+    rows = [row(c.name, set=case.set, case=case.id) for case in cases for c in contestants_of(case)]
+    assert report.absent(rows) == ""
+    assert report.absent(rows[:2]) == "2 of the 4 rows of the suite have no row here: b 2."
+    assert report.absent(rows[1:]) == "1 of the 4 rows of the suite have no row here: a 1."
+    for r, said in ((rows, 0), (rows[:2], 1)):
+        file.write_text("".join(json.dumps(x) + "\n" for x in r))
+        assert report.report([file]).count("of the suite have no row here") == said
+        assert report.summary([file]).count("of the suite have no row here") == said
+
+
+def test_what_is_measured_later_is_compared_within_its_own_run(tmp_path):
+    """A peer that failed and was tried again: its ratio, and it over ours, are of the run that has them."""
+    first, second = (ABOUT | {"started": f"2030-01-02T0{hour}:00"} for hour in (1, 2))
+    failed = {"status": "failed", "seconds": None, "ratio": None}
+    early = [BARE, row(), PEER, row("Liger", "liger-kernel", **failed)]
+    late = [BARE | {"seconds": 3.8}, row(seconds=4.0), row("Liger", "liger-kernel", seconds=2.0, ratio=0.53)]
+    path = tmp_path / "2030-01-02-cpu.jsonl"
+    rows = [*(r | {"about": first} for r in early), *(r | {"about": second} for r in late)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = report.newest_rows([path])["cpu"]
+    assert [(r["contestant"], r["seconds"], r.get("again", False)) for r in found] == [
+        ("bare products", 1.9, False), ("asft_kernels torch", 2.0, False), ("fast peer", 1.5, False),
+        ("bare products", 3.8, True), ("asft_kernels torch", 4.0, True), ("Liger", 2.0, False),
+    ]  # fmt: skip
+    assert tables.peers_ahead(found) == [
+        "fast peer in time, frozen head (0.75 × ours)", "Liger in time, frozen head (0.50 × ours)"
+    ]  # fmt: skip
+    (line,) = [x for x in tables.peer_table(found) if "Liger" in x]
+    assert "**0.50**" in line
+    assert cells(tables.cost_table(found), "bare products, again")[2] == "3.80"
+    assert "| 1.02 |" in report.shape_table(found)[2]
+
+
+def test_who_is_gone_keeps_no_run_alive(tmp_path):
+    """A contestant that the package no longer has, or measures on request alone, does not hold old sources."""
+    later = ABOUT | {"commit": "def5678"}
+    path = tmp_path / "2030-01-02-cpu.jsonl"
+
+    def commits(*contestants):
+        old = [row(name, "torch") for name in contestants]
+        path.write_text("".join(json.dumps(r) + "\n" for r in [*old, row(seconds=1.0, about=later)]))
+        return {r["about"]["commit"] for r in report.newest_rows([path])["cpu"]}
+
+    assert commits("asft_kernels torch", "renamed peer") == {"def5678"}
+    assert commits("asft_kernels torch", "asft_kernels triton, tuned") == {"def5678"}
+    assert commits("asft_kernels torch", "plain torch") == {"abc1234"}
+
+
+def test_tiles_rounds_and_failed_checks_are_named(file):
+    tuned = row("asft_kernels triton, tuned", tile="tuned: 64x64x32 4 warps 3 stages", round_seconds=0.25)
+    assert tables.tiles(MAIN) == []
+    assert tables.tiles([*MAIN, tuned]) == ["Tiles: asft_kernels triton, tuned: tuned: 64x64x32 4 warps 3 stages."]
+    file.write_text(json.dumps(tuned | {"about": ABOUT | {"failed_checks": "parity"}}) + "\n")
+    text = report.report([file])
+    assert "Tiles: asft_kernels triton, tuned: tuned: 64x64x32" in text
+    assert "median of 7 rounds; in a round shorter calls are repeated for 0.25 s" in text
+    assert "**some after failed checks on this machine: parity**" in text
+    assert "repeated" not in tables.sources(MAIN)
+    assert "failed checks" not in tables.sources(MAIN)
+
+
+def test_beyond_plain_is_said_to_be_arithmetic(file):
+    """Whatever limit the run had."""
+    beyond = next(case for case in cpu_cases() if case.set == "beyond-plain")
+    assert 3 * 4 * beyond.M * beyond.V >= 24 * 2**30
+    file.write_text(json.dumps(row(set="beyond-plain", M=beyond.M, V=beyond.V, memory_limit=2**34)) + "\n")
+    text = report.report([file])
+    assert "By arithmetic, not measured" in text
+    assert "3 · 4 · M · V bytes, 24 GiB" in text
+    assert "may take 16.0 GiB" in text
+
+
 def test_slope_is_the_exponent():
     assert growth.log_slope([(n, 5e-9 * n**2) for n in (256, 512, 4096)]) == pytest.approx(2, abs=1e-9)
     assert growth.log_slope([(256, 1.0), (256, 2.0)]) is None
     assert (
-        cells(growth.growth_table(grown("growth-v", V=[8192, 32768]), "growth-v"), "asft_kernels torch")[-1] == "1.00"
+        cells(growth.growth_table(grown("growth-v", V=[8192, 32768]), "growth-v"), "asft_kernels torch")[-1]
+        == "1.00 (8192 to 32768)"
     )
 
 
@@ -151,7 +253,7 @@ def test_summary_stands_between_its_marks(file):
     assert "stale" not in once
     assert "| float32 | fast peer | – | **0.75** | – | 4.50 | 1 |" in once
     assert "4 pairs, float32 | – | 1.02 | – |" in once
-    assert "With a trainable head our time grows as N^1.00, V^1.00." in once
+    assert "With a trainable head our time grows as N^1.00 (N from 256 to 1024), V^1.00 (V from 8192 to 32768)." in once
     assert report.written(once, [file]) == once
 
 
@@ -198,7 +300,8 @@ def test_each_case_comes_from_the_newest_run_that_has_it_whole(tmp_path, monkeyp
     floor = ("cost", "floor", "2030-01-02-cpu.jsonl")
     assert [(r["kind"], r["set"], r["file"]) for r in rows] == [main, floor, other]
     later = ABOUT | {"commit": "def5678"}
-    write("2030-01-11-cpu", row(D=128, about=later), PEER, row(seconds=3.0, about=later), PEER | {"about": later})
+    peer = PEER | {"contestant": "plain torch"}
+    write("2030-01-11-cpu", row(D=128, about=later), peer, row(seconds=3.0, about=later), peer | {"about": later})
     rows = report.newest_rows(report.row_files())["cpu"]
     assert [(r["D"], r["seconds"], r["file"][:10]) for r in rows if r["set"] == "main"] == [
         (64, 3.0, "2030-01-11"),
