@@ -312,6 +312,14 @@ def test_the_state_of_lmpo_is_that_of_what_it_is_part_of(make):
     assert {buffer.device.type for buffer in holder.to("meta").buffers()} == {"meta"}
 
 
+def test_lmpo_compiled_updates_its_statistics():
+    plain, other = LMPO(), LMPO()
+    compiled = torch.compile(lambda sums: other(Logps(sums, LENGTHS)).loss, backend="aot_eager")
+    for scale in (1.0, 2.0):
+        assert same(compiled(SUMS * scale), plain(policy(SUMS * scale)).loss)
+    assert other.state_dict() == plain.state_dict()
+
+
 def test_statistics_of_lmpo_move_and_are_not_cast():
     objective = LMPO()
     objective(policy())

@@ -87,8 +87,9 @@ class LMPO(nn.Module, Objective):
         squares = sum_over_ranks(torch.where(counts, (values - mean).square(), 0).sum())
         std = (squares / (pairs - 1).clamp(min=1)).sqrt()
         weight = (1 - DECAY) * (pairs >= 2).to(self.running_mean)
-        self.running_mean.lerp_(mean.to(self.running_mean), weight)
-        self.running_std.lerp_(std.to(self.running_std), weight)
+        # Not lerp_: by a tensor it changes nothing under torch.compile (AOTAutograd in torch 2.13).
+        self.running_mean += weight * (mean - self.running_mean)
+        self.running_std += weight * (std - self.running_std)
         self.steps += pairs >= 2
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LMPO":
