@@ -91,8 +91,11 @@ def hidden_layout(hidden: Tensor) -> None:
 def hidden_size(hidden: Tensor, weight: Tensor) -> None:
     size = hidden.shape[-1]
     if size != weight.shape[1] and size == weight.shape[0]:
-        need = f"(V, {size}), the size of hidden last; transpose it with .t()"
-        _refuse("lm_head", f"a weight of shape {tuple(weight.shape)}", need)
+        need = (
+            f"the hidden states that go into the head, of size {weight.shape[1]}: these look like its logits; or, if "
+            f"your head is (D, V), transpose it with .t()"
+        )
+        _refuse("hidden", f"size {size} in its last dimension, with a head (V, D) of {tuple(weight.shape)}", need)
     if size != weight.shape[1]:
         need = f"{weight.shape[1]}, that of lm_head's weight"
         _refuse("hidden", f"size {size} in its last dimension", need)
@@ -176,7 +179,8 @@ def reference_logps(ref_logps: Tensor | None, like: int | Tensor, objective: str
     layout = f"{tuple(like.shape)} as fused_linear_logps returns" if per_token else f"({like},) or (K, {like})"
     if needed and ref_logps is None:
         what = "log-probabilities per token" if per_token else "sums of log-probabilities per row"
-        _refuse("ref_logps", None, f"{what}, {layout}: {objective} compares with a reference")
+        how = "fused_linear_logps of a frozen model" + ("" if per_token else ", summed over the last dimension")
+        _refuse("ref_logps", None, f"{what}, {layout}: {objective} compares with a reference; take {how}")
     if not needed and ref_logps is not None:
         need = f"None: {objective} has no reference; drop it, or choose another objective"
         _refuse("ref_logps", "a tensor", need)

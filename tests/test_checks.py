@@ -200,7 +200,8 @@ def partitioned():
         ((torch.randn(97, 24), 0.5), "lm_head bias: got float, need a tensor"),
         (
             torch.randn(24, 97),
-            "lm_head: got a weight of shape (24, 97), need (V, 24), the size of hidden last; transpose it with .t()",
+            "hidden: got size 24 in its last dimension, with a head (V, D) of (24, 97), need the hidden states that go "
+            "into the head, of size 97: these look like its logits; or, if your head is (D, V), transpose it with .t()",
         ),
         (nn.Linear(97, 24), "lm_head: got a weight of shape (24, 97), need (V, 24)"),
         (

@@ -576,11 +576,20 @@ def test_edits_from_a_file(tmp_path, capsys):
         ([{"line": 1}], "got line as a number, edited as null"),
         ([{"line": 0, "edited": "a"}], "got line 0 after 0, need numbers from 1 that rise"),
         ([{"line": 1, "edited": "a"}, {"line": 1, "edited": "b"}], "line 2: got line 1 after 1"),
+        # Beyond the input's end, too: what stands behind a number out of order would never be reached.
+        ([{"line": 9, "edited": "a"}, {"line": 2, "edited": "b"}], "line 2: got line 2 after 9, need numbers from 1"),
     ],
 )
 def test_edits_that_cannot_be_used(tmp_path, capsys, edits, text):
     path = write_lines(tmp_path / "edits.jsonl", edits)
     assert text in call(tmp_path, capsys, "bmc", [pair(0), pair(1)], "--edits", str(path), code=2)[1]
+
+
+def test_edits_beyond_the_input_are_named(tmp_path, capsys):
+    path = write_lines(tmp_path / "edits.jsonl", [{"line": i, "edited": f"better {i}"} for i in (1, 2, 3, 99)])
+    written, text = call(tmp_path, capsys, "bmc", [pair(0), pair(1)], "--edits", str(path))
+    assert len(written) == 2
+    assert "2 more, beyond the input's last pair (lines 3, 99)" in text
 
 
 def test_a_continued_run_of_edits(tmp_path, capsys, monkeypatch):

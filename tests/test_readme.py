@@ -62,6 +62,25 @@ def test_a_hugging_face_model_feeds_it():
     torch.testing.assert_close(names["loss"], plain, rtol=2e-5, atol=0)
 
 
+# peft 0.21 asks for a name that transformers 5.23 renamed; nothing of ours does
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_lora_adapter_trains(tmp_path, monkeypatch):
+    """Gradients at the adapters and nowhere else; the pairs are those that the page shows."""
+    for package in ("transformers", "datasets", "peft"):
+        pytest.importorskip(package, reason=f"needs the test extra: {package}")
+    from tiny_lm import tiny_model, tiny_tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    (shown,) = re.findall(r"```json\n(.*?)```", README.read_text(), re.S)
+    Path("pairs.jsonl").write_text(shown)
+    names = {"model": tiny_model(), "tokenizer": tiny_tokenizer(chat=True)}
+    exec(code(2), names)
+    assert len(names["pairs"]) == 2
+    trained = {name for name, p in names["preference"].named_parameters() if p.grad is not None}
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
 def test_the_worked_memory():
     N, V, D, MIB = 8192, 151936, 4096, 2**20
     plan = make_plan(N, V, D, exp_bytes=4, chunk_size=None, cache_bytes=0, device_type="cpu")

@@ -553,3 +553,15 @@ def _interrupting(step):
         return step(*args, **kwargs)
 
     return interrupted
+
+
+def test_help_shows_the_command_s_own_options_and_all_of_them_if_asked(capsys):
+    shown = []
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            main([option])
+        shown.append(capsys.readouterr().out)
+    assert all("--objective-args" in text and "--max-steps" in text for text in shown)
+    assert ["--label-smoothing-factor" in text for text in shown] == [False, True]
+    assert len(shown[0].splitlines()) < 150
+    assert "\nasft-train --model FOLDER" in shown[0]

@@ -40,7 +40,7 @@ def parse_pair(row: dict[str, Any]) -> Pair:
     """The pair that `row` holds in one of the four ways above. BadRow where it holds none."""
     for key in ("chosen", "rejected"):
         if key not in row:
-            raise BadRow(f"missing key '{key}'")
+            raise BadRow(f"missing key '{key}'", f"the row has {', '.join(row) or 'none'}")
     prompt = row.get("prompt")
     if "prompt" in row and not isinstance(prompt, str | list):
         raise BadRow("wrong type", f"prompt: got {json_type(prompt)}, need a string or a list of messages")

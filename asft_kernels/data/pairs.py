@@ -40,7 +40,8 @@ def _tokenize(
     prompt_text, chosen_text, rejected_text, templated = render_pair(pair, tokenizer)
     prompt = _encode(tokenizer, prompt_text, special=not templated)
     if len(prompt) > min(max_prompt_length, max_length - 1):
-        raise BadRow("prompt longer than the limit", f"{len(prompt)} tokens")
+        limits = f"max_prompt_length is {max_prompt_length}, max_length {max_length}"
+        raise BadRow("prompt longer than the limit", f"{len(prompt)} tokens, {limits}")
     if not prompt:
         raise BadRow(
             "prompt without a token",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from asft_kernels.data import BadRow, DataError, Pair, parse_pair
-from asft_kernels.data.rows import KINDS, RowFile, json_type, parse_row
+from asft_kernels.data.rows import KINDS, RowFile, json_type, line_numbers, parse_row
 from asft_kernels.data_commands.fields import Messages, whole
 from asft_kernels.data_commands.report import Report
 from asft_kernels.data_commands.stream import run_stream
@@ -72,8 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    edits: Edits
     if args.edits:
-        edits = edits_from_file(args.edits)
+        edits = FileEdits(args.edits)
     else:
         try:
             generator = TransformersGenerator.from_pretrained(args.model, batch_size=args.batch_size)
@@ -82,6 +83,8 @@ def run(args: argparse.Namespace) -> None:
         chat = bool(getattr(generator.tokenizer, "chat_template", None))
         edits = edits_by(GenerationEditor(generator, max_new_tokens=args.max_new_tokens, chat=chat))
     run_stream(args, lambda rows, report: bridged(rows, report, edits), batch_size=args.batch_size)
+    if isinstance(edits, FileEdits) and (beyond := edits.left()):
+        print(f"--edits: {args.edits} has {len(beyond)} more, beyond the input's last pair ({line_numbers(beyond)})")
 
 
 def bridged(
@@ -141,21 +144,33 @@ def edits_by(editor: Editor) -> Edits:
     return edits
 
 
-def edits_from_file(path: str) -> Edits:
-    """Edits by the line numbers of a file, which is read along with the input."""
-    rows = _edit_rows(path)
-    ahead: tuple[int, str] | None = next(rows, None)
+class FileEdits:
+    """Edits by the line numbers of a file, which is read along with the input.
 
-    def edits(asked: list[tuple[int, Pair]]) -> list[str | BadRow | None]:
-        nonlocal ahead
+    Raises DataError at once for a file with a wrong row anywhere, so it is read twice: a number out of order would
+    hide every edit behind it.
+    """
+
+    def __init__(self, path: str):
+        for _ in _edit_rows(path):
+            pass
+        self.rows = _edit_rows(path)
+        self.ahead = next(self.rows, None)
+        self.last = 0  # line of the input that was asked for
+
+    def __call__(self, asked: list[tuple[int, Pair]]) -> list[str | BadRow | None]:
         results: list[str | BadRow | None] = []
         for line, _ in asked:
-            while ahead and ahead[0] < line:
-                ahead = next(rows, None)
-            results.append(ahead[1] if ahead and ahead[0] == line else None)
+            while self.ahead and self.ahead[0] < line:
+                self.ahead = next(self.rows, None)
+            results.append(self.ahead[1] if self.ahead and self.ahead[0] == line else None)
+            self.last = line
         return results
 
-    return edits
+    def left(self) -> list[int]:
+        """Lines that have an edit and come after the last one asked for."""
+        lines = [] if self.ahead is None else [self.ahead[0]]
+        return [line for line in [*lines, *(line for line, _ in self.rows)] if line > self.last]
 
 
 def _edit_rows(path: str) -> Iterator[tuple[int, str]]:
@@ -172,7 +187,7 @@ def _edit_rows(path: str) -> Iterator[tuple[int, str]]:
                 "need a whole number (the line of the input) and a string"
             )
         if line <= last:
-            raise DataError(f"{where}: got line {line} after {last}, need numbers from 1 that rise")
+            raise DataError(f"{where}: got line {line} after {last}, need numbers from 1 that rise; sort the file")
         last = line
         yield line, edited
 

@@ -13,7 +13,7 @@ Messages = list[dict[str, str]]
 
 def field_of(row: dict[str, Any], name: str) -> Any:
     if name not in row:
-        raise BadRow(f"missing key '{name}'")
+        raise BadRow(f"missing key '{name}'", f"the row has {', '.join(row) or 'none'}")
     return row[name]
 
 

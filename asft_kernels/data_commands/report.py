@@ -46,7 +46,7 @@ class Report:
 def _add(tallies: dict[str, Tally], kind: str, line: int, count: int) -> None:
     tally = tallies.setdefault(kind, {"count": 0, "lines": []})
     tally["count"] += count
-    if len(tally["lines"]) <= LINES_SHOWN:
+    if len(tally["lines"]) <= LINES_SHOWN and line not in tally["lines"]:
         tally["lines"].append(line)
 
 

@@ -1,5 +1,6 @@
 """The losses, by name: one family, one file; one paper's loss, one frozen dataclass of its constants."""
 
+import difflib
 import inspect
 import re
 from collections.abc import Callable
@@ -60,9 +61,10 @@ def get_objective(name: str, **parameters) -> Objective:
             )
         return WeightedSum(tuple(_term(term) for term in re.split(r"(?<![\d.]e)\+", name)))  # but for that of 1e+3
     if name not in OBJECTIVES:
+        near = difflib.get_close_matches(name.lower(), OBJECTIVES, n=1)
         raise ValueError(
             f"objective: got {name!r}, need one of {', '.join(map(repr, OBJECTIVES))}, a sum such as "
-            "'asft + 0.1 sft', or an objective object"
+            "'asft + 0.1 sft', or an objective object" + (f"; did you mean {near[0]!r}?" if near else "")
         )
     known = list(inspect.signature(OBJECTIVES[name]).parameters)
     unknown = [key for key in parameters if key not in known]

@@ -1,14 +1,14 @@
 """SAPO, Self-Augmented Preference Optimization, arXiv 2405.20830: negatives that the model writes itself.
 
-python -m asft_kernels.sapo --model FOLDER --data chosen.jsonl --objective dpo --output-dir run
+    python -m asft_kernels.sapo --model FOLDER --data chosen.jsonl --objective dpo --output-dir run
 
 (Not Soft Adaptive Policy Optimization, arXiv 2511.20347, an RL loss that other projects call by this name.)
-segments -> negatives -> buffer, ema -> trainer -> run. Data: prompts and chosen answers; of pairs, these.
+Data: prompts and chosen answers; of pairs, these.
 """
 
+# segments -> negatives -> buffer, ema -> trainer -> run
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from asft_kernels.train import missing_extra
 
@@ -18,17 +18,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if problem := missing_extra():
         print(f"sapo: {problem}", file=sys.stderr)
         return 2
-    from transformers import HfArgumentParser
-
     from asft_kernels.data import DataError
     from asft_kernels.integrations.hf_model import UnsupportedHead
     from asft_kernels.integrations.loading import ModelProblem
     from asft_kernels.sapo.arguments import SapoArguments
     from asft_kernels.sapo.run import run
-    from asft_kernels.train.arguments import ArgumentProblem, RunArguments
+    from asft_kernels.train.arguments import ArgumentProblem
+    from asft_kernels.train.parser import training_parser
 
-    kinds: Any = [SapoArguments, RunArguments]
-    parser = HfArgumentParser(kinds, prog="python -m asft_kernels.sapo", description=__doc__)
+    parser = training_parser(SapoArguments, prog="python -m asft_kernels.sapo", description=__doc__)
     try:
         job, args = parser.parse_args_into_dataclasses(argv)
     except ValueError as error:

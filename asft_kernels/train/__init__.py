@@ -1,14 +1,12 @@
-"""`asft-train`: fine-tune a causal language model with ASFT on preference pairs.
+"""Fine-tune a causal language model on preference pairs, with ASFT or another objective.
 
 asft-train --model FOLDER --data pairs.jsonl --eval-every-nth 8 --output-dir run
-
-arguments -> run (data, head check, evaluation) -> trainer (transformers.Trainer) -> metrics, plot.
 """
 
+# parser, arguments -> run (data, head check, evaluation) -> trainer (transformers.Trainer) -> metrics, plot
 import importlib.util
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 NEEDED = ("transformers", "datasets", "accelerate", "matplotlib")
 
@@ -27,16 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if problem := missing_extra():
         print(f"asft-train: {problem}", file=sys.stderr)
         return 2
-    from transformers import HfArgumentParser
-
     from asft_kernels.data import DataError
     from asft_kernels.integrations.hf_model import UnsupportedHead
     from asft_kernels.integrations.loading import ModelProblem
-    from asft_kernels.train.arguments import ArgumentProblem, JobArguments, RunArguments
+    from asft_kernels.train.arguments import ArgumentProblem, JobArguments
+    from asft_kernels.train.parser import training_parser
     from asft_kernels.train.run import run
 
-    kinds: Any = [JobArguments, RunArguments]
-    parser = HfArgumentParser(kinds, prog="asft-train", description=__doc__)
+    parser = training_parser(JobArguments, prog="asft-train", description=__doc__)
     try:
         job, args = parser.parse_args_into_dataclasses(argv)
     except ValueError as error:  # ours, and those of TrainingArguments about devices and dtypes

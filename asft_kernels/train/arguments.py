@@ -105,7 +105,7 @@ class JobArguments:
         try:
             objective = get_objective(self.objective, **parameters)
         except (TypeError, ValueError) as error:
-            raise ArgumentProblem(f"--objective: {error}") from error
+            raise ArgumentProblem(f"--objective: {str(error).removeprefix('objective: ')}") from error
         self._can_train(objective)
         if isinstance(objective, ASFT) and objective.lam == objective.sft_weight == 0:
             raise ArgumentProblem("--lam, --sft-weight: both are 0, need one above 0: there is no loss")
