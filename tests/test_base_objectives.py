@@ -488,8 +488,8 @@ def test_a_sum_says_what_its_parts_need():
         (lambda: WeightedSum(((1.0, get_objective("bmc", base="dpo")),)), "weighted sum: got BMC, which weighs tokens"),
     ],
     ids=[
-        "name", "near name", "empty term", "number", "sign", "parameters", "parameters of one", "bmc", "two references", "no pair",
-        "bool", "nothing", "weight", "no object", "weighs tokens",
+        "name", "near name", "empty term", "number", "sign", "parameters", "parameters of one", "bmc", "two references",
+        "no pair", "bool", "nothing", "weight", "no object", "weighs tokens",
     ],
 )  # fmt: skip
 def test_impossible_sums(make, message):
