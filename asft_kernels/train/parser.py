@@ -29,8 +29,9 @@ class HelpAll(argparse.Action):
 
 def training_parser(job: Any, *, prog: str, description: str | None) -> HfArgumentParser:
     """job: a dataclass of the command's own arguments, all of which --help shows; the others are RunArguments."""
+    kinds: Any = [job, RunArguments]
     parser = HfArgumentParser(
-        [job, RunArguments], prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        kinds, prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="--help-all: also the other options of transformers.TrainingArguments, all of which it takes.",
     )  # fmt: skip
     shown = {"help", *USUAL, *(field.name for field in fields(job))}
