@@ -203,7 +203,7 @@ def partitioned():
             "hidden: got size 24 in its last dimension, with a head (V, D) of (24, 97), need the hidden states that go "
             "into the head, of size 97: these look like its logits; or, if your head is (D, V), transpose it with .t()",
         ),
-        (nn.Linear(97, 24), "hidden: got size 24 in its last dimension, with a head (V, D) of (24, 97), need the hidden states"),
+        (nn.Linear(97, 24), "hidden: got size 24 in its last dimension, with a head (V, D) of (24, 97)"),
         (
             (torch.randn(24, 97), torch.randn(97)),
             "lm_head: got a bias of shape (97,), need (24,), one entry a row of the weight (24, 97), which is",
