@@ -290,7 +290,7 @@ def test_several_attributes_and_ties(tmp_path, capsys):
     assert "answers scored by different attributes: 2 (lines 6, 7)" in text
     assert "score without a name: 1 (line 8)" in text
     assert "wrong type: 1 (line 9)" in text
-    assert "goals outside the stated 1 to 10, written as they are: 2 (lines 10, 10)" in text
+    assert "goals outside the stated 1 to 10, written as they are: 2 (line 10)" in text
     written, text = call(tmp_path, capsys, "rad", rows[3:5], "--keep-ties")
     assert len(written) == 2
     assert "kept ties: 1 (line 1)" in text

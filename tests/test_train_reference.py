@@ -194,7 +194,7 @@ def test_single_answers_on_pairs_see_pairs_that_count():
         (["--objective", "bmc"], "--objective: bmc: base: got None, need a name such as 'dpo'"),
         (["--objective", "dpo + poft"], "--objective: weighted sum: got DPO, whose ref_logps are sums and PoFT"),
         (["--objective", "mrpo", "--objective-args", "swap_weights=no"], "mrpo: swap_weights: got 'no', need True or"),
-        (["--objective", "nosuch"], "--objective: objective: got 'nosuch', need one of 'asft'"),
+        (["--objective", "nosuch"], "--objective: got 'nosuch', need one of 'asft'"),
         (["--objective", "dpo", "--objective-args", "beta"], "--objective-args: got 'beta', need NAME=VALUE"),
         (["--objective", "dpo", "--lam", "2"], "dpo: got the parameter 'lam', need one of beta, label_smoothing"),
         (["--ref-scores", "a.parquet"], "--ref-scores: got files, need none: asft has no reference"),
