@@ -589,7 +589,7 @@ def test_edits_beyond_the_input_are_named(tmp_path, capsys):
     path = write_lines(tmp_path / "edits.jsonl", [{"line": i, "edited": f"better {i}"} for i in (1, 2, 3, 99)])
     written, text = call(tmp_path, capsys, "bmc", [pair(0), pair(1)], "--edits", str(path))
     assert len(written) == 2
-    assert "2 more, beyond the input's last pair (lines 3, 99)" in text
+    assert "2 more, beyond the input's last row (lines 3, 99)" in text
 
 
 def test_a_continued_run_of_edits(tmp_path, capsys, monkeypatch):

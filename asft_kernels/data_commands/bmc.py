@@ -7,6 +7,7 @@ that name lines (of Parquet and Arrow: rows) of the input, in rising order. Writ
 """
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -82,9 +83,9 @@ def run(args: argparse.Namespace) -> None:
             raise DataError(str(error)) from error
         chat = bool(getattr(generator.tokenizer, "chat_template", None))
         edits = edits_by(GenerationEditor(generator, max_new_tokens=args.max_new_tokens, chat=chat))
-    run_stream(args, lambda rows, report: bridged(rows, report, edits), batch_size=args.batch_size)
-    if isinstance(edits, FileEdits) and (beyond := edits.left()):
-        print(f"--edits: {args.edits} has {len(beyond)} more, beyond the input's last pair ({line_numbers(beyond)})")
+    report = run_stream(args, lambda rows, report: bridged(rows, report, edits), batch_size=args.batch_size)
+    if isinstance(edits, FileEdits) and (beyond := edits.after(report.rows)):
+        print(f"--edits: {args.edits} has {len(beyond)} more, beyond the input's last row ({line_numbers(beyond)})")
 
 
 def bridged(
@@ -156,7 +157,6 @@ class FileEdits:
             pass
         self.rows = _edit_rows(path)
         self.ahead = next(self.rows, None)
-        self.last = 0  # line of the input that was asked for
 
     def __call__(self, asked: list[tuple[int, Pair]]) -> list[str | BadRow | None]:
         results: list[str | BadRow | None] = []
@@ -164,13 +164,12 @@ class FileEdits:
             while self.ahead and self.ahead[0] < line:
                 self.ahead = next(self.rows, None)
             results.append(self.ahead[1] if self.ahead and self.ahead[0] == line else None)
-            self.last = line
         return results
 
-    def left(self) -> list[int]:
-        """Lines that have an edit and come after the last one asked for."""
-        lines = [] if self.ahead is None else [self.ahead[0]]
-        return [line for line in [*lines, *(line for line, _ in self.rows)] if line > self.last]
+    def after(self, last: int) -> list[int]:
+        """Numbers above that of the input's last row which have an edit."""
+        unread = [] if self.ahead is None else [self.ahead]
+        return [line for line, _ in itertools.chain(unread, self.rows) if line > last]
 
 
 def _edit_rows(path: str) -> Iterator[tuple[int, str]]:
