@@ -14,7 +14,7 @@ from torch import Tensor
 
 from asft_kernels import fused_asft_loss, fused_linear_logps
 from asft_kernels.backends import exp_dtype
-from asft_kernels.backends.plan import make_plan
+from asft_kernels.backends.plan import make_plan, token_blocks
 from benchmarks.cases import FROZEN, NO_GRADIENT, TRAINABLE, Case, Inputs
 from benchmarks.losses import IGNORE, LOSSES
 
@@ -63,19 +63,21 @@ def bare_products(case: Case, inputs: Inputs) -> Result:
     keeps = case.work == TRAINABLE
     acc = torch.empty(case.N, case.D, device=case.device)
     wider: dict[str, Any] = {} if computed == acc.dtype else {"out_dtype": acc.dtype}
-    workspace = hidden.new_empty(0 if keeps else case.N, plan.chunk)
     wide = hidden.new_empty(plan.chunk if converts else 0, case.D)  # rows of W, then of dW
-    kept = []
-    for k, (start, stop) in enumerate(plan.slices):
-        rows = inputs.weight[start:stop]
-        if converts:
-            rows = wide[: stop - start].copy_(rows)
-        E = hidden.new_empty(case.N, stop - start) if keeps else workspace[:, : stop - start]
-        torch.mm(hidden, rows.T, out=E)
-        if case.work != NO_GRADIENT:
-            torch.addmm(acc, E, rows, beta=min(k, 1), out=acc, **wider)
-        if keeps:
-            kept.append(E)
+    blocks = token_blocks(case.N, case.device)
+    longest = max(block.stop - block.start for block in blocks)
+    kept = [hidden.new_empty(case.N, stop - start) for start, stop in plan.slices] if keeps else []
+    workspace = hidden.new_empty(0 if keeps else longest * plan.chunk)
+    for block in blocks:
+        H, own = hidden[block], acc[block]
+        for k, (start, stop) in enumerate(plan.slices):
+            rows = inputs.weight[start:stop]
+            if converts:
+                rows = wide[: stop - start].copy_(rows)
+            E = kept[k][block] if keeps else workspace[: len(H) * (stop - start)].view(len(H), -1)
+            torch.mm(H, rows.T, out=E)
+            if case.work != NO_GRADIENT:
+                torch.addmm(own, E, rows, beta=min(k, 1), out=own, **wider)
     if keeps:
         grad = torch.empty_like(inputs.weight)
         for (start, stop), E in zip(plan.slices, kept, strict=True):

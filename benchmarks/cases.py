@@ -35,7 +35,10 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement's shape. rounds: timed turns. contestants: display names, () for all that can take the case."""
+    """One measurement's shape. rounds: timed turns. contestants: display names, () for all that can take the case.
+
+    apart: each round has processes of its own, since where memory lies differs from one process to the next.
+    """
 
     set: str
     work: str
@@ -50,6 +53,7 @@ class Case:
     device: str = "cpu"
     rounds: int = 5
     contestants: tuple[str, ...] = ()
+    apart: bool = False
 
     def __post_init__(self):
         if self.M % (2 * self.pairs) or not 2 * self.pairs <= self.N <= self.M:
@@ -78,7 +82,7 @@ class Case:
     @property
     def same_inputs(self) -> "Case":
         """Equal for cases that share inputs and exact answers: those of other works and other sets."""
-        return replace(self, set="", model="", work=TRAINABLE, rounds=0, contestants=())
+        return replace(self, set="", model="", work=TRAINABLE, rounds=0, contestants=(), apart=False)
 
     def tiny(self) -> "Case":
         """A few tokens of it: for the first call, which imports and compiles."""
@@ -160,14 +164,17 @@ def cpu_cases() -> list[Case]:
 
 
 def floor_cases() -> list[Case]:
-    """How near our schedule comes to its own products: corners of N and V. Where both are large E exceeds the cache."""
+    """How near our schedule comes to its own products: corners of N and V, and a small model's own D.
+
+    Where N and V are both large E exceeds the cache; calls of many seconds need no processes of their own.
+    """
     shapes = [
-        (256, 32000, 1024, 5), (256, 262144, 1024, 3), (2048, 262144, 512, 3), (8192, 32000, 1024, 3),
-        (8192, 262144, 512, 2),
+        (256, 49152, 576, 5), (256, 32000, 1024, 5), (256, 262144, 1024, 3), (2048, 262144, 512, 2),
+        (8192, 32000, 1024, 3), (8192, 262144, 512, 2),
     ]  # fmt: skip
     contestants = (*OURS, "asft_kernels torch, all E kept")
     return [
-        Case("floor", work, N, N, D, V, rounds=rounds, contestants=contestants)
+        Case("floor", work, N, N, D, V, rounds=rounds, contestants=contestants, apart=N < 8192)
         for N, V, D, rounds in shapes
         for work in WORKS
     ]

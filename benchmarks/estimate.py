@@ -27,7 +27,9 @@ def seconds(
     price = LOGIT_SECONDS[case.device]
     product, logits = 2 * case.N * case.V * case.D / rate, case.N * case.V
     contestants = contestants_of(case) if contestants is None else contestants
-    together = fit_together(case, len(contestants), available_memory(case.device) if available is None else available)
+    together = not case.apart and fit_together(
+        case, len(contestants), available_memory(case.device) if available is None else available
+    )
     total = 3 * (4 * product + 2 * logits * price) + START_SECONDS
     for contestant in contestants:
         share = case.M / case.N if contestant.positions == "all" else 1

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from asft_kernels.backends.plan import default_cache_bytes, default_chunk
+from asft_kernels.backends.plan import default_cache_bytes, default_chunk, token_blocks
 from benchmarks.tables import MIB, OURS, Row, by_work, groups, in_style, markdown, once
 
 # What grows in each growth set.
@@ -98,9 +98,10 @@ def documented_bytes(row: Row) -> float | None:
     N, D, V = row["N"], row["D"], row["V"]
     itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}[row["dtype"]]
     chunk = min(default_chunk(N, D, exp_bytes=4, device_type="cpu"), V)
-    total = 16 * N * D + 2 * 4 * N * chunk + (0 if itemsize == 4 else 4 * chunk * D)  # upcast rows of W
+    block = max(b.stop - b.start for b in token_blocks(N, "cpu"))
+    total = 16 * N * D + 2 * 4 * block * chunk + (0 if itemsize == 4 else 4 * chunk * D)  # upcast rows of W
     if row["work"] != "no gradient":
         total += row["M"] * D * itemsize
     if row["work"] == "trainable head":
-        total += V * D * itemsize + min(4 * N * V, cache)
+        total += V * D * itemsize + min(4 * N * V, cache) + (4 * N * chunk if cache < 4 * N * V else 0)
     return total

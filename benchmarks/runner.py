@@ -114,7 +114,7 @@ def measure_case(case: Case, contestants: list[Contestant], prepared: Prepared, 
     """The rows of a case, but for what is the same in all rows of a run. limit: seconds that one call may take."""
     available = available_memory(case.device)
     memory_limit = min(MEMORY_LIMIT, int(0.8 * available)) if case.device == "cpu" else None
-    together = fit_together(case, len(contestants), available)
+    together = not case.apart and fit_together(case, len(contestants), available)
     entries = [Entry(contestant, facts={"memory_limit": memory_limit}) for contestant in contestants]
     try:
         folder = prepared.folder_of(case)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from asft_kernels import fused_asft_loss, fused_linear_logps, reference
+from asft_kernels.backends import plan
 from bounds import fp32_bound, relative_error, rounded_once
 from cases import IGNORE, Case, make_case
 
@@ -12,10 +13,12 @@ LOW = [torch.bfloat16, torch.float16]
 TORCH_FACTOR = 1.1
 
 
-@pytest.fixture(autouse=True, params=["on a CPU", "as on a GPU"])
-def _both_branches(request):
+@pytest.fixture(autouse=True, params=["on a CPU", "as on a GPU", "in blocks of tokens"])
+def _every_branch(request, monkeypatch):
     if request.param == "as on a GPU":
         request.getfixturevalue("as_on_a_gpu")
+    if request.param == "in blocks of tokens":
+        monkeypatch.setitem(plan.TOKEN_BLOCK, "cpu", 20)
 
 
 def plain_logps(case: Case, *, scale=1.0, softcap=None) -> torch.Tensor:
@@ -81,6 +84,16 @@ def test_fp32_large_vocabulary(peaked):
         strict=True,
     ):
         assert relative_error(got, right) <= fp32_bound(max_logit(case))
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 11])
+def test_few_tokens_and_many_chunks(tokens):
+    """The gradient to hidden is a sum over 297 chunks, and must not lose digits on the way."""
+    case = make_case(rows=1, T=tokens + 1, D=48, V=152_001, valid=1.0, spread=3.0)
+    exact = case.to(torch.float64)
+    (grad,) = torch.autograd.grad(fused_linear_logps(case.hidden, case.head, case.labels).sum(), case.hidden)
+    (truth,) = torch.autograd.grad(plain_logps(exact).sum(), exact.hidden)
+    assert relative_error(grad, truth) <= fp32_bound(max_logit(case))
 
 
 def test_confident_tokens_keep_their_bits():
@@ -161,6 +174,20 @@ def test_saturated_softcap(over):
     grads = torch.autograd.grad(mine.sum(), case.leaves)
     for got, right in zip(grads, torch.autograd.grad(truth.sum(), exact.leaves), strict=True):
         assert relative_error(got, right) <= bound
+
+
+def test_nan_of_one_token_leaves_the_others_exact():
+    """Another token's reference moves in the same chunk: a maximum over NaN must not hide that."""
+    case = make_case(rows=2, T=4, D=12, V=60)
+    hidden, weight = case.hidden.detach().clone(), case.weight.detach().clone()
+    labels = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 1]])
+    hidden[0, 1], weight[1], weight[50] = 0.0, 0.0, 0.0
+    hidden[0, 1, 0], weight[50, 0] = 10.0, 20.0  # entry 50 stands 200 above the label: exp overflows
+    hidden[1, 0] = torch.nan
+    logps = fused_linear_logps(hidden, weight, labels, chunk_size=20)
+    truth = plain_logps(Case(hidden.double(), weight.double(), None, labels))
+    assert logps[1, 0].isnan()
+    assert relative_error(logps[0], truth[0]) <= fp32_bound(200)
 
 
 @pytest.mark.parametrize("cache_bytes", [0, None])

@@ -223,9 +223,11 @@ class Noted:
     """In a worker's place: notes whom it asked for a time."""
 
     turns: ClassVar[list[str]] = []
+    processes: ClassVar[int] = 0
 
     def __init__(self, make, contestant, *args, **options):
         self.name = contestant.name
+        Noted.processes += 1
 
     def ask(self, step, *args, limit):
         if step == "time":
@@ -235,16 +237,34 @@ class Noted:
     def close(self, patience=0.0): ...
 
 
-def test_turns_go_back_and_forth(monkeypatch, tmp_path):
+@pytest.fixture
+def noted(monkeypatch, tmp_path):
+    """Inputs for measure_case, whose workers are of the class Noted."""
     monkeypatch.setattr("benchmarks.runner.Worker", Noted)
     monkeypatch.setattr("benchmarks.runner.gemm_rate", lambda device, dtype: 1e9)
     monkeypatch.setattr("benchmarks.runner.package_import_seconds", lambda module: 0.0)
     monkeypatch.setattr("benchmarks.runner.fit_together", lambda *args: True)
+    monkeypatch.setattr(Noted, "turns", [])
+    monkeypatch.setattr(Noted, "processes", 0)
     inputs: Any = Mock()
     inputs.folder_of.return_value = tmp_path
-    measure_case(replace(CASE, rounds=3), [named(f) for f in (right, raises, dies)], inputs)
+    return inputs
+
+
+def test_turns_go_back_and_forth(noted):
+    measure_case(replace(CASE, rounds=3), [named(f) for f in (right, raises, dies)], noted)
     there, back = ["right", "raises", "dies"], ["dies", "raises", "right"]
     assert Noted.turns == [*there, *back, *there]
+    assert Noted.processes == 3
+
+
+def test_rounds_apart_have_processes_of_their_own(noted):
+    """One for the check and one a round, whose first call is not counted."""
+    rows = measure_case(replace(CASE, rounds=3, apart=True), [named(f) for f in (right, raises)], noted)
+    assert Noted.processes == 2 * (1 + 3)
+    assert Noted.turns == ["right"] * 2 + ["raises"] * 4 + ["right"] * 4 + ["raises"] * 2
+    assert [row["rounds"] for row in rows] == [3, 3]
+    assert all(row["apart"] for row in rows)
 
 
 def takes_3_gib(case, inputs):

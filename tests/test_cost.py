@@ -193,8 +193,10 @@ def test_peak_memory_is_the_documented_formula(dtype, weight_grad, cache, softca
     MiB, itemsize = 2**20, getattr(torch, dtype).itemsize
     gradients = itemsize * (M * D + V * D * weight_grad)
     cached = 4 * N * V if weight_grad and cache else 0
-    chunks = 2 + 2 * (softcap is not None) + 2 * (dtype != "float32")
-    formula = gradients + cached + 16 * N * D + chunks * 4 * MiB
+    chunk = 4 * N * 512
+    chunks = 2 + 2 * (softcap is not None) + (weight_grad and not cached)
+    upcast = 4 * 512 * D * (dtype != "float32")
+    formula = gradients + cached + 16 * N * D + chunks * chunk + upcast
     arguments = json.dumps([N, M, D, V, dtype, weight_grad, cache, softcap])
     # Every block of 1 MiB or more goes back when freed: glibc would keep some, and count them as ours.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MiB)}

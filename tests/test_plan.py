@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asft_kernels.backends.plan import default_cache_bytes, default_chunk, make_plan, weight_slice
+from asft_kernels.backends.plan import default_cache_bytes, default_chunk, make_plan, token_blocks, weight_slice
 
 DEVICES = st.sampled_from(["cpu", "cuda"])
 
@@ -37,12 +37,26 @@ def test_a_cache_of_exactly_all_exponentials_keeps_them():
 
 @given(n=st.integers(1, 100_000), hidden_size=st.integers(1, 16384), device=DEVICES)
 def test_chunks_by_default(n, hidden_size, device):
-    """Multiples of 64 rows; E within CHUNK_BYTES unless the floor of rows is more."""
+    """Multiples of 64 rows; E and the rows of W within their bytes unless the floor of rows is more."""
     rows = default_chunk(n, hidden_size, exp_bytes=4, device_type=device)
-    budget, floor = {"cpu": (4 * 2**20, 512), "cuda": (256 * 2**20, 4096)}[device]
+    exps, weight, floor = {"cpu": (2**18, 2**21, 512), "cuda": (2**28, 2**29, 4096)}[device]
     assert rows % 64 == 0
     assert rows >= floor
-    assert rows == floor or (4 * n * rows <= budget and 4 * hidden_size * rows <= 2 * budget)
+    assert rows == floor or (4 * n * rows <= exps and 4 * hidden_size * rows <= weight)
+    wider = rows + 64
+    assert 4 * n * wider > exps or 4 * hidden_size * wider > weight, "a wider chunk would have fitted"
+
+
+@given(n=st.integers(0, 100_000), device=DEVICES)
+def test_blocks_of_tokens(n, device):
+    """Every token once, in order, in runs that differ by one token at most; on a GPU in one run."""
+    blocks = token_blocks(n, device)
+    assert [b.start for b in blocks] == [0, *(b.stop for b in blocks[:-1])]
+    assert blocks[-1].stop == n
+    lengths = {b.stop - b.start for b in blocks}
+    assert max(lengths) - min(lengths) <= 1
+    assert max(lengths) <= (1024 if device == "cpu" else n)
+    assert len(blocks) == (max(1, -(-n // 1024)) if device == "cpu" else 1)
 
 
 @given(chunk=st.integers(1, 40_000), hidden_size=st.sampled_from([64, 576, 2560, 3072, 3584, 4096, 5120, 8192, 2**20]))

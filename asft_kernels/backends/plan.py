@@ -1,4 +1,4 @@
-"""How the vocabulary is cut into chunks, and how many of them keep their exponentials. Integers only."""
+"""How vocabulary and tokens are cut, and how many chunks keep their exponentials. Integers only."""
 
 from dataclasses import dataclass
 
@@ -6,11 +6,13 @@ MIB = 2**20
 # Bytes of E that are kept unless the caller says otherwise. Constants, never "what happens to be free": results must
 # repeat. On a GPU 8192 tokens of a vocabulary of 151,936 fit in bf16.
 CACHE_BYTES, CACHE_BYTES_GPU = {"cpu": 1024 * MIB}, 2560 * MIB
-# Bytes of one chunk of E. On a CPU smaller ones cost GEMM speed, larger ones stay in no cache (docs/algorithm.md).
-CHUNK_BYTES, CHUNK_BYTES_GPU = {"cpu": 4 * MIB}, 256 * MIB
+# Bytes of a chunk of E, and of its rows of W in fp32. On a CPU a core's own cache should hold them (docs/algorithm.md).
+CHUNK_BYTES, CHUNK_BYTES_GPU = {"cpu": MIB // 4}, 256 * MIB
+WEIGHT_BYTES, WEIGHT_BYTES_GPU = {"cpu": 2 * MIB}, 512 * MIB
 # Below this many vocabulary rows a chunk costs more in passes over the (N, D) accumulator than it saves.
 MIN_CHUNK, MIN_CHUNK_GPU = {"cpu": 512}, 4096
 TYPICAL_TOKENS, TYPICAL_TOKENS_GPU = {"cpu": 1024}, 8192  # stand for N where a trace must not depend on it
+TOKEN_BLOCK = {"cpu": 1024}  # tokens that walk over the vocabulary together: their E and O stay in the caches
 SLICE_BYTES = 32 * MIB  # of dW in fp32, before it is rounded
 MULTIPLE = 64
 
@@ -63,13 +65,20 @@ def default_cache_bytes(device_type: str) -> int:
 
 
 def default_chunk(n_tokens: int, hidden_size: int, *, exp_bytes: int, device_type: str) -> int:
-    """Vocabulary rows for which a chunk's E stays within CHUNK_BYTES and its (rows, D) of W in fp32 within twice that.
+    """Vocabulary rows for which a chunk's E stays within CHUNK_BYTES and its rows of W in fp32 within WEIGHT_BYTES.
 
-    Never below MIN_CHUNK: from N = CHUNK_BYTES / (exp_bytes * MIN_CHUNK) on a chunk of E grows with N.
+    Never below MIN_CHUNK, which on a CPU it is from N = 128 on.
     """
-    budget = CHUNK_BYTES.get(device_type, CHUNK_BYTES_GPU)
-    fit = min(budget // (exp_bytes * max(n_tokens, 1)), 2 * budget // (4 * hidden_size))
-    return max(fit // MULTIPLE * MULTIPLE, MIN_CHUNK.get(device_type, MIN_CHUNK_GPU))
+    E = CHUNK_BYTES.get(device_type, CHUNK_BYTES_GPU) // (exp_bytes * max(n_tokens, 1))
+    W = WEIGHT_BYTES.get(device_type, WEIGHT_BYTES_GPU) // (4 * hidden_size)
+    return max(min(E, W) // MULTIPLE * MULTIPLE, MIN_CHUNK.get(device_type, MIN_CHUNK_GPU))
+
+
+def token_blocks(n_tokens: int, device_type: str) -> list[slice]:
+    """The tokens in runs of nearly one length, at most TOKEN_BLOCK; in one, which may be empty, where there is none."""
+    blocks = max(1, -(-n_tokens // TOKEN_BLOCK.get(device_type, max(n_tokens, 1))))
+    ends = [n_tokens * block // blocks for block in range(blocks + 1)]
+    return [slice(*ends[block : block + 2]) for block in range(blocks)]
 
 
 def weight_slice(chunk: int, hidden_size: int) -> int:

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from asft_kernels.backends import Logits, Saved
-from asft_kernels.backends.plan import Plan
+from asft_kernels.backends.plan import Plan, token_blocks
 
 LN2 = math.log(2.0)
 MOVE = 30.0 / LN2  # exp(30) = 1e13: room for 1e25 such entries in fp32, and 13 digits below the reference
+FEW = 16  # tokens: for less, BLAS adds a chunk's entries to O one by one, and O loses a digit over many chunks
 ROOM = math.exp(30.0)  # a chunk's sum passes it before a logit passes MOVE
 
 
@@ -44,26 +45,40 @@ def forward(
     needs_exps: bool,
 ) -> Saved:
     H = _rows(hidden, rows)
-    z_y, label_slope = _label_logits(H, weight, bias, labels, logits)
+    acc = H.new_empty(H.shape if needs_acc else 0)
+    exps = [H.new_empty(len(H), stop - start) for start, stop in plan.slices[: plan.cached if needs_exps else 0]]
+    head = _Head(weight, bias, logits, plan, H)
+    workspace = H.new_empty(head.block_size * plan.chunk if len(exps) < len(plan.slices) else 0)
+    blocks = [
+        _forward_block(head, H[b], labels[b], acc[b], [E[b] for E in exps], workspace, needs_acc=needs_acc)
+        for b in head.blocks
+    ]
+    logps, one_minus_p, inv_total, ref = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return Saved(logps, one_minus_p, inv_total, ref, acc, exps)
+
+
+def _forward_block(
+    head: "_Head", H: Tensor, labels: Tensor, acc: Tensor, exps: list[Tensor], workspace: Tensor, *, needs_acc: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logps, one_minus_p, inv_total and ref of a block of tokens; writes its rows of acc and of the cached chunks."""
+    z_y, label_slope = head.label_logits(H, labels)
     ref = torch.where(z_y == -torch.inf, 0, z_y)
+    minus_ref = -ref[:, None]
     limit = torch.where(z_y == -torch.inf, -torch.inf, MOVE)  # how far above ref a logit may be
     # Where Python may look, a chunk is taken to have no logit far above r, and computed again if it had one.
-    hopeful = looking_is_free(z_y) and not bool((z_y == -torch.inf).any())
+    hopeful = looking_is_free(z_y) and bool(len(z_y)) and not bool((z_y == -torch.inf).any())
     others = torch.zeros_like(z_y)
-    acc = H.new_empty(H.shape if needs_acc else 0)
-    cached = plan.cached if needs_exps else 0
-    exps: list[Tensor] = []
     refs: list[Tensor] = []
-    chunks = _Chunks(H, weight, bias, logits, plan, cached)
-    label_entries = _LabelEntries(labels, plan)
+    label_entries = _LabelEntries(labels, head.plan)
 
-    for k in range(len(plan.slices)):
-        weight_k, z, slope = chunks.logits(k, ref)
+    for k, (start, stop) in enumerate(head.slices):
+        z = exps[k] if k < len(exps) else _view(workspace, len(H), stop - start)
+        weight_k, slope = head.logits(H, k, minus_ref, out=z)
         label_entries.set(z, k, -torch.inf)
         sums = z.exp2_().sum(dim=1) if hopeful else None  # a pass over E less: a sum says if a logit was too high
-        if sums is None or bool((sums > ROOM).any()):
+        if sums is None or not sums.max().item() <= ROOM:  # NaN of one token must not hide another's
             if hopeful:
-                weight_k, z, slope = chunks.logits(k, ref)
+                weight_k, slope = head.logits(H, k, minus_ref, out=z)
                 label_entries.set(z, k, -torch.inf)
             highest = z.amax(dim=1)
             moves = highest > limit
@@ -76,27 +91,27 @@ def forward(
             others.mul_(shrink)
             if needs_acc and k:
                 acc.mul_(shrink[:, None])
-            ref = moved
+            ref, minus_ref = moved, -moved[:, None]
             sums = z.exp2_().sum(dim=1)
         E = z
         others.add_(sums)
         if slope is not None:
             E.mul_(slope)
-        if needs_acc:
+        if needs_acc and k and len(H) < FEW:
+            acc.add_(E @ weight_k)
+        elif needs_acc:
             torch.addmm(acc, E, weight_k, beta=min(k, 1), out=acc)  # beta 0 does not read acc
-        if k < cached:
-            exps.append(E)
-            refs.append(ref)
+        refs.append(ref)
 
     total = others + torch.exp2(z_y - ref)
     x = (ref - z_y + others.log2()) * LN2
     logps = -(x.clamp(min=0) + torch.exp(-x.abs()).log1p())  # -softplus(x), exact at both ends
     label_entry = -others if label_slope is None else -others * label_slope
-    for k, (E, written_at) in enumerate(zip(exps, refs, strict=True)):
-        if not _known_equal(written_at, ref):
-            E.mul_(torch.exp2(written_at - ref)[:, None])
+    for k, E in enumerate(exps):
+        if refs[k] is not ref:
+            E.mul_(torch.exp2(refs[k] - ref)[:, None])
         label_entries.set(E, k, label_entry)
-    return Saved(logps, others / total, total.reciprocal(), ref, acc, exps)
+    return logps, others / total, total.reciprocal(), ref
 
 
 def backward(
@@ -115,9 +130,10 @@ def backward(
     needs_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     H = _rows(hidden, rows)
+    head = _Head(weight, bias, logits, plan, H)
     not_p = saved.one_minus_p
     if logits.softcap is not None:
-        _, label_slope = _label_logits(H, weight, bias, labels, logits)
+        _, label_slope = head.label_logits(H, labels)
         not_p = not_p if label_slope is None else not_p * label_slope
     g = logits.scale * grad_logps.to(H.dtype)
     coef = g * saved.inv_total
@@ -136,21 +152,24 @@ def backward(
     grad_bias = torch.empty_like(bias) if needs_bias and bias is not None else None
     scaled = H * -coef[:, None] if needs_weight else H
     rounds = needs_weight and weight.dtype != H.dtype
-    chunks = _Chunks(H, weight, bias, logits, plan, len(saved.exps))
+    workspace = H.new_empty(len(H) * plan.chunk if len(saved.exps) < len(plan.slices) else 0)
     label_entries = _LabelEntries(labels, plan)
     label_entry = -not_p / saved.inv_total
+    minus_ref = -saved.ref[:, None]
     for k, (start, stop) in enumerate(plan.slices):
         if k < len(saved.exps):
             E = saved.exps[k]
         else:
-            _, z, slope = chunks.logits(k, saved.ref)
-            E = z.exp2_()
-            if slope is not None:
-                E.mul_(slope)
+            E = _view(workspace, len(H), stop - start)
+            for b in head.blocks:
+                _, slope = head.logits(H[b], k, minus_ref[b], out=E[b])
+                E[b].exp2_()
+                if slope is not None:
+                    E[b].mul_(slope)
             label_entries.set(E, k, label_entry)
         if grad_weight is not None:
             # E is done with the chunk's upcast rows: their buffer takes the product.
-            grad_k = torch.mm(E.T, scaled, out=chunks.upcast[: stop - start] if rounds else grad_weight[start:stop])
+            grad_k = torch.mm(E.T, scaled, out=head.upcast[: stop - start] if rounds else grad_weight[start:stop])
             if rounds:
                 grad_weight[start:stop] = grad_k  # the one rounding
         if grad_bias is not None:
@@ -159,35 +178,49 @@ def backward(
     return grad_hidden, grad_weight, grad_bias
 
 
-class _Chunks:
-    """Logits of one vocabulary chunk after another, in buffers that live for one phase."""
+class _Head:
+    """Logits of a block of tokens in one vocabulary chunk, with buffers that live for one phase."""
 
-    def __init__(self, H: Tensor, weight: Tensor, bias: Tensor | None, logits: Logits, plan: Plan, cached: int) -> None:
-        self.H, self.weight, self.bias, self.transform = H, weight, bias, logits
-        self.slices, self.cached = plan.slices, cached
-        self.workspace = H.new_empty(len(H) * plan.chunk if cached < len(self.slices) else 0)
-        self.slope = H.new_empty(len(H) * plan.chunk if logits.softcap is not None else 0)
+    def __init__(self, weight: Tensor, bias: Tensor | None, logits: Logits, plan: Plan, H: Tensor) -> None:
+        self.weight, self.bias, self.transform = weight, bias, logits
+        self.plan, self.slices = plan, plan.slices
+        self.blocks = token_blocks(len(H), H.device.type)
+        self.block_size = max(b.stop - b.start for b in self.blocks)
+        self.slope = H.new_empty(self.block_size * plan.chunk if logits.softcap is not None else 0)
         self.upcast = H.new_empty(plan.chunk if weight.dtype != H.dtype else 0, H.shape[1])
 
-    def logits(self, k: int, ref: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(W_k (rows, D), z - ref (N, rows), c (N, rows) or None): z is fresh memory for the chunks that are cached."""
+    def logits(self, H: Tensor, k: int, minus_ref: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        """out (n, rows) becomes z - ref; returns (W_k (rows, D), c (n, rows) or None). H (n, D), minus_ref (n, 1)."""
         start, stop = self.slices[k]
-        shape = len(self.H), stop - start
         weight_k = self.weight[start:stop]
-        if weight_k.dtype != self.H.dtype:
+        if weight_k.dtype != H.dtype:
             weight_k = self.upcast[: stop - start].copy_(weight_k)
-        z = self.H.new_empty(shape) if k < self.cached else self.workspace[: math.prod(shape)].view(shape)
         factor = _product_factor(self.transform)
-        bias_k = None if self.bias is None else self.bias[start:stop].to(z.dtype) * factor
+        bias_k = None if self.bias is None else self.bias[start:stop].to(out.dtype) * factor
         if self.transform.softcap is None:
-            z.copy_(-ref[:, None]) if bias_k is None else torch.sub(bias_k, ref[:, None], out=z)
-            torch.addmm(z, self.H, weight_k.T, alpha=factor, out=z)
-            return weight_k, z, None
+            out.copy_(minus_ref) if bias_k is None else torch.add(bias_k, minus_ref, out=out)
+            torch.addmm(out, H, weight_k.T, alpha=factor, out=out)
+            return weight_k, None
         if bias_k is not None:
-            z.copy_(bias_k)
-        torch.addmm(z, self.H, weight_k.T, beta=bias_k is not None, alpha=factor, out=z)  # beta 0 does not read z
-        slope = _cap(z, self.transform.softcap, self.slope[: math.prod(shape)].view(shape))
-        return weight_k, z.sub_(ref[:, None]), slope
+            out.copy_(bias_k)
+        torch.addmm(out, H, weight_k.T, beta=bias_k is not None, alpha=factor, out=out)  # beta 0 does not read out
+        slope = _cap(out, self.transform.softcap, _view(self.slope, *out.shape))
+        out.add_(minus_ref)
+        return weight_k, slope
+
+    def label_logits(self, H: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(z_y, c_y or None without a softcap), (n,)."""
+        z = torch.linalg.vecdot(H, self.weight.index_select(0, labels).to(H.dtype))
+        if self.bias is not None:
+            z += self.bias.index_select(0, labels)
+        z *= _product_factor(self.transform)
+        softcap = self.transform.softcap
+        return z, None if softcap is None else _cap(z, softcap, torch.empty_like(z))
+
+
+def _view(buffer: Tensor, *shape: int) -> Tensor:
+    """The beginning of a flat buffer in a shape."""
+    return buffer[: math.prod(shape)].view(shape)
 
 
 def looking_is_free(x: Tensor) -> bool:
@@ -195,25 +228,10 @@ def looking_is_free(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _known_equal(a: Tensor, b: Tensor) -> bool:
-    return looking_is_free(a) and torch.equal(a, b)
-
-
 def _rows(hidden: Tensor, rows: Tensor) -> Tensor:
     """The valid rows, in the dtype that everything is computed in."""
     H = hidden.index_select(0, rows)
     return H if H.dtype == torch.float64 else H.float()
-
-
-def _label_logits(
-    H: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logits: Logits
-) -> tuple[Tensor, Tensor | None]:
-    """(z_y, c_y or None without a softcap)."""
-    z = torch.linalg.vecdot(H, weight.index_select(0, labels).to(H.dtype))
-    if bias is not None:
-        z += bias.index_select(0, labels)
-    z *= _product_factor(logits)
-    return z, None if logits.softcap is None else _cap(z, logits.softcap, torch.empty_like(z))
 
 
 def _product_factor(logits: Logits) -> float:
@@ -235,26 +253,32 @@ def _cap(u: Tensor, softcap: float, slope: Tensor) -> Tensor:
 class _LabelEntries:
     """The entries (t, y_t) of one vocabulary chunk after another.
 
-    On a CPU the labels are sorted once and each chunk touches its own. On a GPU their number in a chunk would
-    have to be read back: there each chunk goes over all tokens, and writes what stood there for the others.
+    On a CPU the labels are grouped by chunk once and each chunk touches its own. On a GPU their number in a chunk
+    would have to be read back: there each chunk goes over all tokens, and writes what stood there for the others.
     """
 
     def __init__(self, labels: Tensor, plan: Plan) -> None:
         self.labels, self.slices = labels, plan.slices
-        self.bounds: list[int] | None = None
+        self.groups: list[tuple[Tensor, Tensor]] | None = None  # of each chunk: tokens, and their places in flat E
         if looking_is_free(labels):
-            sorted_labels, self.tokens = labels.sort()
-            ends = torch.tensor([stop for _, stop in plan.slices])
-            self.bounds = [0, *torch.searchsorted(sorted_labels, ends).tolist()]
+            of_chunk = labels // plan.chunk
+            start = of_chunk * plan.chunk
+            width = (plan.vocab - start).clamp_(max=plan.chunk)
+            places = torch.arange(len(labels)).mul_(width).add_(labels - start)
+            counts = of_chunk.bincount(minlength=len(plan.slices)).tolist()
+            tokens = labels.argsort()
+            self.groups = list(zip(tokens.split(counts), places[tokens].split(counts), strict=True))
 
     def set(self, E: Tensor, k: int, value: float | Tensor) -> None:
-        """E[t, y_t - start] = value, or value[t], for the labels inside chunk k. E (N, rows)."""
-        start, stop = self.slices[k]
-        if self.bounds is not None:
-            tokens = self.tokens[self.bounds[k] : self.bounds[k + 1]]
-            own = value[tokens] if isinstance(value, Tensor) else E.new_full((), value)
-            E.index_put_((tokens, self.labels[tokens] - start), own)
+        """E[t, y_t - start] = value, or value[t], for the labels inside chunk k. E (N, rows), contiguous."""
+        if self.groups is not None:
+            tokens, places = self.groups[k]
+            if isinstance(value, Tensor):
+                E.view(-1).index_copy_(0, places, value[tokens])
+            else:
+                E.view(-1).index_fill_(0, places, value)
             return
+        start, stop = self.slices[k]
         column = (self.labels - start).clamp_(0, stop - start - 1)[:, None]
         inside = (self.labels >= start) & (self.labels < stop)
         own = E.gather(1, column)[:, 0]
