@@ -32,8 +32,9 @@ from benchmarks.worker import EXACT, Contender, Worker, WorkerFailed
 
 PAIRS = (1, 8, 64)
 LOSSES = {"asft": PAIRS, "simpo": PAIRS, "dpo": (8,), "orpo": (8,)}
-# Not at the most pairs: the one is plain torch on fewer positions, the other takes dozens of times as long.
-FEW_PAIRS = ("torch F.linear_cross_entropy", "torch F.linear_cross_entropy, chunked")
+# Contestants that answer up to so many pairs: the one is plain torch on fewer positions, the other takes dozens of
+# times as long as the rest.
+MOST_PAIRS = {"torch F.linear_cross_entropy": 8, "torch F.linear_cross_entropy, chunked": 1}
 PROMPT, RESPONSE = 4, 16  # positions of a row at most: what comes before a response matters little, its length costs
 
 
@@ -107,7 +108,7 @@ def answering(case: Case) -> list[Contestant]:
     """On ASFT all that answer, but for other settings of ours; else Liger-Kernel, and ours beside it."""
     same = ("asft_kernels torch, ", "asft_kernels triton, ")
     answer = [c for c in contestants_of(case) if c.checked and not c.name.startswith(same)]
-    answer = [c for c in answer if case.pairs < PAIRS[-1] or c.name not in FEW_PAIRS]
+    answer = [c for c in answer if case.pairs <= MOST_PAIRS.get(c.name, PAIRS[-1])]
     return [c for c in answer if case.loss == "asft" or c.name.startswith(("Liger-Kernel", "asft_kernels"))]
 
 

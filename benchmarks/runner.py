@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
@@ -115,6 +115,7 @@ def measure_case(case: Case, contestants: list[Contestant], prepared: Prepared, 
     available = available_memory(case.device)
     memory_limit = min(MEMORY_LIMIT, int(0.8 * available)) if case.device == "cpu" else None
     together = not case.apart and fit_together(case, len(contestants), available)
+    case = replace(case, apart=not together)
     entries = [Entry(contestant, facts={"memory_limit": memory_limit}) for contestant in contestants]
     try:
         folder = prepared.folder_of(case)

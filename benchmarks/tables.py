@@ -55,8 +55,9 @@ def sources(rows: list[Row], folder: str = "") -> str:
     ]
     rounds = sorted({r["rounds"] for r in rows if r.get("rounds")})
     if rounds:
-        apart = ", each in processes of its own" if all(r.get("apart") for r in rows) else ""
-        parts.append(f"median of {' to '.join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))} rounds{apart}")
+        apart = [bool(r.get("apart")) for r in rows if r.get("rounds")]
+        how = f", {'each' if all(apart) else 'in some sets each'} in processes of its own" if any(apart) else ""
+        parts.append(f"median of {' to '.join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))} rounds{how}")
     repeated = sorted({r["round_seconds"] for r in rows if r.get("round_seconds")})
     if repeated:
         parts.append(f"in a round shorter calls are repeated for {', '.join(f'{x:g}' for x in repeated)} s")

@@ -18,7 +18,7 @@ def _every_branch(request, monkeypatch):
     if request.param == "as on a GPU":
         request.getfixturevalue("as_on_a_gpu")
     if request.param == "in blocks of tokens":
-        monkeypatch.setitem(plan.TOKEN_BLOCK, "cpu", 20)
+        monkeypatch.setitem(plan.TOKEN_BLOCK, "cpu", 5)
 
 
 def plain_logps(case: Case, *, scale=1.0, softcap=None) -> torch.Tensor:
@@ -86,12 +86,17 @@ def test_fp32_large_vocabulary(peaked):
         assert relative_error(got, right) <= fp32_bound(max_logit(case))
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 11])
+@pytest.mark.parametrize("tokens", [1, 3, 7, 11])
 def test_few_tokens_and_many_chunks(tokens):
-    """The gradient to hidden is a sum over 297 chunks, and must not lose digits on the way."""
+    """The gradient to hidden is a sum over 297 chunks, and must not lose digits on the way.
+
+    Which numbers of tokens would, depends on the BLAS and its threads; 1 and 3 do with any number of them.
+    """
     case = make_case(rows=1, T=tokens + 1, D=48, V=152_001, valid=1.0, spread=3.0)
     exact = case.to(torch.float64)
-    (grad,) = torch.autograd.grad(fused_linear_logps(case.hidden, case.head, case.labels).sum(), case.hidden)
+    (grad,) = torch.autograd.grad(
+        fused_linear_logps(case.hidden, case.head, case.labels, chunk_size=512).sum(), case.hidden
+    )
     (truth,) = torch.autograd.grad(plain_logps(exact).sum(), exact.hidden)
     assert relative_error(grad, truth) <= fp32_bound(max_logit(case))
 
@@ -213,7 +218,11 @@ def test_vocabulary_entries_switched_off(cache_bytes):
     assert not logps.isnan().any()
 
 
-@pytest.mark.parametrize("levels", [(-300.0, -300.0, -300.0), (-300.0, 50.0, 0.0), (40.0, -300.0, 50.0)], ids=str)
+LOW_FIRST, HIGH_SECOND, UP_AND_DOWN = (-300.0, -300.0, -300.0), (-300.0, 50.0, 0.0), (40.0, -300.0, 50.0)
+NOTHING_FIRST = (-torch.inf, -300.0, -300.0)
+
+
+@pytest.mark.parametrize("levels", [LOW_FIRST, HIGH_SECOND, UP_AND_DOWN, NOTHING_FIRST], ids=str)
 @pytest.mark.parametrize("cache_bytes", [0, None])
 def test_impossible_labels(levels, cache_bytes):
     """A label of logit -inf lends no reference: the first chunks' own logits do, however low they lie."""

@@ -152,7 +152,7 @@ MEASURE = """
 import json, sys, torch
 from asft_kernels import fused_asft_loss
 
-N, M, D, V, dtype, weight_grad, cache, softcap = json.loads(sys.argv[1])
+N, M, D, V, dtype, weight_grad, cache, softcap, bias = json.loads(sys.argv[1])
 dtype = getattr(torch, dtype)
 def inputs(N, M, D, V):
     hidden = torch.randn(4, M // 4, D).to(dtype).requires_grad_()
@@ -161,7 +161,8 @@ def inputs(N, M, D, V):
     labels[:: M // N] = torch.randint(V, (N,))
     return hidden, weight, labels.view(4, -1)
 def run(hidden, weight, labels):
-    fused_asft_loss(hidden, weight, labels, shift=False, cache_bytes=cache, softcap=softcap).backward()
+    head = (weight, torch.zeros(len(weight), dtype=dtype, requires_grad=True)) if bias else weight
+    fused_asft_loss(hidden, head, labels, shift=False, cache_bytes=cache, softcap=softcap).backward()
 run(*inputs(8, 16, 8, 64))  # imports and first-call work are not the call's memory
 def resident(field):
     with open("/proc/self/status") as f:
@@ -175,29 +176,36 @@ print(json.dumps(resident("VmHWM") - before))
 """
 
 
+SMALL, LONG = (512, 1024, 1024, 16000), (8192, 8192, 64, 4000)  # N, M, D, V
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 @pytest.mark.parametrize(
-    ("dtype", "weight_grad", "cache", "softcap"),
+    ("shape", "dtype", "weight_grad", "cache", "softcap", "bias"),
     [
-        ("float32", False, 0, None),
-        ("float32", True, 0, None),
-        ("float32", True, 2**30, None),
-        ("float32", True, 0, 30.0),
-        ("bfloat16", False, 0, None),
-        ("bfloat16", True, 0, None),
+        (SMALL, "float32", False, 0, None, False),
+        (SMALL, "float32", True, 0, None, False),
+        (SMALL, "float32", True, 2**30, None, False),
+        (SMALL, "float32", True, 0, 30.0, False),
+        (SMALL, "bfloat16", False, 0, None, False),
+        (SMALL, "bfloat16", True, 0, None, False),
+        (LONG, "float32", False, 0, None, False),
+        (LONG, "float32", False, 0, 30.0, False),
+        (LONG, "float32", True, 0, None, True),
+        (LONG, "float32", True, 2**30, None, True),
     ],
 )
-def test_peak_memory_is_the_documented_formula(dtype, weight_grad, cache, softcap):
+def test_peak_memory_is_the_documented_formula(shape, dtype, weight_grad, cache, softcap, bias):
     """docs/algorithm.md, section Memory, measured in a fresh process."""
-    N, M, D, V = 512, 1024, 1024, 16000
+    N, M, D, V = shape
     MiB, itemsize = 2**20, getattr(torch, dtype).itemsize
     gradients = itemsize * (M * D + V * D * weight_grad)
     cached = 4 * N * V if weight_grad and cache else 0
-    chunk = 4 * N * 512
-    chunks = 2 + 2 * (softcap is not None) + (weight_grad and not cached)
+    chunks = 2 + 2 * (softcap is not None)
+    recomputed = 4 * N * 512 if weight_grad and not cached else 0
     upcast = 4 * 512 * D * (dtype != "float32")
-    formula = gradients + cached + 16 * N * D + chunks * chunk + upcast
-    arguments = json.dumps([N, M, D, V, dtype, weight_grad, cache, softcap])
+    formula = gradients + cached + 16 * N * D + chunks * 4 * min(N, 1024) * 512 + recomputed + upcast
+    arguments = json.dumps([N, M, D, V, dtype, weight_grad, cache, softcap, bias])
     # Every block of 1 MiB or more goes back when freed: glibc would keep some, and count them as ours.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MiB)}
     out = subprocess.run(

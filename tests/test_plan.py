@@ -39,7 +39,7 @@ def test_a_cache_of_exactly_all_exponentials_keeps_them():
 def test_chunks_by_default(n, hidden_size, device):
     """Multiples of 64 rows; E and the rows of W within their bytes unless the floor of rows is more."""
     rows = default_chunk(n, hidden_size, exp_bytes=4, device_type=device)
-    exps, weight, floor = {"cpu": (2**18, 2**21, 512), "cuda": (2**28, 2**29, 4096)}[device]
+    exps, weight, floor = {"cpu": (2**20, 2**21, 512), "cuda": (2**28, 2**29, 4096)}[device]
     assert rows % 64 == 0
     assert rows >= floor
     assert rows == floor or (4 * n * rows <= exps and 4 * hidden_size * rows <= weight)

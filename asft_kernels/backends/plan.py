@@ -6,8 +6,8 @@ MIB = 2**20
 # Bytes of E that are kept unless the caller says otherwise. Constants, never "what happens to be free": results must
 # repeat. On a GPU 8192 tokens of a vocabulary of 151,936 fit in bf16.
 CACHE_BYTES, CACHE_BYTES_GPU = {"cpu": 1024 * MIB}, 2560 * MIB
-# Bytes of a chunk of E, and of its rows of W in fp32. On a CPU a core's own cache should hold them (docs/algorithm.md).
-CHUNK_BYTES, CHUNK_BYTES_GPU = {"cpu": MIB // 4}, 256 * MIB
+# Bytes of a chunk of E, and of its rows of W in fp32: on a CPU what its cores' own caches hold (docs/algorithm.md).
+CHUNK_BYTES, CHUNK_BYTES_GPU = {"cpu": MIB}, 256 * MIB
 WEIGHT_BYTES, WEIGHT_BYTES_GPU = {"cpu": 2 * MIB}, 512 * MIB
 # Below this many vocabulary rows a chunk costs more in passes over the (N, D) accumulator than it saves.
 MIN_CHUNK, MIN_CHUNK_GPU = {"cpu": 512}, 4096
@@ -55,7 +55,11 @@ def make_plan(
     chunk = min(chunk_size, vocab)
     per_row = exp_bytes * max(n_tokens, 1)
     # By comparisons, not by a division: torch.compile then guards on an inequality and not on n_tokens itself.
-    cached = sum(min(kept * chunk, vocab) * per_row <= cache_bytes for kept in range(1, -(-vocab // chunk) + 1))
+    chunks = -(-vocab // chunk)
+    if vocab * per_row <= cache_bytes:
+        cached = chunks
+    else:
+        cached = sum(kept * chunk * per_row <= cache_bytes for kept in range(1, chunks))
     return Plan(vocab, chunk, cached)
 
 
@@ -67,15 +71,15 @@ def default_cache_bytes(device_type: str) -> int:
 def default_chunk(n_tokens: int, hidden_size: int, *, exp_bytes: int, device_type: str) -> int:
     """Vocabulary rows for which a chunk's E stays within CHUNK_BYTES and its rows of W in fp32 within WEIGHT_BYTES.
 
-    Never below MIN_CHUNK, which on a CPU it is from N = 128 on.
+    Never below MIN_CHUNK, which on a CPU fp32 reaches at N = 512 or D = 1024.
     """
-    E = CHUNK_BYTES.get(device_type, CHUNK_BYTES_GPU) // (exp_bytes * max(n_tokens, 1))
-    W = WEIGHT_BYTES.get(device_type, WEIGHT_BYTES_GPU) // (4 * hidden_size)
-    return max(min(E, W) // MULTIPLE * MULTIPLE, MIN_CHUNK.get(device_type, MIN_CHUNK_GPU))
+    by_exps = CHUNK_BYTES.get(device_type, CHUNK_BYTES_GPU) // (exp_bytes * max(n_tokens, 1))
+    by_weight = WEIGHT_BYTES.get(device_type, WEIGHT_BYTES_GPU) // (4 * hidden_size)
+    return max(min(by_exps, by_weight) // MULTIPLE * MULTIPLE, MIN_CHUNK.get(device_type, MIN_CHUNK_GPU))
 
 
 def token_blocks(n_tokens: int, device_type: str) -> list[slice]:
-    """The tokens in runs of nearly one length, at most TOKEN_BLOCK; in one, which may be empty, where there is none."""
+    """The tokens in runs of nearly one length, at most TOKEN_BLOCK; one run on a device without such a limit."""
     blocks = max(1, -(-n_tokens // TOKEN_BLOCK.get(device_type, max(n_tokens, 1))))
     ends = [n_tokens * block // blocks for block in range(blocks + 1)]
     return [slice(*ends[block : block + 2]) for block in range(blocks)]

@@ -14,6 +14,9 @@ entries make one product give dW whole: softmax and label parts meet in the accu
 one rounding into the head's dtype. Low-precision heads are upcast chunk by chunk, so everything
 between the inputs and the returned tensors is fp32 (fp64 for fp64 input).
 
+On a CPU blocks of tokens go through phase 1 one after another (plan.py says why); phase 2 takes all
+tokens of a chunk in one product.
+
 Logits and r are held in units of ln 2 (z log2(e)): torch's exp2 takes a quarter of its exp's time on a
 CPU. The product writes z - r at once, its factor being log2(e) and its addend -r.
 """
@@ -28,7 +31,7 @@ from asft_kernels.backends.plan import Plan, token_blocks
 
 LN2 = math.log(2.0)
 MOVE = 30.0 / LN2  # exp(30) = 1e13: room for 1e25 such entries in fp32, and 13 digits below the reference
-FEW = 16  # tokens: for less, BLAS adds a chunk's entries to O one by one, and O loses a digit over many chunks
+FEW = 16  # tokens: for fewer, BLAS may add a chunk's entries to O one by one, and O loses a digit over many chunks
 ROOM = math.exp(30.0)  # a chunk's sum passes it before a logit passes MOVE
 
 
@@ -61,7 +64,7 @@ def _forward_block(
     head: "_Head", H: Tensor, labels: Tensor, acc: Tensor, exps: list[Tensor], workspace: Tensor, *, needs_acc: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logps, one_minus_p, inv_total and ref of a block of tokens; writes its rows of acc and of the cached chunks."""
-    z_y, label_slope = head.label_logits(H, labels)
+    z_y, label_slope = _label_logits(H, head.weight, head.bias, labels, head.transform)
     ref = torch.where(z_y == -torch.inf, 0, z_y)
     minus_ref = -ref[:, None]
     limit = torch.where(z_y == -torch.inf, -torch.inf, MOVE)  # how far above ref a logit may be
@@ -71,8 +74,7 @@ def _forward_block(
     refs: list[Tensor] = []
     label_entries = _LabelEntries(labels, head.plan)
 
-    for k, (start, stop) in enumerate(head.slices):
-        z = exps[k] if k < len(exps) else _view(workspace, len(H), stop - start)
+    for k, z in enumerate([*exps, *head.views(workspace, len(H), len(exps))]):
         weight_k, slope = head.logits(H, k, minus_ref, out=z)
         label_entries.set(z, k, -torch.inf)
         sums = z.exp2_().sum(dim=1) if hopeful else None  # a pass over E less: a sum says if a logit was too high
@@ -101,7 +103,8 @@ def _forward_block(
             acc.add_(E @ weight_k)
         elif needs_acc:
             torch.addmm(acc, E, weight_k, beta=min(k, 1), out=acc)  # beta 0 does not read acc
-        refs.append(ref)
+        if k < len(exps):
+            refs.append(ref)
 
     total = others + torch.exp2(z_y - ref)
     x = (ref - z_y + others.log2()) * LN2
@@ -109,7 +112,7 @@ def _forward_block(
     label_entry = -others if label_slope is None else -others * label_slope
     for k, E in enumerate(exps):
         if refs[k] is not ref:
-            E.mul_(torch.exp2(refs[k] - ref)[:, None])
+            E.mul_(torch.exp2((refs[k] - ref).clamp_(max=0))[:, None])  # as for shrink
         label_entries.set(E, k, label_entry)
     return logps, others / total, total.reciprocal(), ref
 
@@ -130,10 +133,9 @@ def backward(
     needs_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     H = _rows(hidden, rows)
-    head = _Head(weight, bias, logits, plan, H)
     not_p = saved.one_minus_p
     if logits.softcap is not None:
-        _, label_slope = head.label_logits(H, labels)
+        _, label_slope = _label_logits(H, weight, bias, labels, logits)
         not_p = not_p if label_slope is None else not_p * label_slope
     g = logits.scale * grad_logps.to(H.dtype)
     coef = g * saved.inv_total
@@ -150,31 +152,33 @@ def backward(
 
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
     grad_bias = torch.empty_like(bias) if needs_bias and bias is not None else None
-    scaled = H * -coef[:, None] if needs_weight else H
+    minus_coef = -coef[:, None]
+    scaled = H * minus_coef if needs_weight else H
     rounds = needs_weight and weight.dtype != H.dtype
+    head = _Head(weight, bias, logits, plan, H)
     workspace = H.new_empty(len(H) * plan.chunk if len(saved.exps) < len(plan.slices) else 0)
     label_entries = _LabelEntries(labels, plan)
     label_entry = -not_p / saved.inv_total
     minus_ref = -saved.ref[:, None]
-    for k, (start, stop) in enumerate(plan.slices):
-        if k < len(saved.exps):
-            E = saved.exps[k]
-        else:
-            E = _view(workspace, len(H), stop - start)
+    weight_parts = None if grad_weight is None else grad_weight.split(plan.chunk)
+    bias_parts = None if grad_bias is None else grad_bias.split(plan.chunk)
+    for k, E in enumerate([*saved.exps, *head.views(workspace, len(H), len(saved.exps))]):
+        if k >= len(saved.exps):
             for b in head.blocks:
                 _, slope = head.logits(H[b], k, minus_ref[b], out=E[b])
                 E[b].exp2_()
                 if slope is not None:
                     E[b].mul_(slope)
             label_entries.set(E, k, label_entry)
-        if grad_weight is not None:
+        if weight_parts is not None:
             # E is done with the chunk's upcast rows: their buffer takes the product.
-            grad_k = torch.mm(E.T, scaled, out=head.upcast[: stop - start] if rounds else grad_weight[start:stop])
+            product = torch.mm(E.T, scaled, out=head.upcast[: E.shape[1]] if rounds else weight_parts[k])
             if rounds:
-                grad_weight[start:stop] = grad_k  # the one rounding
-        if grad_bias is not None:
+                weight_parts[k].copy_(product)  # the one rounding
+        if bias_parts is not None:
             # A sum, not a matrix-vector product: BLAS adds the tokens one by one, sum() pairwise.
-            grad_bias[start:stop] = (E * -coef[:, None]).sum(dim=0)
+            sums = [(E[b] * minus_coef[b]).sum(dim=0) for b in head.blocks]
+            bias_parts[k].copy_(torch.stack(sums).sum(dim=0))
     return grad_hidden, grad_weight, grad_bias
 
 
@@ -183,7 +187,11 @@ class _Head:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, logits: Logits, plan: Plan, H: Tensor) -> None:
         self.weight, self.bias, self.transform = weight, bias, logits
-        self.plan, self.slices = plan, plan.slices
+        self.plan = plan
+        # Views are made here, all at once: between products each costs several times as much (docs/algorithm.md).
+        self.rows = weight.split(plan.chunk)
+        self.columns = [rows.T for rows in self.rows]
+        self.biases = None if bias is None else bias.split(plan.chunk)
         self.blocks = token_blocks(len(H), H.device.type)
         self.block_size = max(b.stop - b.start for b in self.blocks)
         self.slope = H.new_empty(self.block_size * plan.chunk if logits.softcap is not None else 0)
@@ -191,31 +199,28 @@ class _Head:
 
     def logits(self, H: Tensor, k: int, minus_ref: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
         """out (n, rows) becomes z - ref; returns (W_k (rows, D), c (n, rows) or None). H (n, D), minus_ref (n, 1)."""
-        start, stop = self.slices[k]
-        weight_k = self.weight[start:stop]
+        weight_k, columns = self.rows[k], self.columns[k]
         if weight_k.dtype != H.dtype:
-            weight_k = self.upcast[: stop - start].copy_(weight_k)
+            weight_k = self.upcast[: len(weight_k)].copy_(weight_k)
+            columns = weight_k.T
         factor = _product_factor(self.transform)
-        bias_k = None if self.bias is None else self.bias[start:stop].to(out.dtype) * factor
+        bias_k = None if self.biases is None else self.biases[k].to(out.dtype) * factor
         if self.transform.softcap is None:
             out.copy_(minus_ref) if bias_k is None else torch.add(bias_k, minus_ref, out=out)
-            torch.addmm(out, H, weight_k.T, alpha=factor, out=out)
+            torch.addmm(out, H, columns, alpha=factor, out=out)
             return weight_k, None
         if bias_k is not None:
             out.copy_(bias_k)
-        torch.addmm(out, H, weight_k.T, beta=bias_k is not None, alpha=factor, out=out)  # beta 0 does not read out
+        torch.addmm(out, H, columns, beta=bias_k is not None, alpha=factor, out=out)  # beta 0 does not read out
         slope = _cap(out, self.transform.softcap, _view(self.slope, *out.shape))
         out.add_(minus_ref)
         return weight_k, slope
 
-    def label_logits(self, H: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(z_y, c_y or None without a softcap), (n,)."""
-        z = torch.linalg.vecdot(H, self.weight.index_select(0, labels).to(H.dtype))
-        if self.bias is not None:
-            z += self.bias.index_select(0, labels)
-        z *= _product_factor(self.transform)
-        softcap = self.transform.softcap
-        return z, None if softcap is None else _cap(z, softcap, torch.empty_like(z))
+    def views(self, workspace: Tensor, n: int, first: int) -> list[Tensor]:
+        """The workspace as (n, rows) of each chunk from first on."""
+        rows = [len(weight_k) for weight_k in self.rows[first:]]
+        shapes = {width: _view(workspace, n, width) for width in set(rows)}
+        return [shapes[width] for width in rows]
 
 
 def _view(buffer: Tensor, *shape: int) -> Tensor:
@@ -232,6 +237,17 @@ def _rows(hidden: Tensor, rows: Tensor) -> Tensor:
     """The valid rows, in the dtype that everything is computed in."""
     H = hidden.index_select(0, rows)
     return H if H.dtype == torch.float64 else H.float()
+
+
+def _label_logits(
+    H: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logits: Logits
+) -> tuple[Tensor, Tensor | None]:
+    """(z_y, c_y or None without a softcap)."""
+    z = torch.linalg.vecdot(H, weight.index_select(0, labels).to(H.dtype))
+    if bias is not None:
+        z += bias.index_select(0, labels)
+    z *= _product_factor(logits)
+    return z, None if logits.softcap is None else _cap(z, logits.softcap, torch.empty_like(z))
 
 
 def _product_factor(logits: Logits) -> float:
