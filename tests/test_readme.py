@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from asft_kernels import fused_asft_loss, reference
-from asft_kernels.backends.plan import default_cache_bytes, make_plan
+from asft_kernels.backends.plan import default_cache_bytes, make_plan, token_blocks
 from benchmarks import report
 
 ROOT = Path(__file__).parents[1]
@@ -84,12 +84,14 @@ def test_a_lora_adapter_trains(tmp_path, monkeypatch):
 def test_the_worked_memory():
     N, V, D, MIB = 8192, 151936, 4096, 2**20
     plan = make_plan(N, V, D, exp_bytes=4, chunk_size=None, cache_bytes=0, device_type="cpu")
-    chunk, accumulators = 4 * N * plan.chunk // MIB, 16 * N * D // MIB
-    frozen = accumulators + 2 * chunk
+    block = token_blocks(N, "cpu")[0].stop
+    chunk, accumulators = 4 * block * plan.chunk // MIB, 16 * N * D // MIB
+    recomputed = 4 * N * plan.chunk // MIB
+    frozen, cache = accumulators + 2 * chunk, default_cache_bytes("cpu") // MIB
     text = " ".join(README.read_text().split())
     assert f"takes {4 * N * V / 2**30:.2f} GiB ({2 * N * V / 2**30:.2f} in bf16)" in text
     assert f"{frozen} MiB with a frozen head ({accumulators} MiB + two chunks of {chunk} MiB)" in text
-    assert f"{frozen + default_cache_bytes('cpu') // MIB} MiB with a trainable one" in text
+    assert f"{frozen + cache + recomputed} MiB with a trainable one (+ 1 GiB of `cache_bytes` + {recomputed} MiB)" in text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
