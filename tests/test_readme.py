@@ -91,7 +91,9 @@ def test_the_worked_memory():
     text = " ".join(README.read_text().split())
     assert f"takes {4 * N * V / 2**30:.2f} GiB ({2 * N * V / 2**30:.2f} in bf16)" in text
     assert f"{frozen} MiB with a frozen head ({accumulators} MiB + two chunks of {chunk} MiB)" in text
-    assert f"{frozen + cache + recomputed} MiB with a trainable one (+ 1 GiB of `cache_bytes` + {recomputed} MiB)" in text
+    assert (
+        f"{frozen + cache + recomputed} MiB with a trainable one (+ 1 GiB of `cache_bytes` + {recomputed} MiB)" in text
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
