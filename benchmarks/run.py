@@ -5,7 +5,7 @@
     python -m benchmarks.run floor             # ours beside its own products alone, on a CPU
     python -m benchmarks.run smoke             # everything once, tiny: does it all work here? 3 minutes, no measurement
 
-Each contestant of a case runs in a process of its own, in set floor one for each round. After a first tiny call
+Each contestant of a case runs in a process of its own, in most of set floor one for each round. After a first tiny call
 (imports and compilation, reported apart) its answer is checked against float64: a wrong one has no time. Then its extra
 memory is measured, and then the contestants take turns, round by round: in a turn a call is repeated until a quarter of
 a second is full, and its median counts (on a GPU 0.05 s and the mean); the figure is the median of the turns. Rows are

@@ -186,8 +186,7 @@ class _Head:
     """Logits of a block of tokens in one vocabulary chunk, with buffers that live for one phase."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, logits: Logits, plan: Plan, H: Tensor) -> None:
-        self.weight, self.bias, self.transform = weight, bias, logits
-        self.plan = plan
+        self.weight, self.bias, self.transform, self.plan = weight, bias, logits, plan
         # Views are made here, all at once: between products each costs several times as much (docs/algorithm.md).
         self.rows = weight.split(plan.chunk)
         self.columns = [rows.T for rows in self.rows]
