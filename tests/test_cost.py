@@ -39,10 +39,18 @@ def test_gemm_count(hidden_grad, weight_grad, cache_bytes, expected, dtype):
     assert gemms(call, n, 1024, 64) == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("gap", [26.0, 60.0])  # a sum of many passes the bound, or each logit
-@pytest.mark.parametrize("where", [0, 9])
-def test_a_label_far_below_costs_one_chunk_more(where, gap):
-    """Its reference moves in the chunk that shows it, which is computed twice, and in no other."""
+@pytest.mark.parametrize(
+    ("gap", "where", "expected"),
+    [
+        (26.0, 0, 1),  # e^26 = 2e11 a logit: the sums stay below 1e20
+        (40.0, 9, 1),  # 100 such logits: 2e19
+        (40.0, 0, 2),  # in all 10 chunks, 2e20: found at the end
+        (60.0, 0, 1.1),  # found after the first
+        (60.0, 9, 2),  # found at the end
+    ],
+)
+def test_a_label_far_below_costs_twice_the_products_until_then(gap, where, expected):
+    """Its block of tokens begins again, with a reference that moves."""
     case = make_case(rows=4, T=17, D=64, V=1000)
     n = int((case.labels[:, 1:] != IGNORE).sum())
     row, position = (case.labels[:, 1:] != IGNORE).nonzero()[0].tolist()
@@ -54,7 +62,7 @@ def test_a_label_far_below_costs_one_chunk_more(where, gap):
     weight[0] = 0.0
     with torch.no_grad():
         products = gemms(lambda: fused_linear_logps(hidden, weight, labels, chunk_size=100), n, 1000, 64)
-    assert products == pytest.approx(1.1, rel=1e-9)
+    assert products == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -9,8 +9,8 @@
     dH                  scale * g * ((1 - p_y) c_y W[y] - O / total)              (M, D)
     dW_k                -E'^T diag(scale * g / total) H                           (k, D)
 
-r starts at the label's logit and moves up only where a logit passes it by more than MOVE. The label
-entries make one product give dW whole: softmax and label parts meet in the accumulator, before the
+r starts at the label's logit and moves up only where a logit passes it by more than MOVE; on a CPU only in
+blocks of tokens in which a sum passes ROOM. The label entries make one product give dW whole: softmax and label parts meet in the accumulator, before the
 one rounding into the head's dtype. Low-precision heads are upcast chunk by chunk, so everything
 between the inputs and the returned tensors is fp32 (fp64 for fp64 input).
 
@@ -22,6 +22,7 @@ CPU. The product writes z - r at once, its factor being log2(e) and its addend -
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,9 +31,9 @@ from asft_kernels.backends import Logits, Saved
 from asft_kernels.backends.plan import Plan, token_blocks
 
 LN2 = math.log(2.0)
+ROOM = 1e20  # sums of exp(z - r) up to here: O and g / total keep 18 digits to the ends of fp32's range
 MOVE = 30.0 / LN2  # exp(30) = 1e13: room for 1e25 such entries in fp32, and 13 digits below the reference
 FEW = 16  # tokens: for fewer, BLAS may add a chunk's entries to O one by one, and O loses a digit over many chunks
-ROOM = math.exp(30.0)  # a chunk's sum passes it before a logit passes MOVE
 
 
 def forward(
@@ -65,46 +66,12 @@ def _forward_block(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logps, one_minus_p, inv_total and ref of a block of tokens; writes its rows of acc and of the cached chunks."""
     z_y, label_slope = _label_logits(H, head.weight, head.bias, labels, head.transform)
-    ref = torch.where(z_y == -torch.inf, 0, z_y)
-    minus_ref = -ref[:, None]
-    limit = torch.where(z_y == -torch.inf, -torch.inf, MOVE)  # how far above ref a logit may be
-    # Where Python may look, a chunk is taken to have no logit far above r, and computed again if it had one.
-    hopeful = looking_is_free(z_y) and bool(len(z_y)) and not bool((z_y == -torch.inf).any())
-    others = torch.zeros_like(z_y)
-    refs: list[Tensor] = []
-    label_entries = _LabelEntries(labels, head.plan)
-
-    for k, z in enumerate([*exps, *head.views(workspace, len(H), len(exps))]):
-        weight_k, slope = head.logits(H, k, minus_ref, out=z)
-        label_entries.set(z, k, -torch.inf)
-        sums = z.exp2_().sum(dim=1) if hopeful else None  # a pass over E less: a sum says if a logit was too high
-        if sums is None or not sums.max().item() <= ROOM:  # NaN of one token must not hide another's
-            if hopeful:
-                weight_k, slope = head.logits(H, k, minus_ref, out=z)
-                label_entries.set(z, k, -torch.inf)
-            highest = z.amax(dim=1)
-            moves = highest > limit
-            if sums is not None:  # else r would stay, and every later chunk be computed twice
-                moves |= sums > ROOM
-            limit = torch.where(moves, MOVE, limit)
-            moved = torch.where(moves, ref + highest, ref)
-            shrink = torch.exp2((ref - moved).clamp_(max=0))  # a first finite logit may lie below 0
-            z.sub_((moved - ref)[:, None])
-            others.mul_(shrink)
-            if needs_acc and k:
-                acc.mul_(shrink[:, None])
-            ref, minus_ref = moved, -moved[:, None]
-            sums = z.exp2_().sum(dim=1)
-        E = z
-        others.add_(sums)
-        if slope is not None:
-            E.mul_(slope)
-        if needs_acc and k and len(H) < FEW:
-            acc.add_(E @ weight_k)
-        elif needs_acc:
-            torch.addmm(acc, E, weight_k, beta=min(k, 1), out=acc)  # beta 0 does not read acc
-        if k < len(exps):
-            refs.append(ref)
+    block = _Block(H, [*exps, *head.views(workspace, len(H), len(exps))], _LabelEntries(labels, head.plan))
+    acc_or_none = acc if needs_acc else None
+    ref, others = z_y, _exponentials(head, block, z_y, acc_or_none) if looking_is_free(z_y) else None
+    refs = [ref] * len(exps)
+    if others is None:
+        ref, others, refs = _exponentials_moving(head, block, z_y, acc_or_none)
 
     total = others + torch.exp2(z_y - ref)
     x = (ref - z_y + others.log2()) * LN2
@@ -113,8 +80,76 @@ def _forward_block(
     for k, E in enumerate(exps):
         if refs[k] is not ref:
             E.mul_(torch.exp2((refs[k] - ref).clamp_(max=0))[:, None])  # as for shrink
-        label_entries.set(E, k, label_entry)
+        block.label_entries.set(E, k, label_entry)
     return logps, others / total, total.reciprocal(), ref
+
+
+class _Block(NamedTuple):
+    """A block of tokens: H (n, D), a place (n, rows) for each vocabulary chunk's E, and where the labels stand."""
+
+    H: Tensor
+    chunks: list[Tensor]
+    label_entries: "_LabelEntries"
+
+
+def _exponentials(head: "_Head", block: _Block, ref: Tensor, acc: Tensor | None) -> Tensor | None:
+    """Sums of exp(z - ref) without the label's, (n,); None if one is no number below ROOM, and all is to be done again.
+
+    Looks after 1, 2, 4, 8 ... chunks and at the end: between products a look costs as much as the sums
+    (docs/algorithm.md), and one look alone would waste the whole block where the first chunk has a logit too high.
+    """
+    minus_ref = -ref[:, None]
+    sums = ref.new_empty(len(block.chunks), len(ref))
+    for k, (E, sum_k) in enumerate(zip(block.chunks, sums.unbind(), strict=True)):
+        weight_k, slope = head.logits(block.H, k, minus_ref, out=E)
+        block.label_entries.set(E, k, -torch.inf)
+        torch.sum(E.exp2_(), dim=1, out=sum_k)
+        if k & (k + 1) == 0 and not _below_room(sums[: k + 1]):
+            return None
+        _accumulate(acc, E, slope, weight_k, k)
+    others = sums.sum(dim=0)
+    return others if _below_room(others) else None
+
+
+def _below_room(sums: Tensor) -> bool:
+    return not sums.numel() or sums.max().item() <= ROOM  # NaN is not
+
+
+def _exponentials_moving(
+    head: "_Head", block: _Block, z_y: Tensor, acc: Tensor | None
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The same for any logits, without a look: (ref, sums, ref at each chunk); ref moves up to a logit far above it."""
+    ref = torch.where(z_y == -torch.inf, 0, z_y)
+    limit = torch.where(z_y == -torch.inf, -torch.inf, MOVE)  # how far above ref a logit may be
+    others = torch.zeros_like(z_y)
+    refs: list[Tensor] = []
+    for k, z in enumerate(block.chunks):
+        weight_k, slope = head.logits(block.H, k, -ref[:, None], out=z)
+        block.label_entries.set(z, k, -torch.inf)
+        highest = z.amax(dim=1)
+        moves = highest > limit
+        limit = torch.where(moves, MOVE, limit)
+        moved = torch.where(moves, ref + highest, ref)
+        shrink = torch.exp2((ref - moved).clamp_(max=0))  # a first finite logit may lie below 0
+        z.sub_((moved - ref)[:, None])
+        others.mul_(shrink)
+        if acc is not None and k:
+            acc.mul_(shrink[:, None])
+        ref = moved
+        others.add_(z.exp2_().sum(dim=1))
+        _accumulate(acc, z, slope, weight_k, k)
+        refs.append(ref)
+    return ref, others, refs
+
+
+def _accumulate(acc: Tensor | None, E: Tensor, slope: Tensor | None, weight_k: Tensor, k: int) -> None:
+    """E becomes E'; acc += E' W_k, and for the first chunk acc = E' W_k."""
+    if slope is not None:
+        E.mul_(slope)
+    if acc is not None and k and len(E) < FEW:
+        acc.add_(E @ weight_k)
+    elif acc is not None:
+        torch.addmm(acc, E, weight_k, beta=min(k, 1), out=acc)  # beta 0 does not read acc
 
 
 def backward(
@@ -205,8 +240,8 @@ class _Head:
         factor = _product_factor(self.transform)
         bias_k = None if self.biases is None else self.biases[k].to(out.dtype) * factor
         if self.transform.softcap is None:
-            out.copy_(minus_ref) if bias_k is None else torch.add(bias_k, minus_ref, out=out)
-            torch.addmm(out, H, columns, alpha=factor, out=out)
+            addend = minus_ref if bias_k is None else torch.add(bias_k, minus_ref, out=out)
+            torch.addmm(addend, H, columns, alpha=factor, out=out)
             return weight_k, None
         if bias_k is not None:
             out.copy_(bias_k)
