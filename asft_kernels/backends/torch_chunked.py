@@ -10,9 +10,9 @@
     dW_k                -E'^T diag(scale * g / total) H                           (k, D)
 
 r starts at the label's logit and moves up only where a logit passes it by more than MOVE; on a CPU only in
-blocks of tokens in which a sum passes ROOM. The label entries make one product give dW whole: softmax and label parts meet in the accumulator, before the
-one rounding into the head's dtype. Low-precision heads are upcast chunk by chunk, so everything
-between the inputs and the returned tensors is fp32 (fp64 for fp64 input).
+blocks of tokens in which a sum passes ROOM. The label entries make one product give dW whole: softmax and
+label parts meet in the accumulator, before the one rounding into the head's dtype. Low-precision heads are
+upcast chunk by chunk, so everything between the inputs and the returned tensors is fp32 (fp64 for fp64 input).
 
 On a CPU blocks of tokens go through phase 1 one after another (plan.py says why); phase 2 takes all
 tokens of a chunk in one product.
