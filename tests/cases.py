@@ -75,6 +75,19 @@ def make_case(
     return Case(hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), offset, labels)
 
 
+def one_label_far_below(case: Case, gap: float, high: Tensor) -> Case:
+    """The case with label 0 at its first valid token, whose logits are 0 but for those of the `high` rows: gap."""
+    row, position = (case.labels[:, 1:] != IGNORE).nonzero()[0].tolist()
+    hidden, weight, labels = case.hidden.detach().clone(), case.weight.detach().clone(), case.labels.clone()
+    hidden[..., 0] = 0.0
+    hidden[row, position] = 0.0
+    hidden[row, position, 0] = gap
+    weight[:, 0] = 0.0
+    weight[high, 0] = 1.0
+    labels[row, position + 1] = 0
+    return Case(hidden.requires_grad_(), weight.requires_grad_(), case.bias, labels)
+
+
 def packed(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """The case's rows end to end, each without its masked tail: hidden (M, D), labels (M,), cu_seqlens (rows+1,)."""
     lengths = [int((row != IGNORE).nonzero().max()) + 1 if (row != IGNORE).any() else 0 for row in case.labels]

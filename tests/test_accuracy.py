@@ -6,7 +6,7 @@ import torch
 from asft_kernels import fused_asft_loss, fused_linear_logps, reference
 from asft_kernels.backends import plan
 from bounds import fp32_bound, relative_error, rounded_once
-from cases import IGNORE, Case, make_case
+from cases import IGNORE, Case, make_case, one_label_far_below
 
 LOW = [torch.bfloat16, torch.float16]
 # The torch backend rounds a low-precision gradient once; its fp32 interior adds 1e-6, and 1.1 covers the draw.
@@ -162,6 +162,21 @@ def test_reference_moves_between_chunks(jump, cache_bytes):
     truths = torch.autograd.grad((truth * weights.double()).sum(), exact.leaves)
     for got, right in zip(grads, truths, strict=True):
         assert relative_error(got, right) <= bound
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 2000, None])  # 2000: some chunks
+@pytest.mark.parametrize("high", [2, 32, 60, 96])
+def test_nothing_stays_of_a_first_attempt(high, cache_bytes):
+    """One logit 60 above one label in a later chunk: by then O and the cache hold finite numbers of every token."""
+    case = one_label_far_below(make_case(rows=4, T=13, D=24, V=97), 60.0, torch.tensor([high]))
+    exact = case.to(torch.float64)
+    mine = fused_linear_logps(case.hidden, case.head, case.labels, chunk_size=5, cache_bytes=cache_bytes)
+    truth = plain_logps(exact)
+    weights = torch.randn_like(mine)
+    grads = torch.autograd.grad((mine * weights).sum(), case.leaves)
+    truths = torch.autograd.grad((truth * weights.double()).sum(), exact.leaves)
+    for got, right in zip((mine, *grads), (truth, *truths), strict=True):
+        assert relative_error(got, right) <= fp32_bound(60)
 
 
 @pytest.mark.parametrize("over", [0.5, 3.0, 6.0, 8.0])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from asft_kernels import fused_asft_loss, fused_linear_logps, fused_preference_loss
-from cases import IGNORE, gemms, make_case
+from cases import IGNORE, gemms, make_case, one_label_far_below
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -43,25 +43,21 @@ def test_gemm_count(hidden_grad, weight_grad, cache_bytes, expected, dtype):
     ("gap", "where", "expected"),
     [
         (26.0, 0, 1),  # e^26 = 2e11 a logit: the sums stay below 1e20
-        (40.0, 9, 1),  # 100 such logits: 2e19
-        (40.0, 0, 2),  # in all 10 chunks, 2e20: found at the end
-        (60.0, 0, 1.1),  # found after the first
-        (60.0, 9, 2),  # found at the end
+        (40.0, 35, 1),  # 125 such logits: 3e19
+        (41.0, 0, 1 + 17 / 40),  # no chunk's sum passes, but that of 17 does
+        (60.0, 0, 1 + 1 / 40),
+        (60.0, 1, 1 + 17 / 40),
+        (60.0, 16, 1 + 17 / 40),
+        (60.0, 17, 1 + 33 / 40),
+        (60.0, 39, 2),
     ],
 )
-def test_a_label_far_below_costs_twice_the_products_until_then(gap, where, expected):
-    """Its block of tokens begins again, with a reference that moves."""
-    case = make_case(rows=4, T=17, D=64, V=1000)
+def test_a_label_far_below_costs_the_products_until_a_look(gap, where, expected):
+    """After 1, 17, 33 and all 40 chunks; then the block of tokens begins again, with a reference that moves."""
+    case = one_label_far_below(make_case(rows=4, T=17, D=64, V=1000), gap, torch.arange(max(25 * where, 1), 1000))
     n = int((case.labels[:, 1:] != IGNORE).sum())
-    row, position = (case.labels[:, 1:] != IGNORE).nonzero()[0].tolist()
-    hidden, weight = case.hidden.detach().clone(), torch.zeros(1000, 64)
-    hidden[..., 0], weight[100 * where :, 0] = 0.0, 1.0  # the last chunks are high, and only for this token
-    hidden[row, position, 0] = gap
-    labels = case.labels.clone()
-    labels[row, position + 1] = 0
-    weight[0] = 0.0
     with torch.no_grad():
-        products = gemms(lambda: fused_linear_logps(hidden, weight, labels, chunk_size=100), n, 1000, 64)
+        products = gemms(lambda: fused_linear_logps(case.hidden, case.weight, case.labels, chunk_size=25), n, 1000, 64)
     assert products == pytest.approx(expected, rel=1e-9)
 
 

@@ -22,6 +22,7 @@ CPU. The product writes z - r at once, its factor being log2(e) and its addend -
 """
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ from asft_kernels.backends import Logits, Saved
 from asft_kernels.backends.plan import Plan, token_blocks
 
 LN2 = math.log(2.0)
-ROOM = 1e20  # sums of exp(z - r) up to here: O and g / total keep 18 digits to the ends of fp32's range
+ROOM = 1e20  # sums of exp(z - r) up to here: O and g / total keep 18 decades to the ends of fp32's range
+LOOK = 16  # chunks between looks at the sums
 MOVE = 30.0 / LN2  # exp(30) = 1e13: room for 1e25 such entries in fp32, and 13 digits below the reference
 FEW = 16  # tokens: for fewer, BLAS may add a chunk's entries to O one by one, and O loses a digit over many chunks
 
@@ -93,26 +95,27 @@ class _Block(NamedTuple):
 
 
 def _exponentials(head: "_Head", block: _Block, ref: Tensor, acc: Tensor | None) -> Tensor | None:
-    """Sums of exp(z - ref) without the label's, (n,); None if one is no number below ROOM, and all is to be done again.
+    """Sums of exp(z - ref) without the label's, (n,); None if one is above ROOM or NaN, and all is to be done again.
 
-    Looks after 1, 2, 4, 8 ... chunks and at the end: between products a look costs as much as the sums
-    (docs/algorithm.md), and one look alone would waste the whole block where the first chunk has a logit too high.
+    Looks after the first chunk, where most of what is too high shows, and after every LOOK more: between products a
+    look costs as much as the sums of a chunk (docs/algorithm.md).
     """
     minus_ref = -ref[:, None]
-    sums = ref.new_empty(len(block.chunks), len(ref))
-    for k, (E, sum_k) in enumerate(zip(block.chunks, sums.unbind(), strict=True)):
-        weight_k, slope = head.logits(block.H, k, minus_ref, out=E)
-        block.label_entries.set(E, k, -torch.inf)
-        torch.sum(E.exp2_(), dim=1, out=sum_k)
-        if k & (k + 1) == 0 and not _below_room(sums[: k + 1]):
+    others = torch.zeros_like(ref)
+    chunks = len(block.chunks)
+    sums = ref.new_empty(min(chunks, LOOK), len(ref))
+    places = sums.unbind()
+    for start, stop in pairwise([0, *range(1, chunks, LOOK), chunks]):
+        for k, place in zip(range(start, stop), places, strict=False):
+            E = block.chunks[k]
+            weight_k, slope = head.logits(block.H, k, minus_ref, out=E)
+            block.label_entries.set(E, k, -torch.inf)
+            torch.sum(E.exp2_(), dim=1, out=place)
+            _accumulate(acc, E, slope, weight_k, k)
+        others += sums[: stop - start].sum(dim=0)
+        if len(others) and not others.max().item() <= ROOM:  # nor is NaN
             return None
-        _accumulate(acc, E, slope, weight_k, k)
-    others = sums.sum(dim=0)
-    return others if _below_room(others) else None
-
-
-def _below_room(sums: Tensor) -> bool:
-    return not sums.numel() or sums.max().item() <= ROOM  # NaN is not
+    return others
 
 
 def _exponentials_moving(
