@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from asft_kernels import checks
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -122,11 +124,7 @@ def _check_on_host(facts: Tensor, vocab: int, positions: int) -> int:
             f"labels: got values from {low} to {high}, need 0 to {vocab - 1} (the rows of lm_head) or ignore_index; "
             "mask everything else with ignore_index"
         )
-    if not ordered or end != positions:
-        raise ValueError(
-            f"cu_seqlens: got borders {'in order' if ordered else 'out of order or not from 0'} up to {end}, "
-            f"need 0 first, never decreasing, and {positions} (the packed tokens) last"
-        )
+    checks.borders(bool(ordered), end, positions)
     if not agree:
         raise ValueError(
             "nll_labels: got another label than labels at the same position, need equal ones where both are valid"

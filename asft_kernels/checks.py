@@ -1,6 +1,7 @@
 """Every ValueError about what a caller passed: the argument, what it was, what it must be, what to do."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 from math import inf
 from numbers import Integral, Real
 from typing import NoReturn
@@ -39,7 +40,8 @@ def head_tensors(lm_head: nn.Linear | Tensor | tuple[Tensor, Tensor | None]) -> 
             "merge the adapter or leave lm_head out of its target modules, dequantise the head, or pass the weight",
         )
     else:
-        _refuse("lm_head", type(lm_head).__name__, f"{_HEADS} of tensors")
+        its_head = "; pass the model's .lm_head" if hasattr(lm_head, "get_output_embeddings") else ""
+        _refuse("lm_head", type(lm_head).__name__, f"{_HEADS} of tensors{its_head}")
     _plain_tensor("lm_head weight", weight)
     if weight.dim() != 2 or 0 in weight.shape:
         need = "(V, D) with both at least 1; gather a flattened or sharded parameter first"
@@ -143,7 +145,21 @@ def even_rows(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
     if cu_seqlens is None and hidden.shape[0] % 2:
         _refuse("hidden", f"{hidden.shape[0]} rows", need)
     if cu_seqlens is not None and cu_seqlens.numel() % 2 == 0:
+        if not torch.compiler.is_compiling():  # of lengths in the place of borders there is an even number
+            values = cu_seqlens.tolist()
+            ordered = values[0] == 0 and all(a <= b for a, b in pairwise(values))
+            borders(ordered, values[-1], hidden.shape[0])
         _refuse("cu_seqlens", f"{cu_seqlens.numel() - 1} sequences", need)
+
+
+def borders(ordered: bool, end: int, positions: int) -> None:
+    """What was read of cu_seqlens: whether it starts at 0 and never decreases, and its last entry."""
+    if not ordered or end != positions:
+        raise ValueError(
+            f"cu_seqlens: got borders {'in order' if ordered else 'out of order or not from 0'} up to {end}, "
+            f"need 0 first, never decreasing, and {positions} (the packed tokens) last; of lengths: "
+            "torch.nn.functional.pad(lengths.cumsum(0), (1, 0))"
+        )
 
 
 def objective_object(objective: object) -> None:
@@ -176,7 +192,8 @@ def nll_layout(nll_labels: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ob
 def reference_logps(ref_logps: Tensor | None, like: int | Tensor, objective: str, needed: bool) -> None:
     """like: the number of rows, or labels where the values are per token."""
     per_token = isinstance(like, Tensor)
-    layout = f"{tuple(like.shape)} as fused_linear_logps returns" if per_token else f"({like},) or (K, {like})"
+    several = f"({like},), or (K, {like}) where the objective takes several references"
+    layout = f"{tuple(like.shape)} as fused_linear_logps returns" if per_token else several
     if needed and ref_logps is None:
         what = "log-probabilities per token" if per_token else "sums of log-probabilities per row"
         how = "fused_linear_logps of a frozen model" + ("" if per_token else ", summed over the last dimension")

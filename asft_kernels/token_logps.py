@@ -80,11 +80,11 @@ def token_logps(
     checks.hidden_layout(hidden)
     checks.hidden_size(hidden, weight)
     checks.label_layout(hidden, labels, o.cu_seqlens)
-    if paired:
-        checks.even_rows(hidden, o.cu_seqlens)
     checks.same_place(
         hidden=hidden, **{"lm_head weight": weight, "lm_head bias": bias}, labels=labels, cu_seqlens=o.cu_seqlens
     )  # fmt: skip
+    if paired:
+        checks.even_rows(hidden, o.cu_seqlens)
     hidden, weight = as_autocast(hidden), as_autocast(weight)
     bias = None if bias is None else as_autocast(bias)
     checks.same_dtype(hidden, weight, bias)

@@ -109,6 +109,7 @@ def text(rows: list[dict[str, Any]]) -> str:
     settings = rows[0]["settings"]
     shown = [{**row, "file": ROWS.name} for row in rows]
     missing = [method.name for method in METHODS if method.name not in {row["method"] for row in rows}]
+    made = [method.name for method in METHODS if method.data and method.name not in missing]
     parts = [
         "# Every objective on the same real pairs",
         "",
@@ -120,9 +121,9 @@ def text(rows: list[dict[str, Any]]) -> str:
         "log-probabilities a token. Memory: peak of the process, compared with that of sft. "
         "Each method ran once, on a machine that did other work meanwhile: tokens/s and memory are rough. dnpo takes "
         "the same pairs in another order; fpo's autoencoder is trained on the training pairs first, which is in none "
-        "of the figures. rad-dpo, rso-hinge_norm and bridged-bmc train on pairs that `asft-data` made of the same "
-        "lines, with the model itself as scorer, writer and editor (`benchmarks/method_data.py`): they show that the "
-        "commands run on real texts, not what the methods are worth.",
+        "of the figures. Of pairs that `asft-data` made of the same lines, with the model itself as scorer, writer or "
+        f"editor (`benchmarks/method_data.py`): {', '.join(made) or 'none'}; that shows that the commands run on real "
+        "texts, not what the methods are worth.",
         "",
         *table(rows),
         "",

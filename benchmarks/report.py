@@ -219,7 +219,9 @@ def summary(files: list[Path]) -> str:
             upcasts = device == "cpu" and any(r["dtype"] == "bfloat16" for r in cost)
             lines += [
                 "Time and extra memory of peers over ours, least to most of all cases (a shape, a loss and the "
-                "gradients wanted); below 1, bold, a peer wins. " + low * upcasts,
+                "gradients wanted, which several peers may share); bold: below 1 somewhere, where a peer wins. "
+                + low * upcasts
+                + " Failed: out of memory, or see the report." * any(r["status"] == "failed" for r in cost),
                 "",
                 *peer_table(cost),
                 "",

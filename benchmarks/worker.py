@@ -127,7 +127,10 @@ class Contender:
 
     def start(self) -> float:
         """Seconds of the first call, of a few tokens, after the import of its package."""
-        importlib.import_module(self.contestant.module)
+        try:
+            importlib.import_module(self.contestant.module)
+        except ModuleNotFoundError as error:
+            raise RuntimeError(f'{error.name} is not installed: pip install -e ".[bench]"') from error
         if isinstance(self.contestant, Ours) and self.contestant.tuned:
             os.environ["ASFT_KERNELS_TUNED"] = "1"
         tiny = self.case.tiny()

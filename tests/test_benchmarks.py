@@ -283,6 +283,12 @@ def test_the_limit_of_memory_is_really_set(prepared, monkeypatch):
     assert row["reason"].startswith("out of memory under a limit of 2.0 GiB")
 
 
+def test_a_missing_peer_says_how_to_get_it(prepared):
+    (row,) = measure_case(replace(CASE, rounds=1), [replace(named(right), package="no_such_peer")], prepared)
+    assert row["status"] == "failed"
+    assert row["reason"] == 'RuntimeError: no_such_peer is not installed: pip install -e ".[bench]"'
+
+
 @pytest.mark.interpreter
 def test_rows_of_our_kernels_name_their_tile(prepared, monkeypatch):
     """In the interpreter the table's first; a stored one is told apart, and one that is not stored is an error."""

@@ -144,6 +144,20 @@ def test_borders(fn, borders, message):
     call(message, fn=fn, hidden=torch.randn(6, 24), labels=torch.ones(6).long(), cu_seqlens=borders)
 
 
+@pytest.mark.parametrize("lengths", [[1, 2, 2, 1], [3, 3], [0, 2, 4, 6], [2, 2, 2]])
+def test_lengths_in_the_place_of_borders(lengths):
+    """As many as pairs have rows is an even number of borders; what is wrong is another thing."""
+    message = "need 0 first, never decreasing, and 8 (the packed tokens) last; of lengths: torch.nn.functional.pad("
+    call(message, hidden=torch.randn(8, 24), labels=torch.ones(8).long(), cu_seqlens=torch.tensor(lengths))
+
+
+def test_the_cure_for_lengths_is_one():
+    lengths = torch.tensor([1, 3, 2, 2])
+    borders = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    case = make_case()
+    assert fused_asft_loss(torch.randn(8, 24), case.weight, torch.ones(8).long(), cu_seqlens=borders).isfinite()
+
+
 def test_borders_elsewhere():
     borders = torch.tensor([0, 3, 6], device="meta")
     call(
@@ -159,6 +173,15 @@ def test_borders_with_padded_hidden():
         "cu_seqlens: got borders with padded hidden (4, 13, 24)",
         cu_seqlens=torch.tensor([0, 13, 52]),
     )
+
+
+def test_a_whole_model_for_a_head():
+    class Model(nn.Module):
+        def get_output_embeddings(self):
+            raise AssertionError
+
+    call("lm_head: got Model, need an nn.Linear, a (V, D) tensor", head=Model())
+    call("of tensors; pass the model's .lm_head", head=Model())
 
 
 class Wrapped(nn.Linear):

@@ -233,6 +233,12 @@ def test_split_goes_by_line_number(tmp_path):
         split_every_nth(train, 1000)
 
 
+@pytest.mark.parametrize("given", [None, "<pad>"])
+def test_a_collator_needs_a_token_id(given):
+    with pytest.raises(ValueError, match=r"pad_token_id: got \w+, need a token id: tokenizer.pad_token_id"):
+        PairCollator(given)
+
+
 def test_batch_is_chosen_rows_first_with_exact_masks(tmp_path):
     tokenizer = tiny_tokenizer()
     path = write_lines(tmp_path / "pairs.jsonl", pairs(3))

@@ -134,6 +134,8 @@ def test_wrapped_head_is_refused_with_the_reason():
 def test_models_without_a_head_and_encoder_decoders_are_refused():
     with pytest.raises(UnsupportedHead, match=r"LlamaModel: get_output_embeddings\(\) is None"):
         PreferenceModel(tiny_model().model)
+    with pytest.raises(UnsupportedHead, match=r"Linear: has no get_output_embeddings\(\), need a Hugging Face causal"):
+        PreferenceModel(torch.nn.Linear(2, 2))
     model = tiny_model()
     model.config.is_encoder_decoder = True
     with pytest.raises(UnsupportedHead, match="encoder-decoder, need a decoder-only"):

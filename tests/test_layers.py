@@ -9,7 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "asft_kernels"
 LAYERS = [  # each may import those before it
-    "checks batch philox",
+    "checks philox",
+    "batch",
     "kernels reference",
     "backends",
     "machine_code",

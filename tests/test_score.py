@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -293,6 +294,28 @@ def test_k_references_in_the_order_given(data, two, scores):
     assert torch.equal(several[0], several[1])
     with pytest.raises(DataError, match=r"made with another tokenizer, that of '.*'; need the one of the model"):
         load_scores(two, dataset, tiny_tokenizer())
+
+
+def test_the_page_lays_references_as_a_batch_lies(data):
+    """Pairs of the batch along the last dimension, all chosen rows before the rejected ones: ends of turn tell them."""
+    (block,) = (
+        b for b in re.findall(r"```python\n(.*?)```", (ROOT / "docs/score.md").read_text(), re.S) if "index" in b
+    )
+    tokenizer = tiny_tokenizer()
+    dataset = loaded(data)
+    lengths = torch.tensor([[len(pair[side]) for pair in dataset] for side in ("chosen", "rejected")])
+    given = []
+    names = {
+        "ref_logps": torch.stack([lengths, -lengths]),
+        "pairs": dataset,
+        "tokenizer": tokenizer,
+        "PairCollator": PairCollator,
+    }
+    names["preference"] = lambda ref_logps, labels, **_: given.append((ref_logps, (labels != -100).sum(1)))
+    exec(block.replace("[0, 1]", "[3, 1]"), names)
+    (one, tokens), (both, _) = given
+    assert one.tolist() == tokens.tolist()
+    assert both.tolist() == [tokens.tolist(), (-tokens).tolist()]
 
 
 def test_scores_go_by_pair_not_by_place(data, scores):

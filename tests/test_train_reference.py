@@ -196,6 +196,7 @@ def test_single_answers_on_pairs_see_pairs_that_count():
         (["--objective", "mrpo", "--objective-args", "swap_weights=no"], "mrpo: swap_weights: got 'no', need True or"),
         (["--objective", "nosuch"], "--objective: got 'nosuch', need one of 'asft'"),
         (["--objective", "dpo", "--objective-args", "beta"], "--objective-args: got 'beta', need NAME=VALUE"),
+        (["--objective", "dpo + sft", "--objective-args", "beta=1"], "--objective: got the sum 'dpo + sft' and values"),
         (["--objective", "dpo", "--lam", "2"], "dpo: got the parameter 'lam', need one of beta, label_smoothing"),
         (["--ref-scores", "a.parquet"], "--ref-scores: got files, need none: asft has no reference"),
         (["--objective", "dpo", "--nll-on-prompt"], "--nll-on-prompt: dpo has no separate likelihood term"),

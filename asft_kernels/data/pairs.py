@@ -153,6 +153,11 @@ class PairCollator:
     """
 
     def __init__(self, pad_token_id: int):
+        if not isinstance(pad_token_id, int):
+            raise ValueError(
+                f"pad_token_id: got {type(pad_token_id).__name__}, need a token id: tokenizer.pad_token_id, or "
+                "tokenizer.eos_token_id where that is None"
+            )
         self.pad_token_id = pad_token_id
 
     def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -92,7 +92,8 @@ def compare(model: Path, data: Path, *, pairs: int, max_length: int) -> str:
         f"fused and plain differ by {apart[0]:.1e} in the loss, {apart[1]:.1e} in dH, {apart[2]:.1e} in dW:",
         "the rounding of whichever lies further from float64",
         "dH, dW: gradients to hidden states and head, relative (Frobenius norm); loss: absolute",
-        f"extra memory: peak of forward and backward, {gradients:.0f} MiB of it the gradients",
+        f"extra memory: peak of forward and backward, {gradients:.0f} MiB of it the gradients; 'answers only' goes row",
+        "by row, and autograd holds the head's gradient of a row beside the sum of those before",
     ]
     return "\n".join(lines)
 

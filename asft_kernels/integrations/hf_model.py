@@ -80,6 +80,8 @@ class PreferenceModel(nn.Module):
         super().__init__()
         inner = causal_lm(model)
         name = type(inner).__name__
+        if not hasattr(inner, "get_output_embeddings"):
+            raise UnsupportedHead(f"{name}: has no get_output_embeddings(), need a Hugging Face causal LM")
         if getattr(inner.config, "is_encoder_decoder", False):
             raise UnsupportedHead(f"{name}: is an encoder-decoder, need a decoder-only causal LM")
         if inner.get_output_embeddings() is None:

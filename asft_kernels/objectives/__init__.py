@@ -64,7 +64,8 @@ def get_objective(name: str, **parameters) -> Objective:
         near = difflib.get_close_matches(name.lower(), OBJECTIVES, n=1)
         raise ValueError(
             f"objective: got {name!r}, need one of {', '.join(map(repr, OBJECTIVES))}, a sum such as "
-            "'asft + 0.1 sft', or an objective object" + (f"; did you mean {near[0]!r}?" if near else "")
+            "'asft + 0.1 sft', or an objective object (get_objective(name, beta=...) for other parameters)"
+            + (f"; did you mean {near[0]!r}?" if near else "")
         )
     known = list(inspect.signature(OBJECTIVES[name]).parameters)
     unknown = [key for key in parameters if key not in known]

@@ -102,6 +102,11 @@ class JobArguments:
             value = getattr(self, name)
             if value is not None:
                 parameters[name] = value
+        if parameters and "+" in self.objective:
+            raise ArgumentProblem(
+                f"--objective: got the sum {self.objective!r} and values for {', '.join(parameters)}, need a sum "
+                "alone: its terms have their papers' defaults"
+            )
         try:
             objective = get_objective(self.objective, **parameters)
         except (TypeError, ValueError) as error:
