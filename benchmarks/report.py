@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.cases import SUITES, WORKS
-from benchmarks.contestants import CONTESTANTS, TUNED, contestants_of
+from benchmarks.contestants import ALL_KEPT, CONTESTANTS, TUNED, contestants_of
 from benchmarks.machine import require
 from benchmarks.rows import is_smoke, read_rows, row_file
 from benchmarks.tables import (
@@ -245,7 +245,9 @@ def shape_table(rows: list[Row]) -> list[str]:
     for line in groups(ours, *SHAPE).values():
         at = {r["work"]: r for r in reversed(line)}  # a shape of two sets: the first one's
         lines.append([shape_of(line[0]), *(ratio_cell(at.get(work)) for work in WORKS)])
-    return markdown(["shape", *WORKS], lines, words=1)
+    kept = [r for r in once(rows) if r["contestant"].endswith(ALL_KEPT) and r["ratio"]]
+    notes = [f"{shape_of(r)}: there E passes `cache_bytes`; with all of it kept {r['ratio']:.2f}." for r in kept]
+    return [*markdown(["shape", *WORKS], lines, words=1), *(line for note in notes for line in ("", note))]
 
 
 def ratio_cell(row: Row | None) -> str:

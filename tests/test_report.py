@@ -116,6 +116,15 @@ def test_the_summary_takes_growth_sets_in(file):
     assert "in 1 of 2 cases" in text
 
 
+def test_what_recomputing_costs_is_told_apart(file):
+    """Where E passes the default cache the bare products, which keep all, are another schedule's."""
+    all_kept = row("asft_kernels torch, all E kept", seconds=1.04, ratio=1.04)
+    note = "there E passes `cache_bytes`; with all of it kept 1.04."
+    for rows, said in (([BARE, row()], 0), ([BARE, row(), all_kept], 1)):
+        file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        assert report.summary([file]).count(note) == said
+
+
 def test_rows_of_the_suite_that_are_absent_are_counted_by_set(file, monkeypatch):
     cases = [Case(name, "frozen head", 8, 8, 4, 16, contestants=("bare products", "plain torch")) for name in "ab"]
     monkeypatch.setitem(report.SUITES, "cpu", lambda: cases)
