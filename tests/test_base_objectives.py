@@ -472,7 +472,7 @@ def test_a_sum_says_what_its_parts_need():
     ("make", "message"),
     [
         (lambda: get_objective("dpo + 0.1 aft"), "objective: got 'aft', need one of 'asft', "),
-        (lambda: get_objective("DPPO"), r"or an objective object; did you mean 'dpo'\?"),
+        (lambda: get_objective("DPPO"), r"parameters\); did you mean 'dpo'\?"),
         (lambda: get_objective("dpo + "), "objective: got the term '' in a sum, need 'name' or 'weight name'"),
         (lambda: get_objective("dpo + 1.2.3 sft"), "objective: got the term '1.2.3 sft' in a sum"),
         (lambda: get_objective("dpo + -1 sft"), "objective: got the term '-1 sft' in a sum"),

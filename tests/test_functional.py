@@ -248,7 +248,7 @@ def test_an_objective_of_your_own_with_a_reference():
     with pytest.raises(ValueError, match="ref_logps: got None"):
         fused_preference_loss(case.hidden, case.head, case.labels, SumDPO())
     with pytest.raises(
-        ValueError, match=r"ref_logps: got \(3,\) torch.float64, need a floating tensor \(4,\) or \(K, 4\)"
+        ValueError, match=r"ref_logps: got \(3,\) torch.float64, need a floating tensor \(4,\), or \(K, 4\) where"
     ):
         fused_preference_loss(case.hidden, case.head, case.labels, SumDPO(), ref_logps=ref[:3])
 
