@@ -161,6 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA / "train.jsonl", help="pairs (default: the demo's)")
     parser.add_argument("--random-only", action="store_true", help="no language model, random inputs alone")
+    parser.add_argument("--pairs", type=int, nargs="+", choices=PAIRS, default=PAIRS, help="cases of these alone")
     parser.add_argument("--out", type=Path, help="file of rows (default: bench_results/DATE-DEVICE.jsonl)")
     parser.add_argument("--limit", type=limit, default=300, help="seconds that one call may take (default 300)")
     args = parser.parse_args()
@@ -180,7 +181,8 @@ def main() -> None:
         makers = {"random": make_inputs, "real": partial(real_inputs, source=file)}
         workers = Workers(args.limit)
         try:
-            for case, inputs in progress(accuracy_cases(stored, device), unit="case"):
+            cases = [(case, inputs) for case, inputs in accuracy_cases(stored, device) if case.pairs in args.pairs]
+            for case, inputs in progress(cases, unit="case"):
                 left = [c for c in answering(case) if not has_row("accuracy", case, c, done, facts)]
                 if not left:
                     continue
