@@ -145,7 +145,8 @@ def even_rows(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
     if cu_seqlens is None and hidden.shape[0] % 2:
         _refuse("hidden", f"{hidden.shape[0]} rows", need)
     if cu_seqlens is not None and cu_seqlens.numel() % 2 == 0:
-        if not torch.compiler.is_compiling():  # of lengths in the place of borders there is an even number
+        # Pairs have an even number of lengths: are these borders at all? An error is certain, so the read is free.
+        if not torch.compiler.is_compiling():
             values = cu_seqlens.tolist()
             ordered = values[0] == 0 and all(a <= b for a, b in pairwise(values))
             borders(ordered, values[-1], hidden.shape[0])

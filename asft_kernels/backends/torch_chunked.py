@@ -113,6 +113,7 @@ def _exponentials(head: "_Head", block: _Block, ref: Tensor, acc: Tensor | None)
             torch.sum(E.exp2_(), dim=1, out=place)
             _accumulate(acc, E, slope, weight_k, k)
         others += sums[: stop - start].sum(dim=0)
+        # Only where looking_is_free, so no device waits.
         if len(others) and not others.max().item() <= ROOM:  # nor is NaN
             return None
     return others
