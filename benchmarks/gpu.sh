@@ -36,7 +36,7 @@ folder() { mkdir -p "$1" && (cd "$1" && pwd); }
 DRY_RUN=${DRY_RUN:-}
 [ "$DRY_RUN" = 0 ] && DRY_RUN=
 WORK=$(folder "$(absolute "${WORK:-${TMPDIR:-/tmp}/asft-gpu${DRY_RUN:+-dry}-$UID}")") || exit 2
-OUT=${OUT:+$(folder "$(absolute "$OUT")")}
+OUT=${OUT:+$(folder "$(absolute "$OUT")")} || exit 2
 [ "$OUT" -ef bench_results ] && OUT=
 [ -n "$DRY_RUN" ] && OUT=${OUT:-$(mktemp -d)}  # its rows measure nothing
 BUDGET=${BUDGET:-570}
@@ -117,6 +117,7 @@ step() {  # step NAME LIMIT COMMAND...: at most LIMIT seconds; as_far=1: what it
         exec 3>&-
         wait "$running"
         code=$?
+        kill -KILL -- "-$running" 2> /dev/null  # what is left of it would hold the log open, and this script
         running=
         wait "$tee"
         case $code in

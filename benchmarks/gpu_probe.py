@@ -178,16 +178,20 @@ def products(probe: Probe) -> None:
     probe.row("products", f"round a slice of {part.stop} rows", ms=1e3 * seconds, tb_per_s=moved / seconds / 1e12)
 
 
+def first_tile(device: torch.device) -> Tile:
+    return next(c for c in candidates(architecture_of(device), DTYPE, softcap=False) if isinstance(c, Tile))
+
+
 def tiles(probe: Probe) -> None:
     """By autotune, which compares each with torch first."""
     device = torch.device(DEVICE)
     if DEVICE == "cpu" and not triton_runs_on_cpu():
         return probe.row("tiles", "all", left_out="needs a GPU, or TRITON_INTERPRET=1")
-    known = candidates(architecture_of(device), DTYPE, softcap=False)
-    tried = [("", candidate) for candidate in known]
-    if isinstance(known[0], Tile):
-        changes = (", ".join(f"{field} {value}" for field, value in change.items()) for change in VARIANTS)
-        tried += [(f" ({text})", replace(known[0], **change)) for text, change in zip(changes, VARIANTS, strict=True)]
+    first = first_tile(device)
+    tried = [("", candidate) for candidate in candidates(architecture_of(device), DTYPE, softcap=False)]
+    for change in VARIANTS:
+        text = ", ".join(f"{field} {value}" for field, value in change.items())
+        tried.append((f" ({text})", replace(first, **change)))
     problem = Problem(DTYPE, probe.case.D, probe.case.N, softcap=False)
     timer = autotune.on_device if DEVICE == "cuda" else autotune.on_host
     flops = 2 * probe.case.N * probe.plan.chunk * probe.case.D
@@ -306,7 +310,7 @@ def one(probe: Probe) -> None:
     if DEVICE == "cpu" and not triton_runs_on_cpu():
         return probe.row("one", "all", left_out="needs a GPU, or TRITON_INTERPRET=1")
     problem = Problem(DTYPE, probe.case.D, probe.case.N, softcap=False)
-    first, *_ = candidates(architecture_of(device), DTYPE, softcap=False)
+    first = first_tile(device)
 
     def thrice(call: Callable[[], object]) -> float:
         return sum(autotune.on_host(call) for _ in range(3))
