@@ -2,6 +2,7 @@
 And the modules that it starts, really run, at tiny size."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -388,11 +389,12 @@ def test_the_probe_at_tiny_size(tmp_path):
 
 @pytest.mark.interpreter
 def test_a_training_step_at_tiny_size(tmp_path):
-    """The first losses agree, as far as bf16 log-probabilities do: 2**-8 of a few units."""
+    """Losses agree as far as plain torch's bf16 does: 2**-9 of a log-probability, log(256), and of a logit below 1, in
+    two averages, which the loss follows with a slope of beta = 0.1 at most."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     rows = tiny("gpu_train", tmp_path / "train.jsonl")
     ours, plain, *_ = rows
     assert (ours["name"], plain["name"]) == ("asft_kernels triton", "plain torch")
     assert len(ours["losses"]) == len(ours["all_seconds"]) == 3
-    assert ours["losses"] == pytest.approx(plain["losses"], rel=0.02)
+    assert ours["losses"] == pytest.approx(plain["losses"], rel=0, abs=0.1 * 2 * (math.log(256) + 1) * 2**-9)
     assert not [row for row in rows if "failed" in row]
