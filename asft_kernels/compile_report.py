@@ -143,11 +143,12 @@ def tile_table(architectures: tuple[str, ...] = ARCHITECTURES) -> Iterator[str]:
                     continue
                 for tile in rows:
                     code = machine_code(tile_launch(tile, dtype, softcap=softcap), architecture)
+                    newer = "; Triton {}.{} or newer".format(*tile.triton) if tile.triton > Tile.triton else ""
                     per_byte = 2 * tile.BLOCK_M * tile.BLOCK_V / ((tile.BLOCK_M + tile.BLOCK_V) * dtype.itemsize)
                     yield (
                         f"| {architecture} | {TYPE_NAMES[dtype]}{', softcap' * softcap} | {tile} | {code.registers} "
                         f"| {code.spills} | {code.shared / KIB:.0f} | {code.programs} | {per_byte:.0f} | {code.loop} "
-                        f"| {code.loop_products} | {code.outside} | {tile.why} |"
+                        f"| {code.loop_products} | {code.outside} | {tile.why}{newer} |"
                     )
 
 

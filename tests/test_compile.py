@@ -13,6 +13,7 @@ import triton
 
 from asft_kernels import compile_report
 from asft_kernels.compile_report import DTYPES, Row, describe, launches_for, tile_launch, tile_table
+from asft_kernels.kernels import configs
 from asft_kernels.kernels.configs import ARCHITECTURES, SOFTCAP_TILES, TILES, candidates
 from asft_kernels.machine_code import TYPE_NAMES, Launch, machine_code
 
@@ -78,7 +79,17 @@ def test_the_tile_table_has_no_other_rows():
     for tiles in (*TILES.values(), *SOFTCAP_TILES.values()):
         assert len({str(tile) for tile in tiles}) == len(tiles)  # stored times are kept by that name
         assert not tiles[0].descriptors  # the default runs with every stride
+        assert tiles[0].triton == (3, 6)  # and with every Triton that setup.py admits
         assert all(tile.descriptors or not tile.persistent for tile in tiles)
+
+
+def test_no_candidate_asks_for_a_newer_triton(monkeypatch):
+    for release, persistent in (((3, 6), 0), ((3, 7), 1), ((4, 0), 1)):
+        monkeypatch.setattr(configs, "triton_release", lambda release=release: release)
+        for softcap, table in ((False, TILES), (True, SOFTCAP_TILES)):
+            rows = candidates("sm_100", torch.bfloat16, softcap=softcap)
+            assert [tile.persistent for tile in rows].count(True) == persistent
+            assert len(rows) == len(table["sm_100", True]) - 1 + persistent
 
 
 @pytest.mark.parametrize("softcap", [False, True], ids=["plain", "softcap"])

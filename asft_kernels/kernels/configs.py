@@ -17,6 +17,7 @@ compared with the plain one on the chip itself: autotune does, and drops a candi
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -34,6 +35,7 @@ class Tile:
     GROUP: int = 8  # token tiles that share a vocabulary tile in L2 before the next one is read
     descriptors: bool = False  # operands come as boxes by the tensor memory accelerator (sm_90, sm_100)
     persistent: bool = False  # a program a multiprocessor, warps specialised; needs descriptors
+    triton: tuple[int, int] = (3, 6)  # the oldest release that compiles it
 
     def __str__(self) -> str:
         flags = ["descriptors"] * self.descriptors + ["persistent"] * self.persistent
@@ -66,6 +68,7 @@ TILES: Table = {
             "some warps write a tile while others multiply the next",
             descriptors=True,
             persistent=True,
+            triton=(3, 7),  # 3.6 fails to specialise the warps
         ),
         Tile(128, 256, 64, 8, 4, "as the first, operands copied without threads", descriptors=True),
         Tile(128, 128, 64, 8, 3, "two programs, but a third more bytes"),
@@ -116,6 +119,7 @@ SOFTCAP_TILES: Table = {
             "some warps write a tile while others multiply the next",
             descriptors=True,
             persistent=True,
+            triton=(3, 7),  # 3.6 fails to specialise the warps
         ),
     ),
     ("gfx942", True): (
@@ -129,9 +133,18 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def candidates(architecture: str, dtype: torch.dtype, *, softcap: bool) -> tuple[Tile, ...]:
-    """The table's rows for one kind of call, the default first."""
+    """The table's rows for one kind of call that the Triton at hand compiles, the default first."""
     key = (architecture, dtype != torch.float32)
-    return SOFTCAP_TILES.get(key, TILES[key]) if softcap else TILES[key]
+    rows = SOFTCAP_TILES.get(key, TILES[key]) if softcap else TILES[key]
+    return tuple(tile for tile in rows if tile.triton <= triton_release())
+
+
+@cache
+def triton_release() -> tuple[int, int]:
+    import triton  # here, as the table itself needs none
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def architecture_of(device: torch.device) -> str:
