@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from asft_kernels.backends import Logits, Saved, exp_dtype, load_backend
+from asft_kernels.backends import Logits, Saved, exp_columns, exp_dtype, load_backend
 from asft_kernels.backends.plan import Plan, make_plan, traced_chunk
 
 
@@ -78,13 +78,12 @@ def _(hidden, weight, bias, rows, labels, backend, scale, softcap, chunk_size, c
       needs_acc, needs_exps):  # fmt: skip
     plan = _plan(hidden, weight, rows, backend, chunk_size, cache_bytes)
     n, dtype = rows.shape[0], _stats_dtype(hidden)
-    exps = plan.slices[: plan.cached] if needs_exps else []
+    widths = [stop - start for start, stop in plan.slices[: plan.cached]] if needs_exps else []
     stats = [hidden.new_empty(n, dtype=dtype) for _ in range(4)]
     acc = hidden.new_empty((n, hidden.shape[1]) if needs_acc else (0,), dtype=dtype)
-    return (
-        *stats, acc,
-        [hidden.new_empty((n, b - a), dtype=exp_dtype(backend, hidden.dtype)) for a, b in exps],
-    )  # fmt: skip
+    room = [(n, exp_columns(backend, width)) for width in widths]
+    exps = [hidden.new_empty(shape, dtype=exp_dtype(backend, hidden.dtype)) for shape in room]
+    return *stats, acc, [x[:, :width] for x, width in zip(exps, widths, strict=True)]
 
 
 @torch.library.custom_op("asft_kernels::linear_logps_backward", mutates_args=())

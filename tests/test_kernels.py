@@ -15,15 +15,17 @@ import triton.language as tl
 
 from asft_kernels.kernels import device_math
 from asft_kernels.kernels.asft_sequence import asft_sequence, asft_sequence_grad
-from asft_kernels.kernels.configs import Tile, architecture_of, candidates
-from asft_kernels.kernels.fixup import fixup
+from asft_kernels.kernels.configs import Strips, Tile, architecture_of, candidates
+from asft_kernels.kernels.exp_epilogue import empty_exps
 from asft_kernels.kernels.grad_bias import grad_bias
 from asft_kernels.kernels.grad_hidden import grad_hidden
+from asft_kernels.kernels.label_gradient import DistinctLabels, LabelGradient
 from asft_kernels.kernels.label_logits import label_logits
 from asft_kernels.kernels.label_rows import label_rows
 from asft_kernels.kernels.logits_exp import logits_exp, operand_rows
-from asft_kernels.kernels.row_statistics import close_statistics, merge_statistics, row_factors
+from asft_kernels.kernels.row_statistics import close_statistics, row_factors
 from asft_kernels.kernels.scaled_hidden import scaled_hidden
+from asft_kernels.kernels.settle import resettle, settle
 from bounds import unit_roundoff
 
 u = 2.0**-24
@@ -225,12 +227,12 @@ def test_logits_exp(N, V, D, first, stop, scale, softcap, bias, dtype, store, su
     check_logits_exp(Inputs(N, V, D, dtype, device, bias=bias), first, stop, scale, softcap, store, sums, tile)
 
 
-def tiles_for(device, dtype, softcap) -> list[Tile]:
-    """Every tile of the device's own table; interpreted, small ones that take the same ways through the kernel."""
+def tiles_for(device, dtype, softcap) -> list[Tile | Strips]:
+    """Every candidate of the device's own table; interpreted, small ones that take the same ways through the kernels."""
     if device == "cuda":
         return list(candidates(architecture_of(torch.device(device)), dtype, softcap=softcap is not None))
     small = Tile(32, 16, 16, 4, 2, "a test's", GROUP=2, descriptors=True)
-    return [small, replace(small, persistent=True)]
+    return [small, replace(small, persistent=True), Strips(0, 8, 64, 4, "a test's: strips of 64 columns")]
 
 
 @pytest.mark.interpreter
@@ -252,7 +254,7 @@ def check_logits_exp(x, first, stop, scale, softcap, store, sums, tile):
     z_y = x.exact_logits(scale, softcap)[0].gather(1, own[:, None])[:, 0]
     # Without sums, as in phase 2, r is final: nothing passes it by more than 30.
     ref = z_y.float() if sums else torch.maximum(z_y, z.amax(1) - 29).float()
-    exps = torch.full((N, stop - first), torch.nan, dtype=exp_dtype(dtype), device=device) if store else None
+    exps = empty_exps(N, stop - first, exp_dtype(dtype), device).fill_(torch.nan) if store else None
     result = logits_exp(
         exps, operand_rows(x.hidden, x.rows, tile), x.weight[first:stop],
         None if x.bias is None else x.bias[first:stop], x.rows, x.labels, ref.to(device),
@@ -331,7 +333,7 @@ def test_logits_exp_of_infinite_logits(softcap, device):
     x.labels[:] = torch.tensor([1, 40, 70, 1, 70, 1, 74, 63, 64])
     z = x.exact_logits(1.0, softcap)[0]
     ref = z.gather(1, x.labels.cpu()[:, None])[:, 0].float()
-    exps = torch.full((N, V), torch.nan, device=device)
+    exps = empty_exps(N, V, torch.float32, device).fill_(torch.nan)
     sums, refs, width = logits_exp(
         exps, x.hidden, x.weight, x.bias, x.rows, x.labels, ref.to(device),
         first=0, scale=1.0, softcap=softcap, sums=True,
@@ -350,40 +352,92 @@ def test_logits_exp_of_infinite_logits(softcap, device):
         assert_within(exps[:, i * width : i * width + part.shape[1]], e * c, 1e-5 * e * c)
 
 
-# --- row statistics
+# --- between chunks
 
 
-@pytest.mark.parametrize(("N", "tiles"), both([(1, 1), (33, 5), (70, 70)], [(33, 5), (7, 40)]))
-def test_merge_statistics(N, tiles, device):
-    """All terms are positive: each carries 4 roundings of exp and product, u |q - r'| of the exponent,
+class Settled:
+    """Tile sums and references of N tokens, of which some have moved: E' and O go along."""
+
+    def __init__(self, N, tiles, tile_width, width, D, dtype, device):
+        gen = torch.Generator().manual_seed(N)
+        self.ref, self.others = torch.randn(N, generator=gen), torch.rand(N, generator=gen) * 1e3
+        jumps = torch.rand(tiles, N, generator=gen)
+        stays = torch.rand(N, generator=gen) > 0.5
+        self.refs = self.ref + torch.where((jumps > 0.8) & ~stays, 30 + 200 * (jumps - 0.8), 0.0)
+        self.sums = torch.rand(tiles, N, generator=gen) * 100
+        self.E = torch.randn(N, width, generator=gen).to(dtype)
+        self.O = torch.randn(N, D, generator=gen)
+        self.tile_of = torch.arange(width) // tile_width
+        exps = empty_exps(N, width, dtype, device)
+        exps.copy_(self.E)
+        acc, self.others_out = self.O.clone().to(device), self.others.clone().to(device)
+        self.got = settle(
+            self.sums.to(device), self.refs.to(device), self.ref.to(device), self.others_out,
+            exps=exps, acc=acc, tile_width=tile_width,
+        ), exps.cpu(), acc.cpu()  # fmt: skip
+
+
+def check_rescaled(got, x, change, dtype):
+    """A product with exp(old - new): 5 roundings and u |old - new|. Rows that did not move keep every bit."""
+    assert torch.equal(got[change == 0], x[change == 0])
+    exact = x.double() * torch.exp(change)
+    assert_within(got, exact, exact.abs() * u * (5 + change.abs()), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("N", "tiles", "tile_width", "width", "D"),
+    both([(1, 1, 1, 1, 1), (33, 5, 32, 150, 300), (70, 70, 2, 139, 20), (5, 3, 256, 700, 1)], [(33, 5, 16, 70, 40)]),
+)
+def test_settle(N, tiles, tile_width, width, D, dtype, device):
+    """All terms of s are positive: each carries 4 roundings of exp and product, u |q - r'| of the exponent,
     and at most one for every later addition or rescaling (5 a block of 32 tiles, plus 40)."""
-    gen = torch.Generator().manual_seed(N)
-    ref, others = torch.randn(N, generator=gen), torch.rand(N, generator=gen) * 1e3
-    refs = ref.repeat(tiles, 1)
-    jumps = torch.rand(tiles, N, generator=gen)
-    refs += torch.where(jumps > 0.8, 30 + 200 * (jumps - 0.8), 0.0)
-    sums = torch.rand(tiles, N, generator=gen) * 100
-    inputs = [x.clone().to(device) for x in (sums, refs, ref, others)]  # others is changed
-    got_ref = merge_statistics(*inputs)
-    sums, refs, ref, others = (x.double() for x in (sums, refs, ref, others))
-    top = torch.maximum(ref, refs.amax(0))
-    assert torch.equal(got_ref.cpu().double(), top)
-    logs = torch.cat([ref[None], refs]) - top
+    x = Settled(N, tiles, tile_width, width, D, dtype, device)
+    ref, E, O = x.got
+    sums, refs, before, others = (a.double() for a in (x.sums, x.refs, x.ref, x.others))
+    top = torch.maximum(before, refs.amax(0))
+    assert torch.equal(ref.cpu().double(), top)
+    logs = torch.cat([before[None], refs]) - top
     terms = torch.cat([others[None], sums]) * torch.exp(logs)
-    bound = (terms * u * (44 + 5 * (tiles / 32 + 1) + 2 * logs.abs())).sum(0)
-    assert_within(inputs[3], terms.sum(0), bound)
+    assert_within(x.others_out, terms.sum(0), (terms * u * (44 + 5 * (tiles / 32 + 1) + 2 * logs.abs())).sum(0))
+    check_rescaled(E, x.E, (refs - top)[x.tile_of].T, dtype)
+    check_rescaled(O, x.O, (before - top)[:, None].expand(N, D), torch.float32)
 
 
 @pytest.mark.parametrize("tiles", both([1, 40], [40]))
-def test_merge_statistics_of_infinite_references(tiles, device):
-    """All -inf: nothing counted yet, and no NaN. One finite tile: its sum is the sum."""
+def test_settle_of_infinite_references(tiles, device):
+    """All -inf: nothing counted yet, and no NaN. One finite tile: its sum is the sum. Entries of tiles that saw
+    nothing but -inf are 0 and stay 0."""
     ref, others = torch.tensor([-torch.inf, -torch.inf, -3.0, 2.0]), torch.tensor([0.0, 0.0, 5.0, 0.0])
-    refs, sums = torch.full((tiles, 4), -torch.inf), torch.zeros(tiles, 4)
+    refs, sums = torch.maximum(torch.full((tiles, 4), -torch.inf), ref), torch.zeros(tiles, 4)
     refs[-1, 1], sums[-1, 1] = 7.0, 2.5
-    changed = others.to(device)
-    got = merge_statistics(sums.to(device), refs.to(device), ref.to(device), changed)
+    exps = empty_exps(4, 2 * tiles, torch.float32, device).copy_(torch.tensor([0.0, 0.0, 3.0, 1.0])[:, None])
+    exps[1, -2:] = 1.25
+    before = exps.clone()
+    changed, acc = others.to(device), exps.clone()
+    acc[1] = 0
+    got = settle(sums.to(device), refs.to(device), ref.to(device), changed, exps=exps, acc=acc, tile_width=2)
     assert got.tolist() == [-torch.inf, 7.0, -3.0, 2.0]
     assert changed.tolist() == [0.0, 2.5, 5.0, 0.0]
+    assert torch.equal(exps, before)
+    assert (acc[1] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("N", "width"), both([(1, 1), (40, 123), (33, 300)], [(20, 70)]))
+def test_resettle(N, width, dtype, device):
+    gen = torch.Generator().manual_seed(N)
+    old, x = torch.randn(N, generator=gen), torch.randn(N, width, generator=gen).to(dtype)
+    new = old + torch.where(torch.rand(N, generator=gen) > 0.5, 3.0, 0.0)
+    old[0], new[0], x[0] = -torch.inf, (200.0 if N > 1 else -torch.inf), 0.0
+    exps = empty_exps(N, width, dtype, device)
+    exps.copy_(x)
+    resettle(exps, old.to(device), new.to(device))
+    assert (exps[0] == 0).all()
+    check_rescaled(exps.cpu()[1:], x[1:], (old - new).double()[1:, None].expand(N - 1, width), dtype)
+
+
+# --- row statistics
 
 
 def closed(z_y, ref, others, device):
@@ -430,42 +484,6 @@ def test_row_factors(with_slopes, device):
     c = c.double() if with_slopes else torch.ones(300, dtype=torch.float64)
     assert_within(pull, g * q * c, (g * q).abs() * c * 4 * u)
     assert_within(push, g * i, 3 * u * (g * i).abs())
-
-
-# --- fixup
-
-
-@pytest.mark.parametrize("dtype", both([torch.float32, torch.bfloat16], [torch.float32]), ids=str)
-def test_fixup_from_infinite_references(dtype, device):
-    """Entries written while all logits were -inf are 0 and stay 0, not NaN."""
-    old = torch.tensor([[-torch.inf, -torch.inf, 1.0]])
-    new = torch.tensor([-torch.inf, 200.0, 1.0])
-    x = torch.tensor([0.0, 0.0, 3.0])[:, None].repeat(1, 40).to(dtype).to(device)
-    before = x.clone()
-    fixup(x, old.to(device), new.to(device), tile_width=40)
-    assert torch.equal(x, before)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("N", "width", "tile_width"),
-    both([(1, 1, 1), (40, 123, 32), (33, 300, 300), (5, 700, 256)], [(20, 70, 32), (7, 300, 300)]),
-)
-def test_fixup(N, width, tile_width, dtype, device):
-    """A product with exp(old - new): 5 roundings and u |old - new|. Rows that did not move keep every bit."""
-    gen = torch.Generator().manual_seed(N)
-    tiles = triton.cdiv(width, tile_width)
-    old = torch.randn(tiles, N, generator=gen)
-    new = old.amax(0) + torch.where(torch.rand(N, generator=gen) > 0.5, 3.0, 0.0)
-    x = torch.randn(N, width, generator=gen).to(dtype)
-    got = x.clone().to(device)
-    fixup(got, old.to(device), new.to(device), tile_width=tile_width)
-    tile_of = torch.arange(width) // tile_width
-    change = (old.double() - new.double())[tile_of].T
-    stays = change == 0
-    assert torch.equal(got.cpu()[stays], x[stays])
-    exact = x.double() * torch.exp(change)
-    assert_within(got, exact, exact.abs() * u * (5 + change.abs()), dtype)
 
 
 # --- gradients
@@ -529,12 +547,73 @@ def test_label_rows(N, D, first, stop, dtype, device):
     assert_within(results[0], exact, (member.sum(1)[:, None] + 2) * u * size)
 
 
+def labels_of_every_length(N, V, gen) -> torch.Tensor:
+    """Runs of 1 to some dozens in a sort, and entries that are nobody's."""
+    labels = torch.randint(V, (N,), generator=gen)
+    labels[: N // 2] = labels[: N // 2] % max(V // 6, 1)
+    return labels
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("N", "V", "chunk"), [(1, 1, 1), (1, 9, 4), (50, 97, 20), (200, 40, 64), (30, 3000, 999)])
+def test_distinct_labels(N, V, chunk, device):
+    labels = labels_of_every_length(N, V, torch.Generator().manual_seed(N))
+    found = DistinctLabels(labels.to(device), V, chunk)
+    values = labels.unique()
+    count = len(values)
+    assert found.values.tolist() == values.tolist() + [V] * (N + 1 - count)
+    assert found.bounds[-1] == count
+    assert torch.equal(found.values[found.index].cpu(), labels.sort().values)
+    assert found.starts[:count].tolist() == [int((labels < v).sum()) for v in values]
+    assert (found.starts[count:] == N).all()
+    for k, first in enumerate(range(0, V, chunk)):
+        begin, end = found.bounds[k : k + 2].tolist()
+        assert values[begin:end].tolist() == [v for v in values.tolist() if first <= v < first + chunk]
+
+
+@pytest.mark.parametrize(
+    ("N", "V", "D", "chunk"),
+    both([(1, 1, 1, 1), (40, 123, 67, 50), (200, 140, 150, 140), (150, 700, 20, 300)], [(40, 70, 50, 40)]),
+)
+def test_label_gradient(N, V, D, chunk, device):
+    """N products of E' and Hs, exact in fp32 and summed, then those of a run of m tokens with each part of pull
+    (three bf16 numbers hold it to 2**-24): at most N + 3 m roundings of the sum of sizes, and one store."""
+    gen = torch.Generator().manual_seed(N)
+    x = Inputs(N, V, D, torch.bfloat16, device)
+    labels = labels_of_every_length(N, V, gen)
+    E = torch.rand(N, V, generator=gen).bfloat16()
+    scaled, pull = torch.randn(N, D, generator=gen).bfloat16(), torch.randn(N, generator=gen)
+    results = []
+    for _ in range(2):
+        out = torch.full((V, D), torch.nan, dtype=torch.bfloat16, device=device)
+        gradient = LabelGradient(labels.to(device), V, chunk)
+        gradient.columns.fill_(torch.nan)
+        for k, start in enumerate(range(0, V, chunk)):
+            part = E[:, start : start + chunk]
+            gradient.gather(k, empty_exps(N, part.shape[1], E.dtype, device).copy_(part), start)
+        gradient.write(out, *(a.to(device) for a in (scaled, x.hidden, x.rows, pull)))
+        results.append(out.cpu())
+    written = labels.unique()
+    others = torch.ones(V, dtype=torch.bool)
+    others[written] = False
+    assert results[0][others].isnan().all(), "only the labels' rows are written"
+    results = [result[written] for result in results]
+    assert torch.equal(*results), "the order of the sums is fixed"
+    member = (labels[None, :] == written[:, None]).double()
+    own = pull.double()[:, None] * x.hidden.cpu().double()[x.rows.cpu()]
+    other = E.double()[:, written].T
+    exact = other @ scaled.double() + member @ own
+    size = other @ scaled.double().abs() + member @ own.abs()
+    roundings = N + 3 * member.sum(1)[:, None] + 4
+    assert_within(results[0], exact, roundings * u * size, torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("N", "V", "first"), both([(1, 1, 0), (40, 123, 0), (70, 300, 57)], [(40, 140, 57)]))
 def test_grad_bias(N, V, first, dtype, device):
     """2 N terms, a product each, summed in fp32: at most 2 N + 2 roundings of the sum of sizes; one store."""
     gen = torch.Generator().manual_seed(N)
-    E = torch.rand(N, V, generator=gen).to(exp_dtype(dtype))
+    E = empty_exps(N, V, exp_dtype(dtype), "cpu").copy_(torch.rand(N, V, generator=gen))
     labels = torch.randint(first + V + 20, (N,), generator=gen)
     pull, push = torch.randn(2, N, generator=gen)
     out = torch.full((V,), torch.nan, dtype=dtype, device=device)

@@ -82,6 +82,11 @@ def exp_dtype(backend: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
+def exp_columns(backend: str, width: int) -> int:
+    """Columns that a chunk of E has room for: Triton's rows begin at multiples of 16 elements, for stores of vectors."""
+    return -(-width // 16) * 16 if backend == "triton" else width
+
+
 def triton_runs_on_cpu() -> bool:
     """Whether Triton launches on CPU tensors work here: interpreted, or emulated by the test suite."""
     return os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("ASFT_KERNELS_EMULATOR") == "1"

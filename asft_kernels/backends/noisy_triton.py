@@ -2,7 +2,7 @@
 
     stage (one vocabulary chunk of rows k)   kernel or product                      tensor
     products                                 torch: x = H W_k^T, s = H Wn_k^T       (N, k) fp32, two
-    forward                                  noisy_statistics, merge_statistics     r, s, power, z~_y (N,)
+    forward                                  noisy_statistics, settle               r, s, power, z~_y (N,)
     backward                                 noisy_gradient: C in the place of s    (N, k) fp32
     dWn_k, dbn_k                             torch: C^T H, column sums of C         (k, D), (k,)
 
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from asft_kernels.backends import Logits
 from asft_kernels.backends.plan import Plan
-from asft_kernels.backends.triton_fused import add_product
 from asft_kernels.kernels.noisy_logits import noisy_gradient, noisy_statistics
-from asft_kernels.kernels.row_statistics import merge_statistics
+from asft_kernels.kernels.products import add_product
+from asft_kernels.kernels.settle import settle
 
 ENTRY_BYTES = 8  # of one (token, vocabulary entry) of a chunk: x and s in fp32
 
@@ -45,7 +45,7 @@ def forward(
             tiles = noisy_statistics(
                 z_y, *inputs, labels, first=start, seed=seed, scale=logits.scale, softcap=logits.softcap
             )
-            ref = merge_statistics(tiles.sums, tiles.refs, ref, others)
+            ref = settle(tiles.sums, tiles.refs, ref, others)
             power += tiles.powers.sum(dim=0)
     return z_y, ref + others.log(), power
 

@@ -4,14 +4,14 @@
     label logit      label_logits                   z_y (N,), the first reference r
     per chunk:
       exponentials   logits_exp                     E' (N, rows), sums and references of its tiles
-      running sums   merge_statistics               r, s (N,)
-      moved rows     fixup                          E' tiles and O rows whose reference moved
+      running sums   settle                         r, s (N,); E' tiles and O rows whose reference moved
       hidden         torch: O += E' W_k             O (N, D) fp32
-    close            close_statistics               logp, 1 - p, 1/total (N,); fixup of cached chunks
+    close            close_statistics               logp, 1 - p, 1/total (N,); resettle of cached chunks
     row factors      label_logits, row_factors      c_y with a softcap; pull, push (N,)
     dH               grad_hidden                    (M, D)
     per chunk:       grad_bias                      db_k
-      per slice:     torch: E'^T Hs, label_rows     dW, summed in fp32 and rounded once
+      dW, "whole"    torch: E'^T Hs, label_columns  dW_k, rounded once; label_gradient then writes the labels' rows
+      or, "slices"   torch: E'^T Hs, label_rows     slice by slice of dW_k, summed in fp32 and rounded once
 
 E' stands relative to the final r of its row when phase 1 ends, so phase 2 has one factor a row.
 Products: fp32 operands as they are; bf16 ones with fp32 output (CUDA, ROCm), which a CPU does not
@@ -24,15 +24,19 @@ from torch import Tensor
 
 from asft_kernels.backends import Logits, Saved, exp_dtype
 from asft_kernels.backends.plan import Plan, weight_slice
-from asft_kernels.kernels.fixup import fixup
+from asft_kernels.kernels.configs import WHOLE, Strips, Tile
+from asft_kernels.kernels.exp_epilogue import empty_exps
 from asft_kernels.kernels.grad_bias import grad_bias
 from asft_kernels.kernels.grad_hidden import grad_hidden
+from asft_kernels.kernels.label_gradient import LabelGradient
 from asft_kernels.kernels.label_logits import label_logits
 from asft_kernels.kernels.label_rows import label_rows
 from asft_kernels.kernels.logits_exp import logits_exp, operand_rows
-from asft_kernels.kernels.row_statistics import close_statistics, merge_statistics, row_factors
+from asft_kernels.kernels.products import add_product, rounded_product
+from asft_kernels.kernels.row_statistics import close_statistics, row_factors
 from asft_kernels.kernels.scaled_hidden import scaled_hidden
-from asft_kernels.kernels.tile_choice import Problem, Tile, best_tile
+from asft_kernels.kernels.settle import resettle, settle
+from asft_kernels.kernels.tile_choice import Problem, best_form, best_tile
 
 
 def forward(
@@ -71,25 +75,21 @@ def forward(
                 E = _exps(hidden, N, stop - start)
             elif needs_acc:
                 workspace = _exps(hidden, N, plan.chunk) if workspace is None else workspace
-                E = workspace.view(-1)[: N * (stop - start)].view(N, stop - start)
+                E = workspace[:, : stop - start]
             tiles = logits_exp(
                 E, tokens, weight_k, None if bias is None else bias[start:stop], rows, labels, ref,
                 first=start, sums=True, tile=tile, **transform,
             )  # fmt: skip
             assert tiles is not None, "backend bug: asked for sums"
-            before, ref = ref, merge_statistics(tiles.sums, tiles.refs, ref, others)
-            if E is None:
-                continue
-            fixup(E, tiles.refs, ref, tile_width=tiles.width)
-            if needs_acc and k > 0:
-                fixup(acc, before[None], ref, tile_width=D)
-            if needs_acc:
+            earlier = acc if needs_acc and k > 0 else None
+            ref = settle(tiles.sums, tiles.refs, ref, others, exps=E, acc=earlier, tile_width=tiles.width)
+            if E is not None and needs_acc:
                 add_product(E, weight_k, out=acc, fresh=k == 0)
-            if needs_exps and k < plan.cached:
+            if E is not None and needs_exps and k < plan.cached:
                 exps.append(E)
                 kept_refs.append(ref)
         for E, written_at in zip(exps, kept_refs, strict=True):
-            fixup(E, written_at[None], ref, tile_width=E.shape[1])
+            resettle(E, written_at, ref)
         logps, one_minus_p, inv_total = close_statistics(z_y, ref, others)
     return Saved(logps, one_minus_p, inv_total, ref, acc, exps)
 
@@ -132,8 +132,11 @@ def backward(
 
         scaled = scaled_hidden(hidden, rows, push, dtype=exp_dtype("triton", hidden.dtype)) if needs_weight else None
         tile = _tile(hidden, weight, rows, logits)
-        workspace = tokens = None
-        dW = _WeightGradient(weight, plan, hidden, rows, labels, pull, scaled) if scaled is not None else None
+        workspace = tokens = dW = None
+        if scaled is not None:
+            form = best_form(hidden.device, _problem(hidden, rows, logits))
+            gradient = _WholeGradient if form == WHOLE else _SlicedGradient
+            dW = gradient(weight, plan, hidden, rows, labels, pull, scaled)
         if needs_bias and bias is not None:
             db = torch.empty_like(bias)
         for k, (start, stop) in enumerate(plan.slices):
@@ -141,7 +144,7 @@ def backward(
                 E = saved.exps[k]
             else:
                 workspace = _exps(hidden, N, plan.chunk) if workspace is None else workspace
-                E = workspace.view(-1)[: N * (stop - start)].view(N, stop - start)
+                E = workspace[:, : stop - start]
                 tokens = operand_rows(hidden, rows, tile) if tokens is None else tokens
                 logits_exp(
                     E, tokens, _row_major(weight[start:stop]),
@@ -152,10 +155,31 @@ def backward(
                 dW.add(k, E)
             if db is not None:
                 grad_bias(db[start:stop], E, labels, pull, push, first=start)
-    return dH, None if dW is None else dW.out, db
+    return dH, None if dW is None else dW.finish(), db
 
 
-class _WeightGradient:
+class _WholeGradient:
+    """dW in bf16, a product a chunk that the library rounds; the labels' rows are computed apart and written over it."""
+
+    def __init__(
+        self, weight: Tensor, plan: Plan, hidden: Tensor, rows: Tensor, labels: Tensor, pull: Tensor, scaled: Tensor
+    ) -> None:
+        self.out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        self.hidden, self.rows, self.pull, self.scaled = hidden, rows, pull, scaled
+        self.slices = plan.slices
+        self.labels = LabelGradient(labels, plan.vocab, plan.chunk)
+
+    def add(self, k: int, E: Tensor) -> None:
+        start, stop = self.slices[k]
+        rounded_product(E.t(), self.scaled, out=self.out[start:stop])
+        self.labels.gather(k, E, start)
+
+    def finish(self) -> Tensor:
+        self.labels.write(self.out, self.scaled, self.hidden, self.rows, self.pull)
+        return self.out
+
+
+class _SlicedGradient:
     """dW, chunk by chunk of E', in slices that are summed in fp32 and rounded once."""
 
     def __init__(
@@ -186,26 +210,23 @@ class _WeightGradient:
             if self.scratch is not None:
                 self.out[start:stop].copy_(dW)  # the one rounding
 
+    def finish(self) -> Tensor:
+        return self.out
+
 
 def _exps(hidden: Tensor, N: int, width: int) -> Tensor:
-    return torch.empty((N, width), dtype=exp_dtype("triton", hidden.dtype), device=hidden.device)
+    return empty_exps(N, width, exp_dtype("triton", hidden.dtype), hidden.device)
 
 
-def _tile(hidden: Tensor, weight: Tensor, rows: Tensor, logits: Logits) -> Tile:
-    N, D = rows.shape[0], hidden.shape[1]
-    step = 16 // hidden.element_size()
-    rows_aligned = weight.stride(1) != 1 or (weight.stride(0) % step == 0 and weight.data_ptr() % 16 == 0)
-    problem = Problem(hidden.dtype, D, N, logits.softcap is not None)
-    return best_tile(hidden.device, problem, aligned=D % step == 0 and rows_aligned)
+def _problem(hidden: Tensor, rows: Tensor, logits: Logits) -> Problem:
+    return Problem(hidden.dtype, hidden.shape[1], rows.shape[0], logits.softcap is not None)
 
 
-def add_product(a: Tensor, b: Tensor, *, out: Tensor, fresh: bool) -> None:
-    """out += a b in fp32, or = if fresh, from operands in fp32 or bf16 that are never rounded further."""
-    beta = 0 if fresh else 1  # with 0 out is not read
-    if a.dtype == b.dtype and a.dtype != out.dtype and a.is_cuda:
-        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
-    else:
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+def _tile(hidden: Tensor, weight: Tensor, rows: Tensor, logits: Logits) -> Tile | Strips:
+    D = hidden.shape[1]
+    of_hidden = hidden.stride(0) % 16 == 0 and hidden.data_ptr() % 16 == 0
+    of_weight = weight.stride(1) != 1 or (weight.stride(0) % 16 == 0 and weight.data_ptr() % 16 == 0)
+    return best_tile(hidden.device, _problem(hidden, rows, logits), aligned=D % 16 == 0 and of_hidden and of_weight)
 
 
 def _row_major(x: Tensor) -> Tensor:

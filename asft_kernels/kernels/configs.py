@@ -43,6 +43,28 @@ class Tile:
         return " ".join([shape, f"{self.num_warps} warps", f"{self.num_stages} stages", *flags])
 
 
+@dataclass(frozen=True)
+class Strips:
+    """The library makes the logits of a strip of vocabulary rows, in fp32, and a pass takes their exponentials.
+
+    A program of the pass takes BLOCK_M tokens x BLOCK_V vocabulary rows. mib: of a strip's logits.
+    """
+
+    mib: int
+    BLOCK_M: int
+    BLOCK_V: int
+    num_warps: int
+    why: str
+
+    def rows(self, n_tokens: int, width: int) -> int:
+        """Vocabulary rows of a strip: a multiple of BLOCK_V, or all of the chunk."""
+        fit = self.mib * 2**20 // (4 * max(n_tokens, 1)) // self.BLOCK_V * self.BLOCK_V
+        return min(max(fit, self.BLOCK_V), width)
+
+    def __str__(self) -> str:
+        return f"library in strips of {self.mib} MiB {self.BLOCK_M}x{self.BLOCK_V} {self.num_warps} warps"
+
+
 # (architecture, low): low says that the operands are bf16 or fp16, else they are fp32.
 Table = dict[tuple[str, bool], tuple[Tile, ...]]
 TILES: Table = {
@@ -129,6 +151,10 @@ SOFTCAP_TILES: Table = {
     ("sm_80", False): (Tile(64, 64, 32, 8, 3, "half the registers of 4 warps"),),
     ("sm_90", False): (Tile(64, 64, 32, 8, 3, "4 warps spill"),),
 }
+# How dW is rounded (triton_fused.py). "whole" needs bf16 and a buffer of N * min(N, V) elements, of up to 128 MiB at
+# WHOLE_TOKENS; beyond them what slices cost besides their product, which N does not change, is little.
+WHOLE, SLICES = FORMS = ("whole", "slices")
+WHOLE_TOKENS = 8192
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -145,6 +171,11 @@ def triton_release() -> tuple[int, int]:
 
     major, minor = triton.__version__.split(".")[:2]
     return int(major), int(minor)
+
+
+def forms(dtype: torch.dtype, n_tokens: int) -> tuple[str, ...]:
+    """The ways to round dW that are to be had for a call, the default first."""
+    return FORMS if dtype == torch.bfloat16 and n_tokens <= WHOLE_TOKENS else (SLICES,)
 
 
 def architecture_of(device: torch.device) -> str:

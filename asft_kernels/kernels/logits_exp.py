@@ -1,18 +1,8 @@
-"""GEMM with an exponential epilogue, for one vocabulary chunk: E' and what sums need of it.
+"""GEMM with an exponential epilogue, for one vocabulary chunk: E' and what sums need of it (exp_epilogue.py).
 
-    u = scale * (H[t] . W[v] + b[v]),  z = softcap * tanh(u / softcap),  c = dz/du
-    E'[t, v] = exp(z - q) * c,  0 for v = y_t          stored in exps' dtype, its only rounding
-    tile sum = sum over v != y_t of exp(z - q)         fp32, without c
-    q = r[t], or the tile's largest z where that passes r[t] by more than MOVE = 30 (-inf if both are)
-
-r is the label's logit for almost every token, so one pass suffices: no running maximum. A tile that
-had to move its q says so in tile_refs, and fixup.py brings it to the common reference afterwards.
-u stays in fp32 accumulators, and z is made of it where the exponential is: the largest z is that of the
-largest u. Moves about N*D*(Vc/BLOCK_V) + Vc*D*(N/BLOCK_M) operand elements (L2 serves most) and N*Vc
-stored ones; 2*N*Vc*D operations: bound by the matrix units. Tiles and their reasons: configs.py.
+Logits stay in fp32 accumulators. Moves about N*D*(Vc/BLOCK_V) + Vc*D*(N/BLOCK_M) operand elements (L2 serves most)
+and N*Vc stored ones; 2*N*Vc*D operations: bound by the matrix units. Tiles and their reasons: configs.py.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -20,17 +10,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from asft_kernels.kernels.configs import Tile, multiprocessors
-from asft_kernels.kernels.device_math import dot, narrow, softcap_logits, softcap_slope
-
-# exp(30) = 1e13: room for 1e25 such entries in fp32, and 13 digits below the reference.
-MOVE = tl.constexpr(30.0)
+from asft_kernels.kernels.configs import Strips, Tile, multiprocessors
+from asft_kernels.kernels.device_math import dot
+from asft_kernels.kernels.exp_epilogue import TileSums, row_stride, store_exponentials
+from asft_kernels.kernels.logit_strips import logits_exp_in_strips
 
 
 @triton.jit(do_not_specialize=["N", "first"])
 def logits_exp_kernel(
     # data
-    exps_ptr,  # (N, width) contiguous: E', every element is written; None without STORE_EXPS
+    exps_ptr,  # (N, width) from `empty_exps`: E', every element is written; None without STORE_EXPS
     tile_sums_ptr,  # (tiles, N) fp32, every element is written; None without STORE_SUMS
     tile_refs_ptr,  # (tiles, N) fp32: q, likewise
     hidden_ptr,  # (M, D) rows stride_hm elements apart; DESCRIPTORS: a descriptor of the tokens' rows (N, D)
@@ -44,6 +33,7 @@ def logits_exp_kernel(
     D,
     width,  # vocabulary rows in this chunk
     first,  # the vocabulary row that the chunk starts with
+    stride_em,
     stride_hm,
     stride_wv,
     # constants
@@ -77,14 +67,11 @@ def logits_exp_kernel(
 
         m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
-        is_token = m < N
-        in_chunk = v < width
-        v64 = tl.minimum(v, width - 1).to(tl.int64)
         if not DESCRIPTORS:
             # Tokens and vocabulary rows past the end repeat a valid one: their results are never stored.
             row = tl.load(rows_ptr + tl.minimum(m, N - 1))  # int64
             hidden_row = hidden_ptr + (row * stride_hm)[:, None]
-            weight_row = weight_ptr + (v64 * stride_wv)[None, :]
+            weight_row = weight_ptr + (tl.minimum(v, width - 1).to(tl.int64) * stride_wv)[None, :]
 
         acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
         for start in range(0, D, BLOCK_D):
@@ -97,48 +84,17 @@ def logits_exp_kernel(
                 w = tl.load(weight_row + d[:, None], mask=(d < D)[:, None], other=0.0)
             acc = dot(h, w, acc)
 
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + v64).to(tl.float32)[None, :]
-        u = acc * scale
-        own = tl.load(labels_ptr + m, mask=is_token, other=-1) - first
-        own = tl.where((own >= 0) & (own < width), own, -1).to(tl.int32)
-        u = tl.where(in_chunk[None, :] & (v[None, :] != own[:, None]), u, float("-inf"))
-
-        ref = tl.load(ref_ptr + m, mask=is_token, other=float("inf"))  # nothing passes inf: e = 0
-        if STORE_SUMS:
-            top = tl.max(u, 1)
-            if HAS_SOFTCAP:
-                top = tl.where(top == float("-inf"), top, softcap_logits(top, softcap))
-            ref = tl.where(top > ref + MOVE, top, ref)
-        base = tl.where(ref == float("-inf"), 0.0, ref)  # no finite logit so far: exp(-inf - 0) is 0
-        if HAS_SOFTCAP:
-            # A logit of -inf is capped, too; the entries that do not count are not.
-            z = softcap_logits(u, softcap)
-            z = tl.where(in_chunk[None, :] & (v[None, :] != own[:, None]), z, float("-inf"))
-        else:
-            z = u
-        e = tl.exp(z - base[:, None])
-        if STORE_SUMS:
-            at = tile_v.to(tl.int64) * N + m
-            tl.store(tile_sums_ptr + at, tl.sum(e, 1), mask=is_token)
-            tl.store(tile_refs_ptr + at, ref, mask=is_token)
-        if STORE_EXPS:
-            if HAS_SOFTCAP:
-                e *= softcap_slope(u, softcap)
-            at = (m.to(tl.int64) * width)[:, None] + v[None, :]
-            e = narrow(e, exps_ptr.dtype.element_ty)
-            tl.store(exps_ptr + at, e, mask=is_token[:, None] & in_chunk[None, :])
+        store_exponentials(
+            acc, tile_v, m, v, exps_ptr, tile_sums_ptr, tile_refs_ptr, bias_ptr, labels_ptr, ref_ptr,
+            N, width, first, stride_em, scale, softcap, HAS_BIAS, HAS_SOFTCAP, STORE_EXPS, STORE_SUMS,
+        )  # fmt: skip
 
 
-class TileSums(NamedTuple):
-    sums: Tensor  # (tiles, N) fp32
-    refs: Tensor  # (tiles, N) fp32: q
-    width: int  # vocabulary rows of a tile
-
-
-def operand_rows(hidden: Tensor, rows: Tensor, tile: Tile) -> Tensor:
-    """The hidden that logits_exp reads: descriptors copy boxes, so the tokens' rows must stand side by side."""
-    return hidden.index_select(0, rows) if tile.descriptors else hidden
+def operand_rows(hidden: Tensor, rows: Tensor, tile: Tile | Strips) -> Tensor:
+    """The hidden that logits_exp reads: descriptors copy boxes and the library multiplies matrices, so the tokens' rows
+    must stand side by side."""
+    gathers = isinstance(tile, Tile) and not tile.descriptors
+    return hidden if gathers else hidden.index_select(0, rows)
 
 
 def logits_exp(
@@ -154,7 +110,7 @@ def logits_exp(
     scale: float,
     softcap: float | None,
     sums: bool,
-    tile: Tile,
+    tile: Tile | Strips,
 ) -> TileSums | None:
     """Fills exps (N, width) unless it is None, and returns the tiles' sums and references if asked.
 
@@ -164,7 +120,11 @@ def logits_exp(
     N, D, width = rows.shape[0], hidden.shape[1], weight.shape[0]
     assert weight.stride(1) == 1 or D == 1, "backend bug: needs row-major W"
     assert hidden.stride(1) == 1 or D == 1, "backend bug: needs row-major H"
-    assert exps is None or (exps.is_contiguous() and exps.shape == (N, width)), "backend bug: E"
+    assert exps is None or exps.shape == (N, width), "backend bug: E"
+    if isinstance(tile, Strips):
+        return logits_exp_in_strips(
+            exps, hidden, weight, bias, labels, ref, first=first, scale=scale, softcap=softcap, sums=sums, strips=tile
+        )
     tiles_v = triton.cdiv(width, tile.BLOCK_V)
     programs = triton.cdiv(N, tile.BLOCK_M) * tiles_v
     if tile.persistent:
@@ -178,7 +138,7 @@ def logits_exp(
         tile_sums, tile_refs = torch.empty((2, tiles_v, N), device=ref.device, dtype=torch.float32)
     logits_exp_kernel[(programs,)](
         exps, tile_sums, tile_refs, *operands, bias, rows, labels, ref,
-        N, D, width, first, hidden.stride(0), weight.stride(0),
+        N, D, width, first, row_stride(exps), hidden.stride(0), weight.stride(0),
         float(scale), float(softcap or 0.0),
         HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
         STORE_EXPS=exps is not None, STORE_SUMS=sums,

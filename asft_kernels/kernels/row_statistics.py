@@ -1,14 +1,12 @@
-"""Per-token numbers between the matrix products: running sums, log-probabilities, row factors.
+"""Per-token numbers after the last chunk (settle.py has those between chunks): log-probabilities, row factors.
 
-    merge:  r' = max(r, q of every tile);  s' = s * exp(r - r') + sum over tiles of sum * exp(q - r')
     close:  total = s + exp(z_y - r);  1 - p_y = s / total;  logp = -softplus(r + log s - z_y)
     factors of a row, given g = dL/dlogp and c_y = dz_y/du_y, the softcap's slope (1 without one):
             pull = scale * g * (1 - p_y) * c_y        on W[y] in dH, on h in dW[y]
             push = scale * g / total                  on O in dH, on E'^T h in dW
 
 s leaves the label out, so logp and 1 - p keep their digits for confident tokens. s = 0 (a vocabulary
-of one) gives logp = 0 and 1 - p = 0. r and q are -inf while all logits are.
-fp32 throughout. Moves 8*N bytes a tile, nothing to tune.
+of one) gives logp = 0 and 1 - p = 0. fp32 throughout, nothing to tune.
 """
 
 import torch
@@ -17,49 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from asft_kernels.kernels.device_math import softplus
-
-
-@triton.jit(do_not_specialize=["N", "tiles"])
-def merge_statistics_kernel(
-    ref_out_ptr,  # (N,) fp32: r', every element is written
-    others_ptr,  # (N,) fp32: s, becomes s' in place
-    ref_ptr,  # (N,) fp32: r
-    tile_sums_ptr,  # (tiles, N) fp32
-    tile_refs_ptr,  # (tiles, N) fp32: q, never below r
-    N,
-    tiles,
-    BLOCK_M: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """Program i merges BLOCK_M tokens, BLOCK_T tiles at a time, in the tiles' order."""
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    is_token = m < N
-    ref = tl.load(ref_ptr + m, mask=is_token, other=0.0)
-    others = tl.load(others_ptr + m, mask=is_token, other=0.0)
-    for start in range(0, tiles, BLOCK_T):
-        tile = start + tl.arange(0, BLOCK_T)
-        at = (tile.to(tl.int64) * N)[:, None] + m[None, :]
-        there = (tile < tiles)[:, None] & is_token[None, :]
-        q = tl.load(tile_refs_ptr + at, mask=there, other=float("-inf"))
-        sums = tl.load(tile_sums_ptr + at, mask=there, other=0.0)
-        moved = tl.maximum(ref, tl.max(q, 0))
-        base = tl.where(moved == float("-inf"), 0.0, moved)  # no finite logit so far: exp(-inf - 0) is 0
-        others = others * tl.exp(ref - base) + tl.sum(sums * tl.exp(q - base[None, :]), 0)
-        ref = moved
-    tl.store(ref_out_ptr + m, ref, mask=is_token)
-    tl.store(others_ptr + m, others, mask=is_token)
-
-
-def merge_statistics(tile_sums: Tensor, tile_refs: Tensor, ref: Tensor, others: Tensor) -> Tensor:
-    """Returns r' (N,), updates others (N,) in place; tile_sums and tile_refs (tiles, N)."""
-    tiles, N = tile_sums.shape
-    ref_out = torch.empty_like(ref)
-    BLOCK_M = 32  # 128 bytes of each tile's row: whole sectors, and enough programs for a GPU
-    merge_statistics_kernel[(triton.cdiv(N, BLOCK_M),)](
-        ref_out, others, ref, tile_sums, tile_refs, N, tiles,
-        BLOCK_M=BLOCK_M, BLOCK_T=32, num_warps=4,
-    )  # fmt: skip
-    return ref_out
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import triton
 
-from asft_kernels.kernels.configs import SOFTCAP_TILES, TILES, Tile, architecture_of, candidates
+from asft_kernels.kernels.configs import SOFTCAP_TILES, TILES, Strips, Tile, architecture_of, candidates, forms
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,40 @@ class Problem:
         kind = " with softcap" if self.softcap else ""
         return f"{str(self.dtype).removeprefix('torch.')}, hidden size {self.hidden_size}, {bucket} tokens{kind}"
 
+    @property
+    def of_gradient(self) -> str:
+        """The key of what was measured for dW."""
+        return f"{self}, gradient to the head"
+
 
 _assumed: list[str] = []
 
 
-def best_tile(device: torch.device, problem: Problem, *, aligned: bool) -> Tile:
+def best_form(device: torch.device, problem: Problem) -> str:
+    """How a call rounds dW: the default, or what was measured as faster."""
+    rows = forms(problem.dtype, problem.tokens)
+    times = _times(device, problem.of_gradient)
+    return min((form for form in rows if form in times), key=lambda form: times[form], default=rows[0])
+
+
+def _times(device: torch.device, key: str) -> dict[str, float]:
+    if device.type != "cuda" or _assumed or os.environ.get("ASFT_KERNELS_TUNED") == "0":
+        return {}
+    return stored_times(device).get(key, {})
+
+
+def best_tile(device: torch.device, problem: Problem, *, aligned: bool) -> Tile | Strips:
     """The tile for a call; its `why` says whether it was measured.
 
-    aligned: every row of both operands starts at a multiple of 16 bytes, which descriptors need.
+    aligned: every row of both operands starts at a multiple of 16 elements and has a multiple of them. Others are loaded
+    one by one, which takes the registers of a large tile: they get a softcap's, and were not measured.
     """
-    rows = candidates(_assumed[-1] if _assumed else architecture_of(device), problem.dtype, softcap=problem.softcap)
-    if device.type != "cuda" or _assumed or os.environ.get("ASFT_KERNELS_TUNED") == "0":
-        return rows[0]
-    times = stored_times(device).get(str(problem), {})
-    measured = [tile for tile in rows if str(tile) in times and (aligned or not tile.descriptors)]
+    architecture = _assumed[-1] if _assumed else architecture_of(device)
+    if not aligned:
+        return candidates(architecture, problem.dtype, softcap=True)[0]
+    rows = candidates(architecture, problem.dtype, softcap=problem.softcap)
+    times = _times(device, str(problem))
+    measured = [tile for tile in rows if str(tile) in times]
     if not measured:
         return rows[0]
     fastest = min(measured, key=lambda tile: times[str(tile)])
