@@ -8,10 +8,13 @@ three cannot share a process: a kernel decorated under TRITON_INTERPRET=1 can be
 import importlib
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+
+from asft_kernels.backends import interpreter_fault
 
 EMULATOR = os.environ.get("ASFT_KERNELS_EMULATOR_DIR")
 
@@ -40,6 +43,11 @@ def pytest_collection_modifyitems(config, items):
         skip = pytest.mark.skip(reason="ASFT_KERNELS_EMULATOR_DIR is not set: no emulator to execute compiled kernels")
         for item in items:
             if "emulated" in item.keywords:
+                item.add_marker(skip)
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") and (fault := interpreter_fault()):
+        skip = pytest.mark.skip(reason=fault)
+        for item in items:
+            if "interpreter" in item.keywords:
                 item.add_marker(skip)
 
 

@@ -7,6 +7,7 @@ another contract, that of asft_kernels/noisy_logps.py.
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -91,6 +92,25 @@ def triton_runs_on_cpu() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("ASFT_KERNELS_EMULATOR") == "1"
 
 
+@cache
+def interpreter_fault() -> str:
+    """Why Triton's interpreter cannot run the kernels here; empty where it can.
+
+    Before 3.7 it takes a loop's bound by int() of an array of shape (1,), which NumPy refuses from 2.4 on.
+    """
+    import numpy as np
+    import triton
+
+    from asft_kernels.kernels.configs import triton_release
+
+    if triton_release() >= (3, 7) or tuple(map(int, np.__version__.split(".")[:2])) < (2, 4):
+        return ""
+    return (
+        f"TRITON_INTERPRET: got Triton {triton.__version__} with NumPy {np.__version__}, whose arrays its interpreter "
+        "cannot take for a loop's bound; need NumPy before 2.4, or Triton 3.7 or newer"
+    )
+
+
 def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """`name` if it can run here, else a ValueError; None: triton on CUDA and ROCm, torch elsewhere.
 
@@ -108,6 +128,8 @@ def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype) -
             raise ValueError(
                 "backend: got 'triton' with float64 tensors, need float32, float16 or bfloat16; use backend='torch'"
             )
+        if os.environ.get("TRITON_INTERPRET") == "1" and _has_triton() and interpreter_fault():
+            raise ValueError(interpreter_fault())
     if name is None:
         triton_here = device.type == "cuda" and dtype != torch.float64 and _has_triton()
         return "triton" if triton_here else "torch"
