@@ -184,7 +184,7 @@ def time_table() -> list[str]:
 
 
 def rest(call: Call, chip: Chip, triton: float) -> float:
-    """Share of the predicted time that is no product and no rounding of dW: vectors, fix-ups, and all launches."""
+    """Share of the predicted time that is no product and no rounding of dW: vectors, and all launches."""
     large = ("logits_exp", "product", "copy", "label_gradient")
     times = [LAUNCH if step.name in large else seconds(step, chip, triton) for step in schedule(call, tile_of(chip))]
     return sum(times) / predict(call, chip, triton)
@@ -199,7 +199,7 @@ def rest_sentence() -> str:
         shares = [100 * rest(call, chip, share) for call in every for share in chip.triton]
         found.append(f"{span((min(shares), max(shares)), '.1f')} % on {name}")
     return (
-        f"*Predicted.* Vectors, fix-ups, label rows and launches together, of the time at N = {N}, least to most of "
+        f"*Predicted.* Vectors, label rows and launches together, of the time at N = {N}, least to most of "
         f"the shapes and gradients above: {', '.join(found)}."
     )
 
