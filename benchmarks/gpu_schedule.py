@@ -12,8 +12,7 @@ from math import ceil
 import torch
 
 from asft_kernels.backends.plan import Plan, default_cache_bytes, make_plan, weight_slice
-from asft_kernels.kernels.configs import WHOLE, Strips, Tile, forms
-from asft_kernels.kernels.label_gradient import TILE as LABEL_TILE
+from asft_kernels.kernels.configs import LABEL_TILE, WHOLE, Strips, Tile, forms
 from asft_kernels.kernels.label_rows import PROGRAMS
 from benchmarks.cases import FROZEN, NO_GRADIENT, TRAINABLE
 

@@ -5,15 +5,13 @@ where there is a GPU); `-m compile` cross-compiles; `-m emulated` executes compi
 three cannot share a process: a kernel decorated under TRITON_INTERPRET=1 can be neither compiled nor emulated.
 """
 
-import importlib
 import os
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 
+import emulator
 from asft_kernels.backends import interpreter_fault
 
 EMULATOR = os.environ.get("ASFT_KERNELS_EMULATOR_DIR")
@@ -32,8 +30,7 @@ def pytest_configure(config):
         os.environ.pop("TRITON_INTERPRET", None)
         if EMULATOR:
             os.environ["ASFT_KERNELS_EMULATOR"] = "1"
-            sys.path.insert(0, str(Path(EMULATOR).parent))
-            importlib.import_module(Path(EMULATOR).name).install()
+            emulator.install(EMULATOR)
     elif not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
 

@@ -55,7 +55,7 @@ def launches(architecture, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_fits_without_spills_and_uses_matrix_units(architecture, dtype):
-    """Neither bias nor softcap, and both; bf16 also with one alone, and in odd shapes with both."""
+    """Neither bias nor softcap, and both; bf16 also with one alone, and in odd shapes."""
     rows = [describe(launch, architecture, dtype) for launch in launches(architecture, dtype)]
     for row in rows:
         assert row.fits, row
@@ -68,8 +68,8 @@ def test_fits_without_spills_and_uses_matrix_units(architecture, dtype):
             assert all(m.startswith("v_mfma_f32_") and m.endswith("_f32") for m in row.code.matrix), row
             assert bool(row.code.matrix) == (architecture == "gfx942"), row
     variants = [row.variant for row in rows if row.kernel == "logits_exp_kernel"]
-    # 3 ways to store, times the combinations of bias and softcap.
-    assert len(set(variants)) == (15 if dtype == torch.bfloat16 else 6)
+    # 3 ways to store, times the combinations of bias and softcap; for bf16 of odd shapes, too, but one.
+    assert len(set(variants)) == (21 if dtype == torch.bfloat16 else 6)
 
 
 def test_every_kernel_is_in_the_report():

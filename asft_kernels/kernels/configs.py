@@ -159,6 +159,8 @@ STRIPS = (
 # little.
 WHOLE, SLICES = FORMS = ("whole", "slices")
 WHOLE_TOKENS = 8192
+# Of label_gradient: BLOCK_L, BLOCK_D, BLOCK_T, warps, stages. Two or three programs on a multiprocessor, no spills.
+LABEL_TILE, SMALL_LABEL_TILE = (64, 128, 32, 4, 3), (32, 32, 32, 4, 1)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 

@@ -19,9 +19,7 @@ from torch import Tensor
 
 from asft_kernels.kernels.device_math import dot, narrow
 from asft_kernels.kernels.exp_epilogue import empty_exps
-
-# BLOCK_L, BLOCK_D, BLOCK_T, warps, stages: two or three programs on a multiprocessor of every chip, no spills.
-TILE = (64, 128, 32, 4, 3)
+from asft_kernels.kernels.tile_choice import label_tile
 
 
 class DistinctLabels:
@@ -157,7 +155,7 @@ class LabelGradient:
         (N, D), distinct = scaled.shape, self.distinct
         assert out.is_contiguous(), "backend bug: needs a contiguous dW"
         assert out.dtype == torch.bfloat16, "backend bug: needs a bf16 dW"
-        BLOCK_L, BLOCK_D, BLOCK_T, warps, stages = TILE
+        BLOCK_L, BLOCK_D, BLOCK_T, warps, stages = label_tile(out.device)
         label_gradient_kernel[(triton.cdiv(self.most, BLOCK_L) * triton.cdiv(D, BLOCK_D),)](
             out, self.columns, scaled, hidden, rows, distinct.order, distinct.index, distinct.values, distinct.starts,
             distinct.bounds[-1:], pull, N, D, self.columns.stride(0), self.columns.stride(0), scaled.stride(0),

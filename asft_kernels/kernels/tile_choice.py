@@ -23,7 +23,9 @@ import triton
 
 from asft_kernels.kernels.configs import (
     FORMS,
+    LABEL_TILE,
     SLICES,
+    SMALL_LABEL_TILE,
     SOFTCAP_TILES,
     STRIPS,
     TILES,
@@ -65,6 +67,15 @@ def best_form(device: torch.device, problem: Problem, *, aligned: bool) -> str:
     return min((form for form in rows if form in times), key=lambda form: times[form], default=rows[0])
 
 
+def label_tile(device: torch.device) -> tuple[int, int, int, int, int]:
+    """BLOCK_L, BLOCK_D, BLOCK_T, warps and stages of label_gradient."""
+    return SMALL_LABEL_TILE if _architecture(device) == "other" else LABEL_TILE
+
+
+def _architecture(device: torch.device) -> str:
+    return _assumed[-1] if _assumed else architecture_of(device)
+
+
 def _times(device: torch.device, key: str) -> dict[str, float]:
     if device.type != "cuda" or _assumed or os.environ.get("ASFT_KERNELS_TUNED") == "0":
         return {}
@@ -77,7 +88,7 @@ def best_tile(device: torch.device, problem: Problem, *, aligned: bool) -> Tile 
     aligned: every row of both operands starts at a multiple of 16 elements and has a multiple of them. Others are
     loaded one by one, which takes the registers of a large tile: they get a softcap's, and were not measured.
     """
-    architecture = _assumed[-1] if _assumed else architecture_of(device)
+    architecture = _architecture(device)
     if not aligned:
         return candidates(architecture, problem.dtype, softcap=True)[0]
     rows = candidates(architecture, problem.dtype, softcap=problem.softcap)
