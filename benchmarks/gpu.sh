@@ -236,13 +236,13 @@ if [ -z "$DRY_RUN" ]; then
     # Without the one test that starts the interpreter, in a process of its own: it says nothing of the device.
     kernels=(tests/test_kernels.py tests/test_triton_backend.py tests/test_functional.py tests/test_noisy_kernels.py
         tests/test_autotune.py --deselect tests/test_autotune.py::test_the_command)
-    headline=headline growth=growth-n tuned=tuned
+    headline=headline growth=growth-n tuned=tuned few=()
     shape=(--hidden-size 4096 --vocab 151936 --tokens 2048 8192)
 else
     key=(tests/test_kernels.py -k "with_each_tile and float32")
     rest=(tests/test_gpu.py)
     kernels=(tests/test_triton_backend.py -k "no_tokens or smallest")
-    headline=smoke growth=smoke tuned=untuned
+    headline=smoke growth=smoke tuned=untuned few=(--rounds 1 --contestants "asft_kernels triton" "plain torch" --)
     shape=(--hidden-size 24 --vocab 70 --tokens 16 33)
 fi
 interprets=1
@@ -273,7 +273,7 @@ part_2() {
     check gpu-tests 70 bash -c 'tests "$@"' - tests/test_gpu.py
     interpreted check kernel-tests 80 bash -c 'tests "$@"' - "${kernels[@]}"
     interpreted step autotune 45 bash -c 'autotune "$@"' - "${shape[@]}" --dtype bfloat16
-    step headline 235 bash -c 'measure "$@"' - "$headline"
+    step headline 235 bash -c 'measure "$@"' - ${few[@]+"${few[@]}"} "$headline"
     interpreted step tuned 60 bash -c '"$@"' - "$tuned" "$headline"
 }
 
@@ -293,7 +293,8 @@ part_3() {
     else
         left_out train "transformers is not installed"
     fi
-    as_far=1 step growth 200 bash -c 'measure "$@"' - "$headline" "$growth"  # first what the headline had no time for
+    # First what the headline had no time for.
+    as_far=1 step growth 200 bash -c 'measure "$@"' - ${few[@]+"${few[@]}"} "$headline" "$growth"
 }
 
 report() {
