@@ -1,4 +1,6 @@
-"""Times the tile table's candidates on this device and stores the times: later calls take the fastest.
+"""Times the candidates for a chunk's exponentials (tiles, strips) and for dW on this device, and stores the times.
+
+Later calls take the fastest:
 
     python -m asft_kernels.autotune --hidden-size 4096 --vocab 151936 --dtype bfloat16 [--tokens 2048 8192]
     python -m asft_kernels.autotune --show
@@ -6,7 +8,7 @@
 Nothing is tuned unless this command runs: the table's first tile is used, and results repeat bit by bit
 from one machine to the next. A stored choice holds for calls of the same dtype, hidden size, softcap or
 none, and number of tokens to the next power of 2; ASFT_KERNELS_TUNED=0 ignores it, and so does another
-Triton or another table. A candidate that does not run, or whose exponentials differ from torch's by more than
+Triton or another table. A candidate that does not run, or whose result differs from torch's by more than
 roundings can, is left out; where none is right the command fails. An error after which the device answers nothing
 more ends the command: what was timed before it stays.
 """
@@ -15,14 +17,17 @@ import argparse
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import triton
 
 from asft_kernels.backends import exp_dtype, triton_runs_on_cpu
-from asft_kernels.backends.plan import default_chunk
-from asft_kernels.kernels.configs import Tile, architecture_of, candidates
-from asft_kernels.kernels.logits_exp import TileSums, logits_exp, operand_rows
+from asft_kernels.backends.plan import make_plan
+from asft_kernels.backends.triton_fused import GRADIENTS
+from asft_kernels.kernels.configs import Strips, Tile, architecture_of, candidates, forms, multiprocessors
+from asft_kernels.kernels.exp_epilogue import TileSums, empty_exps
+from asft_kernels.kernels.logits_exp import logits_exp, operand_rows
 from asft_kernels.kernels.tile_choice import Problem, cache_file, store_times, stored_times
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -34,7 +39,11 @@ class Case:
     def __init__(self, problem: Problem, vocab: int, device: torch.device):
         N, D, dtype = problem.tokens, problem.hidden_size, problem.dtype
         stored = exp_dtype("triton", dtype)
-        width = min(default_chunk(N, D, exp_bytes=stored.itemsize, device_type=device.type), vocab)
+        self.plan = make_plan(
+            N, vocab, D, exp_bytes=stored.itemsize, chunk_size=None, cache_bytes=0, device_type=device.type,
+            multiprocessors=multiprocessors(device),
+        )  # fmt: skip
+        width = self.plan.chunk
         gen = torch.Generator(device).manual_seed(0)
         random = partial(torch.randn, generator=gen, device=device)
         self.hidden, self.weight = random(N, D).to(dtype), (random(width, D) / D**0.5).to(dtype)
@@ -42,9 +51,9 @@ class Case:
         self.labels = torch.randint(width, (N,), generator=gen, device=device)
         self.ref = torch.zeros(N, device=device)
         self.softcap = 30.0 if problem.softcap else None
-        self.exps = torch.empty(N, width, dtype=stored, device=device)
+        self.exps = empty_exps(N, width, stored, device)
 
-    def call(self, tile: Tile) -> Callable[[], TileSums | None]:
+    def call(self, tile: Tile | Strips) -> Callable[[], TileSums | None]:
         return partial(
             logits_exp, self.exps, operand_rows(self.hidden, self.rows, tile), self.weight, None, self.rows,
             self.labels, self.ref, first=0, scale=1.0, softcap=self.softcap, sums=True, tile=tile,
@@ -63,6 +72,42 @@ class Case:
         """Of two correct results, relative: D roundings of |h| |w| in each exponent, and one of each that is stored."""
         size = self.hidden.float().norm(dim=1).max() * self.weight.float().norm(dim=1).max()
         return 2 * (len(self.hidden[0]) + 4) * 2**-24 * size.item() + 2 * torch.finfo(self.exps.dtype).eps
+
+
+class GradientCase:
+    """All of dW, each of whose chunks is made of the same exponentials; labels as frequent as by Zipf's law."""
+
+    def __init__(self, problem: Problem, vocab: int, device: torch.device):
+        case = Case(problem, vocab, device)
+        gen = torch.Generator(device).manual_seed(0)
+        (N, D), self.plan, self.hidden, self.rows = case.hidden.shape, case.plan, case.hidden, case.rows
+        self.exps = torch.rand(
+            case.exps.shape, generator=gen, device=device, out=empty_exps(*case.exps.shape, case.exps.dtype, device)
+        )
+        self.labels = (vocab ** torch.rand(N, generator=gen, device=device)).long().clamp(max=vocab - 1)
+        self.pull = torch.randn(N, generator=gen, device=device)
+        self.scaled = torch.randn(N, D, generator=gen, device=device).to(problem.dtype)
+        self.weight = torch.empty(vocab, D, dtype=problem.dtype, device=device)  # its shape and dtype are asked for
+
+    def call(self, form: str) -> Callable[[], torch.Tensor]:
+        def gradient() -> torch.Tensor:
+            dW = GRADIENTS[form](
+                self.weight, self.plan, self.hidden, self.rows, self.labels, self.pull, self.scaled
+            )  # fmt: skip
+            for k, (start, stop) in enumerate(self.plan.slices):
+                dW.add(k, self.exps[:, : stop - start])
+            return dW.finish()
+
+        return gradient
+
+    def excess(self, got: torch.Tensor) -> float:
+        """How far the first chunk's rows lie beyond one rounding and fp32 sums, in units of the largest row."""
+        E, width = self.exps.float(), self.exps.shape[1]
+        inside = self.labels < width
+        own = (self.pull[:, None] * self.hidden.float())[inside]
+        right = (E.T @ self.scaled.float()).index_add(0, self.labels[inside], own)
+        off = (got[:width].float() - right).abs() - torch.finfo(got.dtype).eps * right.abs()
+        return (off.max() / right.abs().max()).item()
 
 
 class DeviceLost(Exception):
@@ -94,43 +139,76 @@ def on_host(call: Callable[[], object]) -> float:
     return (time.perf_counter() - began) * 1e3
 
 
+Timer = Callable[[Callable[[], object]], float]
+
+
 def tune(
     problem: Problem,
     vocab: int,
     device: torch.device,
-    timer: Callable[[Callable[[], object]], float],
-    tiles: tuple[Tile, ...] | None = None,
+    timer: Timer,
+    tiles: tuple[Tile | Strips, ...] | None = None,
 ) -> dict[str, float]:
-    """Milliseconds of every candidate that runs and agrees with torch; prints a line for each.
+    """Milliseconds that a chunk's exponentials take by every candidate that runs and agrees with torch.
 
-    Raises DeviceLost where a candidate's error leaves a device that answers no later one.
+    Prints a line for each. Raises DeviceLost where a candidate's error leaves a device that answers no later one.
     """
     case = Case(problem, vocab, device)
     if tiles is None:
         tiles = candidates(architecture_of(device), problem.dtype, softcap=problem.softcap)
-    times: dict[str, float] = {}
     right = case.right()
     N, width = case.exps.shape
     print(f"{problem}: {width} vocabulary rows a chunk", flush=True)
-    for tile in tiles:
-        case.exps.fill_(torch.nan)
+
+    def off(sums: TileSums | None) -> float:
+        assert sums is not None
+        got = torch.cat([case.exps.float(), sums.sums.sum(0)[:, None]], 1)
+        case.exps.fill_(torch.nan)  # for the next one
+        return ((got - right).abs() / right.clamp(min=1e-30)).max().item()  # a label's is 0 in both
+
+    case.exps.fill_(torch.nan)
+    calls = {str(tile): case.call(tile) for tile in tiles}
+    operations = 2 * N * width * problem.hidden_size
+    return _timed(str(problem), calls, off, case.largest_difference(), operations, device, timer)
+
+
+def tune_gradient(problem: Problem, vocab: int, device: torch.device, timer: Timer) -> dict[str, float]:
+    """The same of the ways to sum and round dW, where there are several."""
+    ways = forms(problem.dtype, problem.tokens)
+    if len(ways) == 1:
+        return {}
+    case = GradientCase(problem, vocab, device)
+    print(problem.of_gradient, flush=True)
+    calls = {form: case.call(form) for form in ways}
+    operations = 2 * problem.tokens * vocab * problem.hidden_size
+    return _timed(problem.of_gradient, calls, case.excess, 1e-5, operations, device, timer)
+
+
+def _timed(
+    what: str,
+    calls: dict[str, Callable[[], Any]],
+    off: Callable[[Any], float],
+    allowed: float,
+    operations: float,
+    device: torch.device,
+    timer: Timer,
+) -> dict[str, float]:
+    times: dict[str, float] = {}
+    for name, call in calls.items():
         try:
-            sums = case.call(tile)()
-            assert sums is not None
-            got = torch.cat([case.exps.float(), sums.sums.sum(0)[:, None]], 1)
-            off = ((got - right).abs() / right.clamp(min=1e-30)).max().item()  # a label's is 0 in both
-            if not off <= case.largest_difference():  # NaN fails, too
-                print(f"  {tile!s:55} left out: differs from torch's by {off:.1e} (relative)", flush=True)
+            differs = off(call())
+            if not differs <= allowed:  # NaN fails, too
+                print(f"  {name:55} left out: differs from torch's by {differs:.1e} (relative)", flush=True)
                 continue
-            times[str(tile)] = timer(case.call(tile))
+            times[name] = timer(call)
         except Exception as error:  # whatever a compiler or a driver may raise
             said = f"{type(error).__name__}: {str(error).strip()[:200]}"
             if not answers(device):
-                raise DeviceLost(f"{problem}: the device answers no more after {tile}: {said}", times) from error
-            print(f"  {tile!s:55} left out: {said}", flush=True)
+                raise DeviceLost(f"{what}: the device answers no more after {name}: {said}", times) from error
+            print(f"  {name:55} left out: {said}", flush=True)
             continue
-        rate = 2 * N * width * problem.hidden_size / times[str(tile)] / 1e9
-        print(f"  {tile!s:55} {times[str(tile)]:9.3f} ms {rate:8.2f} TFLOP/s", flush=True)
+        rate = operations / times[name] / 1e9
+        print(f"  {name:55} {times[name]:9.3f} ms {rate:8.2f} TFLOP/s", flush=True)
     return times
 
 
@@ -177,23 +255,25 @@ def main(arguments: list[str] | None = None) -> None:
         return show(device)
     if not options.hidden_size or not options.vocab:
         parser.error("--hidden-size and --vocab: need both, or --show")
+    timer = on_device if device.type == "cuda" else on_host
     for tokens in options.tokens:
         problem = Problem(DTYPES[options.dtype], options.hidden_size, tokens, options.softcap)
-        lost = None
-        try:
-            times = tune(problem, options.vocab, device, on_device if device.type == "cuda" else on_host)
-        except DeviceLost as error:
-            lost, times = error, error.times
-        if lost and not times:
-            raise SystemExit(f"{lost}\nnothing is stored for it, and later problems were not tried")
-        if not times:
-            raise SystemExit(f"{problem}: no candidate is right on this device, see above; nothing is stored for it")
-        if device.type == "cpu":
-            print("interpreted on a CPU: no measurement of a device, nothing is stored")
-        else:
-            print(f"stored in {store_times(device, problem, times)}")
-        if lost:
-            raise SystemExit(f"{lost}\nonly the candidates before it are stored, and later problems were not tried")
+        for what, measure in ((str(problem), tune), (problem.of_gradient, tune_gradient)):
+            lost = None
+            try:
+                times = measure(problem, options.vocab, device, timer)
+            except DeviceLost as error:
+                lost, times = error, error.times
+            if lost and not times:
+                raise SystemExit(f"{lost}\nnothing is stored for it, and later problems were not tried")
+            if not times and measure is tune:
+                raise SystemExit(f"{what}: no candidate is right on this device, see above; nothing is stored for it")
+            if times and device.type == "cpu":
+                print("interpreted on a CPU: no measurement of a device, nothing is stored")
+            elif times:
+                print(f"stored in {store_times(device, what, times)}")
+            if lost:
+                raise SystemExit(f"{lost}\nonly the candidates before it are stored, and later problems were not tried")
 
 
 if __name__ == "__main__":

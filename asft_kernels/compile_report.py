@@ -23,11 +23,12 @@ from pathlib import Path
 import torch
 import triton
 
-from asft_kernels.backends import Logits, noisy_triton, triton_fused
+from asft_kernels.backends import Logits, exp_dtype, noisy_triton, triton_fused
 from asft_kernels.backends.plan import Plan
 from asft_kernels.kernels.asft_sequence import asft_sequence, asft_sequence_grad
-from asft_kernels.kernels.configs import ARCHITECTURES, Tile, candidates
+from asft_kernels.kernels.configs import ARCHITECTURES, STRIPS, Tile, tiles
 from asft_kernels.kernels.device_math import INTERPRETED
+from asft_kernels.kernels.exp_epilogue import empty_exps
 from asft_kernels.kernels.logits_exp import logits_exp
 from asft_kernels.kernels.tile_choice import assume_architecture
 from asft_kernels.machine_code import CHIPS, KIB, TYPE_NAMES, Launch, MachineCode, machine_code, record_launches
@@ -60,18 +61,23 @@ class Row:
 def launches_for(architecture: str, dtype: torch.dtype, *, every: bool = True) -> list[Launch]:
     """What the package launches on that architecture for inputs of that dtype.
 
-    Without `every`, what a quick test leaves out: bias or softcap alone but for bf16, and odd shapes but
-    for bf16 with both.
+    Without `every`, what a quick test leaves out: but for bf16, bias or softcap alone, and odd shapes; for bf16, bias
+    or softcap alone of those.
     """
     low = dtype == torch.bfloat16
     with assume_architecture(architecture), record_launches() as launches, torch.device("meta"):
         _both_phases(2048, 4096, 2048, 32768, 16384, dtype, with_alone=every or low)
         alone = [(True, PLAIN), (False, SOFTCAPPED)] if every else []
         _noisy_phases(2048, 2048, 32768, 16384, dtype, (True, SOFTCAPPED), (False, PLAIN), *alone)
+        for bias, logits in [(True, SOFTCAPPED), (False, PLAIN), *alone]:
+            _strips(2048, 2048, 16384, dtype, bias, logits)
         if every or low:
             _noisy_phases(2047, 251, 30040, 15021, dtype, (True, SOFTCAPPED))  # the last chunk begins at no multiple
-            # No multiple of anything; blocks of 256 where D is 251, and a last chunk of 37 rows.
-            _both_phases(2047, 4095, 251, 30040, 10001, dtype, with_alone=every, with_plain=every)
+            # No multiple of anything; blocks of 256 where D is 251, and a last chunk of 37 rows. Then odd chunks of
+            # rows that are aligned, and rows that are aligned to 16 bytes, but are no multiple of 16 elements.
+            for D in (251, 1024, 1032):
+                _both_phases(2047, 4095, D, 30040, 10001, dtype, with_alone=every)
+            _strips(2047, 251, 10001, dtype, True, SOFTCAPPED)
         if dtype == torch.float32:  # its inputs are fp32 log-probabilities whatever the model's dtype
             offsets, N = torch.empty(17, dtype=torch.int64), 2048
             terms = asft_sequence(torch.empty(N), offsets, lam=1.0, beta=1.0, sft_weight=1.0)
@@ -79,15 +85,23 @@ def launches_for(architecture: str, dtype: torch.dtype, *, every: bool = True) -
     return launches
 
 
-def _both_phases(
-    N: int, M: int, D: int, V: int, chunk: int, dtype: torch.dtype, *, with_alone: bool, with_plain: bool = True
-) -> None:
+def _strips(N: int, D: int, width: int, dtype: torch.dtype, bias: bool, logits: Logits) -> None:
+    hidden, weight = (torch.empty(s, D, dtype=dtype) for s in (N, width))
+    rows, labels = torch.empty(2, N, dtype=torch.int64).unbind()
+    for store, sums in ((True, True), (False, True), (True, False)):
+        logits_exp(
+            empty_exps(N, width, exp_dtype("triton", dtype), hidden.device) if store else None, hidden, weight,
+            torch.empty(width, dtype=dtype) if bias else None, rows, labels, torch.empty(N),
+            first=0, scale=logits.scale, softcap=logits.softcap, sums=sums, tile=STRIPS[0],
+        )  # fmt: skip
+
+
+def _both_phases(N: int, M: int, D: int, V: int, chunk: int, dtype: torch.dtype, *, with_alone: bool) -> None:
     plan = Plan(V, chunk=chunk, cached=1)
     hidden, weight, bias = (torch.empty(s, dtype=dtype) for s in ((M, D), (V, D), (V,)))
     rows, labels, g = (*torch.empty(2, N, dtype=torch.int64).unbind(), torch.empty(N))
     by_column = torch.empty((D, V), dtype=dtype).t()  # a head that was stored transposed
-    cases = [(weight, bias, SOFTCAPPED)]
-    cases += [(weight, None, PLAIN), (by_column, None, PLAIN)] if with_plain else []
+    cases = [(weight, bias, SOFTCAPPED), (weight, None, PLAIN), (by_column, None, PLAIN)]
     cases += [(weight, bias, PLAIN), (weight, None, SOFTCAPPED)] if with_alone else []
     for w, b, logits in cases:
         inputs = (hidden, w, b, rows, labels)
@@ -113,11 +127,9 @@ def _noisy_phases(N: int, D: int, V: int, chunk: int, dtype: torch.dtype, *cases
 def tile_launch(tile: Tile, dtype: torch.dtype, *, softcap: bool, bias: bool = False) -> Launch:
     """logits_exp with one tile, as phase 1 with gradients launches it."""
     N, D, V = 2048, 2048, 16384
-    exp_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     with record_launches() as launches, torch.device("meta"):
-        hidden, weight, exps = (
-            torch.empty(s, dtype=d) for s, d in (((N, D), dtype), ((V, D), dtype), ((N, V), exp_dtype))
-        )
+        hidden, weight = (torch.empty(s, D, dtype=dtype) for s in (N, V))
+        exps = torch.empty(N, V, dtype=exp_dtype("triton", dtype))
         rows, labels = torch.empty(2, N, dtype=torch.int64).unbind()
         logits_exp(
             exps, hidden, weight, torch.empty(V, dtype=dtype) if bias else None, rows, labels, torch.empty(N),
@@ -138,8 +150,8 @@ def tile_table(architectures: tuple[str, ...] = ARCHITECTURES) -> Iterator[str]:
     for architecture in architectures:
         for dtype in (torch.bfloat16, torch.float32):
             for softcap in (False, True):
-                rows = candidates(architecture, dtype, softcap=softcap)
-                if softcap and rows == candidates(architecture, dtype, softcap=False):
+                rows = tiles(architecture, dtype, softcap=softcap)
+                if softcap and rows == tiles(architecture, dtype, softcap=False):
                     continue
                 for tile in rows:
                     code = machine_code(tile_launch(tile, dtype, softcap=softcap), architecture)

@@ -15,6 +15,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from asft_kernels.backends import Logits, Saved, exp_columns, exp_dtype, load_backend
 from asft_kernels.backends.plan import Plan, make_plan, traced_chunk
+from asft_kernels.kernels.configs import multiprocessors
 
 
 def linear_logps(
@@ -159,6 +160,7 @@ def _plan(hidden, weight, rows, backend, chunk_size, cache_bytes) -> Plan:
     return make_plan(
         rows.shape[0], *weight.shape, exp_bytes=exp_dtype(backend, hidden.dtype).itemsize,
         chunk_size=chunk_size, cache_bytes=cache_bytes, device_type=hidden.device.type,
+        multiprocessors=multiprocessors(hidden.device),
     )  # fmt: skip
 
 
@@ -175,20 +177,25 @@ def _without_padding(hidden: Tensor, rows: Tensor, labels: Tensor) -> tuple[Tens
 _precision_lock = Lock()
 _precision_users: dict[str, int] = {"cpu": 0, "cuda": 0}
 _precision_before: dict[str, str] = {}
+_reduces_in_bf16: list[bool] = []
 
 
 @contextmanager
 def _exact_products(device_type: str) -> Iterator[None]:
-    """Autocast off, and fp32 products in fp32, whatever switch for TF32 or bf16 the user has set.
+    """Autocast off; fp32 products in fp32 and bf16 products summed in fp32 whatever switches the user has set.
 
-    The switch belongs to the process: the first thread in sets it and the last one out restores it.
+    The switches belong to the process: the first thread in sets them and the last one out restores them.
     """
     kind, backend = ("cpu", torch.backends.mkldnn) if device_type == "cpu" else ("cuda", torch.backends.cuda)
     matmul = backend.matmul  # pyright: ignore[reportAttributeAccessIssue]
     with _precision_lock:
-        if not _precision_users[kind] and matmul.fp32_precision not in ("ieee", "none"):
-            _precision_before[kind] = matmul.fp32_precision
-            matmul.fp32_precision = "ieee"
+        if not _precision_users[kind]:
+            if matmul.fp32_precision not in ("ieee", "none"):
+                _precision_before[kind] = matmul.fp32_precision
+                matmul.fp32_precision = "ieee"
+            if kind == "cuda":  # on by default: parts of a sum that is cut would be rounded to bf16
+                _reduces_in_bf16.append(matmul.allow_bf16_reduced_precision_reduction)
+                matmul.allow_bf16_reduced_precision_reduction = False
         _precision_users[kind] += 1
     try:
         with torch.autocast(device_type, enabled=False):
@@ -196,8 +203,11 @@ def _exact_products(device_type: str) -> Iterator[None]:
     finally:
         with _precision_lock:
             _precision_users[kind] -= 1
-            if not _precision_users[kind] and kind in _precision_before:
-                before = _precision_before.pop(kind)
-                everywhere = torch.backends.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
-                inherited = getattr(backend, "fp32_precision", everywhere)
-                matmul.fp32_precision = "none" if before == inherited else before
+            if not _precision_users[kind]:
+                if kind in _precision_before:
+                    before = _precision_before.pop(kind)
+                    everywhere = torch.backends.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
+                    inherited = getattr(backend, "fp32_precision", everywhere)
+                    matmul.fp32_precision = "none" if before == inherited else before
+                if kind == "cuda":
+                    matmul.allow_bf16_reduced_precision_reduction = _reduces_in_bf16.pop()

@@ -16,6 +16,7 @@ NO_GRADIENT, FROZEN, TRAINABLE = WORKS = ("no gradient", "frozen head", "trainab
 MODELS = {  # vocabulary, hidden size
     "SmolLM2-135M": (49152, 576),
     "Llama-3-8B": (128256, 4096),
+    "Llama-3.2-1B": (128256, 2048),
     "Qwen3": (151936, 4096),
     "Gemma-3": (262144, 2560),
 }
@@ -90,12 +91,15 @@ class Case:
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Random inputs on the CPU: in each row a masked prompt, a response of about N / (2 * pairs) tokens, padding."""
-    generator = torch.Generator().manual_seed(seed)
+    """Random inputs: in each row a masked prompt, a response of about N / (2 * pairs) tokens, padding.
+
+    Drawn on the case's device, so that a GPU's are not a CPU's: the head of a large model takes a CPU half a minute.
+    """
+    place: dict[str, Any] = {"device": case.device, "generator": torch.Generator(case.device).manual_seed(seed)}
     rows, length = 2 * case.pairs, case.M // (2 * case.pairs)
-    hidden = torch.randn(rows, length, case.D, generator=generator).to(case.torch_dtype)
-    weight = torch.randn(case.V, case.D, generator=generator).mul_(0.02).to(case.torch_dtype)
-    labels = torch.randint(case.V, (rows, length), generator=generator)
+    hidden = torch.randn(rows, length, case.D, **place).to(case.torch_dtype)
+    weight = torch.randn(case.V, case.D, **place).mul_(0.02).to(case.torch_dtype)
+    labels = torch.randint(case.V, (rows, length), **place)
     for row in range(rows):
         answer = case.N // rows + (row < case.N % rows)
         start = (length - answer) // 2

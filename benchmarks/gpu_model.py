@@ -3,18 +3,20 @@
 python -m benchmarks.gpu_model            # prints the tables of docs/gpu-model.md, which says what is assumed and why
 python -m benchmarks.gpu_model --write    # puts them there
 
-A step of the schedule takes  max(operations / rate, bytes / bandwidth) + LAUNCH + programs * time of one.
+A step of the schedule takes  max(operations / rate * tail, bytes / bandwidth) + LAUNCH + programs * time of one,
+tail being the turns in which multiprocessors take its tiles over those that would be full.
 """
 
 import argparse
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 
 import torch
 
 from asft_kernels.backends.plan import default_cache_bytes
-from asft_kernels.kernels.configs import Tile, candidates
+from asft_kernels.kernels.configs import SLICES, STRIPS, WHOLE, Strips, Tile, tiles
 from benchmarks.cases import FROZEN, MODELS, NO_GRADIENT, TRAINABLE
 from benchmarks.gpu_schedule import BF16, Call, Step, extra_bytes, schedule
 from benchmarks.tables import MIB, markdown
@@ -47,18 +49,22 @@ CHIPS = {
 
 
 def seconds(step: Step, chip: Chip, triton: float) -> float:
-    """triton: the share of the peak rate that the GEMM with the epilogue reaches."""
+    """triton: the share of the peak rate that a Triton GEMM reaches where its tiles fill the chip."""
     rate = chip.peak * (triton if step.engine == "triton" else chip.library)
+    turns = step.tiles / chip.multiprocessors
+    splits = step.engine == "library" and turns < 1  # the library then cuts the sum, too
+    tail = ceil(turns) / turns if turns and not splits else 1.0
     moving = step.bytes / (chip.bandwidth * BANDWIDTH_SHARE)
-    return max(step.flops / rate, moving) + LAUNCH + step.programs * PROGRAM / (16 * chip.multiprocessors)
+    return max(step.flops / rate * tail, moving) + LAUNCH + step.programs * PROGRAM / (16 * chip.multiprocessors)
 
 
 def tile_of(chip: Chip) -> Tile:
-    return candidates(chip.architecture, torch.bfloat16, softcap=False)[0]
+    return tiles(chip.architecture, torch.bfloat16, softcap=False)[0]
 
 
-def predict(call: Call, chip: Chip, triton: float) -> float:
-    return sum(seconds(step, chip, triton) for step in schedule(call, tile_of(chip)))
+def predict(call: Call, chip: Chip, triton: float, tile: Tile | Strips | None = None) -> float:
+    """tile: the table's first where it is None."""
+    return sum(seconds(step, chip, triton) for step in schedule(call, tile or tile_of(chip)))
 
 
 def bare(call: Call, chip: Chip) -> float:
@@ -95,8 +101,10 @@ TARGETS = {  # on an H100 at the first shape: times the bare products, bytes
 }
 
 
-def calls(model: str, N: int) -> dict[str, Call]:
-    return {name: Call(N, *MODELS[model], *wanted) for name, wanted in WANTED.items()}
+def calls(model: str, N: int, chip: Chip) -> dict[str, Call]:
+    return {
+        name: Call(N, *MODELS[model], *wanted, multiprocessors=chip.multiprocessors) for name, wanted in WANTED.items()
+    }
 
 
 def span(values: Iterable[float], style: str) -> str:
@@ -106,7 +114,7 @@ def span(values: Iterable[float], style: str) -> str:
 def target_table() -> list[str]:
     lines = []
     for name, (limit, memory) in TARGETS.items():
-        call = calls(*SHAPES[0])[name]
+        call = calls(*SHAPES[0], H100)[name]
         share, extra = share_needed(call, H100, limit), extra_bytes(call)
         lines.append([
             name,
@@ -120,7 +128,7 @@ def target_table() -> list[str]:
 
 def step_table() -> list[str]:
     """All of E kept, at the optimistic share."""
-    call = calls(*SHAPES[0])[f"{TRAINABLE}, all of E kept"]
+    call = calls(*SHAPES[0], H100)[f"{TRAINABLE}, all of E kept"]
     found: dict[tuple[int, str], list[Step]] = {}
     for step in schedule(call, tile_of(H100)):
         found.setdefault((step.phase, step.name), []).append(step)
@@ -135,19 +143,49 @@ def step_table() -> list[str]:
     return markdown(["phase", "step", "launches", "TFLOP", "GB", "ms"], lines)
 
 
+def schedule_table() -> list[str]:
+    """What each choice of the schedule changes, at the pessimistic and the optimistic share, all of E kept."""
+    before = {"form": SLICES, "multiprocessors": 0}
+    choices: tuple[tuple[str, dict, Tile | Strips | None], ...] = (
+        ("chunks by bytes, dW in slices", before, None),
+        ("chunks that fill the chip, dW in slices", {"form": SLICES}, None),
+        ("**default**: they and dW whole", {"form": WHOLE}, None),
+        ("the same, each label 4 times", {"form": WHOLE, "distinct": 0.25}, None),
+        ("default, logits in strips", {"form": WHOLE}, STRIPS[0]),
+    )
+    lines = []
+    for N in (8192, 2048, 512, 256):
+        for name, changed, tile in choices:
+            cells = []
+            for work in (NO_GRADIENT, FROZEN, TRAINABLE):
+                call = replace(calls("Qwen3", N, H100)[work], **changed)
+                times = [predict(call, H100, share, tile) for share in H100.triton]
+                cells.append(span((t / bare(call, H100) for t in times), ".2f"))
+            call = replace(calls("Qwen3", N, H100)[TRAINABLE], **changed)
+            steps = list(schedule(call, tile or tile_of(H100)))
+            times = [predict(call, H100, share, tile) for share in H100.triton]
+            extra = [extra_bytes(replace(call, work=work), tile) / MIB for work in (FROZEN, TRAINABLE)]
+            lines.append([
+                f"{N}", name, str(len(steps)), span((1e3 * t for t in times), ".2f"), *reversed(cells),
+                *(f"{x:.0f}" for x in reversed(extra)),
+            ])  # fmt: skip
+    head = ["N", "schedule", "launches", "ms", TRAINABLE, FROZEN, NO_GRADIENT, "extra MiB", "frozen"]
+    return markdown(head, lines, words=2)
+
+
 def time_table() -> list[str]:
     lines = []
     for chip_name, chip in CHIPS.items():
         for model, N in SHAPES:
-            every = calls(model, N)
+            every = calls(model, N, chip)
             cells = [span((predict(c, chip, s) / bare(c, chip) for s in chip.triton), ".2f") for c in every.values()]
             lines.append([chip_name, f"{model}, N = {N}", f"{1e3 * bare(every[NO_GRADIENT], chip):.2f}", *cells])
     return markdown(["chip", "shape", "one product, ms", *WANTED], lines)
 
 
 def rest(call: Call, chip: Chip, triton: float) -> float:
-    """Share of the predicted time that is no product and no rounding of dW: vectors, fix-ups, and all launches."""
-    large = ("logits_exp", "product", "copy")
+    """Share of the predicted time that is no product and no rounding of dW: vectors, and all launches."""
+    large = ("logits_exp", "product", "copy", "label_gradient")
     times = [LAUNCH if step.name in large else seconds(step, chip, triton) for step in schedule(call, tile_of(chip))]
     return sum(times) / predict(call, chip, triton)
 
@@ -157,17 +195,18 @@ def rest_sentence() -> str:
     models = [model for model, tokens in SHAPES if tokens == N]
     found = []
     for name, chip in CHIPS.items():
-        shares = [100 * rest(c, chip, s) for model in models for c in calls(model, N).values() for s in chip.triton]
+        every = [call for model in models for call in calls(model, N, chip).values()]
+        shares = [100 * rest(call, chip, share) for call in every for share in chip.triton]
         found.append(f"{span((min(shares), max(shares)), '.1f')} % on {name}")
     return (
-        f"*Predicted.* Vectors, fix-ups, label rows and launches together, of the time at N = {N}, least to most of "
+        f"*Predicted.* Vectors, label rows and launches together, of the time at N = {N}, least to most of "
         f"the shapes and gradients above: {', '.join(found)}."
     )
 
 
 def memory_table() -> list[str]:
     lines = [
-        [f"{model}, N = {N}", *(f"{extra_bytes(call) / MIB:.0f}" for call in calls(model, N).values())]
+        [f"{model}, N = {N}", *(f"{extra_bytes(call) / MIB:.0f}" for call in calls(model, N, H100).values())]
         for model, N in SHAPES
     ]
     return markdown(["shape", *WANTED], lines, words=1)
@@ -175,7 +214,7 @@ def memory_table() -> list[str]:
 
 def tables() -> str:
     (model, N), tile = SHAPES[0], tile_of(H100)
-    plan = calls(model, N)[TRAINABLE].plan
+    plan = calls(model, N, H100)[TRAINABLE].plan
     slow, fast = (share * H100.peak / 1e12 for share in H100.triton)
     blocks = [
         f"*Predicted.* The targets on an H100 ({model}, N = {N}), the GEMM with the epilogue at "
@@ -185,9 +224,12 @@ def tables() -> str:
         f"head; the default `cache_bytes` ({DEFAULT / MIB:.0f} MiB) keeps {plan.cached} of them.",
         f"*Predicted.* The steps there with all of E kept, at {fast:.0f} TFLOP/s:",
         "\n".join(step_table()),
+        "*Predicted.* What the schedule's choices bring on an H100 (Qwen3): launches, time and memory of a trainable "
+        "head, and times in units of the bare products that the gradients need (3, 2 or 1):",
+        "\n".join(schedule_table()),
         "*Predicted.* Time in units of the bare products that the gradients need (1, 2 or 3):",
         "\n".join(time_table()),
-        "*Predicted.* Extra memory in MiB, the gradients returned included, on any chip:",
+        "*Predicted.* Extra memory in MiB, the gradients returned included, on an H100:",
         "\n".join(memory_table()),
         rest_sentence(),
     ]

@@ -1,36 +1,53 @@
 """The schedule of the Triton backend as launches with their operations and bytes, and the memory that it needs.
 
-Chunks and cache are those that the package would choose: plan.py is asked, not copied. A test runs the backend and
-compares its launches with these.
+Chunks, cache and the ways that a call goes are those that the package would choose: plan.py and configs.py are asked,
+not copied. A test runs the backend and compares its launches with these.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 
+import torch
+
 from asft_kernels.backends.plan import Plan, default_cache_bytes, make_plan, weight_slice
-from asft_kernels.kernels.configs import Tile
+from asft_kernels.kernels.configs import WHOLE, Strips, Tile, forms
+from asft_kernels.kernels.label_gradient import TILE as LABEL_TILE
 from asft_kernels.kernels.label_rows import PROGRAMS
 from benchmarks.cases import FROZEN, NO_GRADIENT, TRAINABLE
 
 BF16 = 2  # bytes of an element of H, W, E' and the gradients; sums and O are fp32
+SECTOR = 32  # bytes that are moved for one element of a gathered column
 
 
 @dataclass(frozen=True)
 class Call:
-    """N tokens of as many positions, V x D head, bf16. work: gradients wanted; cache_bytes: as in the public call."""
+    """N tokens of as many positions, V x D head, bf16. work: gradients wanted; cache_bytes: as in the public call.
+
+    form: how dW is rounded; the package's default for N where it is None. multiprocessors: 0 cuts by bytes alone.
+    distinct: share of the tokens whose label is no other token's, too: 1 at most, and about that for random labels.
+    """
 
     N: int
     V: int
     D: int
     work: str
     cache_bytes: int = default_cache_bytes("cuda")
+    form: str | None = None
+    multiprocessors: int = 132
+    distinct: float = 1.0
 
-    @property
+    @cached_property
     def plan(self) -> Plan:
         return make_plan(
-            self.N, self.V, self.D, exp_bytes=BF16, chunk_size=None, cache_bytes=self.cache_bytes, device_type="cuda"
+            self.N, self.V, self.D, exp_bytes=BF16, chunk_size=None, cache_bytes=self.cache_bytes, device_type="cuda",
+            multiprocessors=self.multiprocessors,
         )  # fmt: skip
+
+    @property
+    def whole(self) -> bool:
+        return (self.form or forms(torch.bfloat16, self.N)[0]) == WHOLE
 
     @property
     def products(self) -> int:
@@ -40,7 +57,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Step:
-    """One launch. engine: who multiplies, "triton" or "library". programs: those that read two numbers and return."""
+    """One launch. engine: who multiplies, "triton" or "library". programs: those that read two numbers and return.
+
+    tiles: of 128 x 256 results, which the chip's multiprocessors take in turns; 0 where a launch is no product.
+    """
 
     phase: int
     name: str
@@ -48,34 +68,47 @@ class Step:
     bytes: float = 0.0
     programs: int = 0
     engine: str = "library"
+    tiles: int = 0
 
 
-def schedule(call: Call, tile: Tile) -> Iterator[Step]:
+def product(phase: int, rows: int, columns: int, terms: int, moved: float) -> Step:
+    """(rows, columns) of sums of so many terms, by the library."""
+    tiles = ceil(rows / 128) * ceil(columns / 256)
+    return Step(phase, "product", 2 * rows * columns * terms, moved, tiles=tiles)
+
+
+def schedule(call: Call, tile: Tile | Strips) -> Iterator[Step]:
     """Both phases of asft_kernels/backends/triton_fused.py, launch by launch, for a head without bias or softcap."""
     N, D, V, plan = call.N, call.D, call.V, call.plan
     hidden, acc = BF16 * N * D, 4 * N * D
-    groups = ceil(ceil(N / tile.BLOCK_M) / tile.GROUP)  # each reads the chunk of W once
     wants_acc, wants_exps = call.work != NO_GRADIENT, call.work == TRAINABLE  # a trainable head trains with its body
+    tile_width = tile.BLOCK_V
 
-    def exponentials(phase: int, width: int, *, sums: bool) -> Step:
-        moved = hidden + groups * BF16 * width * D + wants_acc * BF16 * N * width
-        moved += sums * 8 * N * ceil(width / tile.BLOCK_V)
-        return Step(phase, "logits_exp", 2 * N * width * D, moved, engine="triton")
+    def exponentials(phase: int, width: int, *, sums: bool) -> Iterator[Step]:
+        stored = wants_acc * BF16 * N * width + sums * 8 * N * ceil(width / tile_width)
+        if isinstance(tile, Strips):
+            step = tile.rows(N, width)
+            for start in range(0, width, step):
+                rows = min(step, width - start)
+                yield product(phase, N, rows, D, hidden + BF16 * rows * D + 4 * N * rows)
+                yield Step(phase, "exps_of_logits", bytes=4 * N * rows + stored * rows / width)
+            return
+        groups = ceil(ceil(N / tile.BLOCK_M) / tile.GROUP)  # each reads the chunk of W once
+        yield Step(
+            phase, "logits_exp", 2 * N * width * D, hidden + groups * BF16 * width * D + stored, engine="triton",
+            tiles=ceil(N / tile.BLOCK_M) * ceil(width / tile.BLOCK_V),
+        )  # fmt: skip
 
     yield Step(1, "label_logits", bytes=2 * hidden)
     for k, (start, stop) in enumerate(plan.slices):
         width = stop - start
-        yield exponentials(1, width, sums=True)
-        yield Step(1, "merge_statistics", bytes=8 * N * ceil(width / tile.BLOCK_V))
+        yield from exponentials(1, width, sums=True)
+        yield Step(1, "settle", bytes=2 * 8 * N * ceil(width / tile_width))
         if wants_acc:
-            yield Step(1, "fixup", programs=ceil(N / 32) * ceil(width / 128))
-            if k > 0:
-                yield Step(1, "fixup", programs=ceil(N / 32) * ceil(D / 128))
-            moved = BF16 * N * width + BF16 * width * D + (acc if k == 0 else 2 * acc)
-            yield Step(1, "product", 2 * N * width * D, moved)
+            yield product(1, N, D, width, BF16 * N * width + BF16 * width * D + (acc if k == 0 else 2 * acc))
     if wants_exps:
-        for start, stop in plan.slices[: plan.cached]:
-            yield Step(1, "fixup", programs=ceil(N / 32) * ceil((stop - start) / 128))
+        for _ in plan.slices[: plan.cached]:
+            yield Step(1, "resettle", bytes=8 * N)
     yield Step(1, "close_statistics", bytes=24 * N)
     if not wants_acc:
         return
@@ -87,30 +120,51 @@ def schedule(call: Call, tile: Tile) -> Iterator[Step]:
     yield Step(2, "scaled_hidden", bytes=2 * hidden)
     yield Step(2, "sort", bytes=64 * N)
     step = weight_slice(plan.chunk, D)
+    labels = min(call.distinct * N, V)
     for k, (start, stop) in enumerate(plan.slices):
         width = stop - start
         if k >= plan.cached:
-            yield exponentials(2, width, sums=False)
+            yield from exponentials(2, width, sums=False)
+        if call.whole:
+            yield product(2, width, D, N, BF16 * N * width + hidden + BF16 * width * D)
+            here = labels * width / V
+            gathered = min(SECTOR * N * here, BF16 * N * width) + BF16 * N * here
+            returning = ceil(N / 64) * ceil(min(N, V, width) / 64)
+            yield Step(2, "label_columns", bytes=gathered, programs=returning)
+            continue
         for first in range(0, width, step):
             rows = min(step, width - first)
-            yield Step(2, "product", 2 * N * rows * D, BF16 * N * rows + hidden + 4 * rows * D)
+            yield product(2, rows, D, N, BF16 * N * rows + hidden + 4 * rows * D)
             yield Step(2, "label_rows", bytes=(hidden + 2 * acc) * rows / V, programs=min(N, PROGRAMS) * ceil(D / 1024))
             yield Step(2, "copy", bytes=(4 + BF16) * rows * D)
+    if call.whole:
+        BLOCK_L, BLOCK_D, *_ = LABEL_TILE
+        blocks = ceil(labels / BLOCK_L) * ceil(D / BLOCK_D)
+        moved = BF16 * N * labels + 2 * hidden + BF16 * labels * D
+        # Its tile is a quarter of the others'.
+        yield Step(2, "label_gradient", 2 * N * labels * D, moved, engine="triton", tiles=ceil(blocks / 4))
 
 
-def extra_bytes(call: Call) -> int:
-    """Peak of what is allocated besides the inputs, the gradients returned included."""
+def extra_bytes(call: Call, tile: Tile | Strips | None = None) -> int:
+    """Peak of what is allocated besides the inputs, the gradients returned included; Strips need room of theirs."""
     N, D, V, plan = call.N, call.D, call.V, call.plan
     vectors = 64 * N  # references, sums, factors, labels in order
     chunk = BF16 * N * plan.chunk
     tile_sums = 8 * N * ceil(plan.chunk / 128)  # no tile that is tabled for bf16 is narrower without a softcap
+    strips = 0
+    if isinstance(tile, Strips):
+        tile_sums = 8 * N * ceil(plan.chunk / tile.BLOCK_V)
+        strips = 4 * N * tile.rows(N, plan.chunk) + BF16 * N * D  # and the tokens' rows side by side
+    during = tile_sums + strips
     if call.work == NO_GRADIENT:
-        return vectors + tile_sums
+        return vectors + during
     acc, grad_hidden = 4 * N * D, BF16 * N * D
     if call.work == FROZEN:
-        return vectors + max(acc + chunk + tile_sums, acc + grad_hidden)
+        return vectors + max(acc + chunk + during, acc + grad_hidden)
     cached = BF16 * N * sum(stop - start for start, stop in plan.slices[: plan.cached])
     workspace = chunk if plan.cached < len(plan.slices) else 0
-    scaled, scratch = BF16 * N * D, 4 * weight_slice(plan.chunk, D) * D
+    scaled = BF16 * N * D
+    rounding = BF16 * N * min(N, V) if call.whole else 4 * weight_slice(plan.chunk, D) * D
     grads = grad_hidden + BF16 * V * D
-    return vectors + cached + workspace + acc + max(tile_sums, grads + scaled + scratch)
+    again = strips if plan.cached < len(plan.slices) else 0
+    return vectors + cached + workspace + acc + max(during, grads + scaled + rounding + again)

@@ -56,14 +56,16 @@ def progress(*items: Iterable, **options: Any) -> Any:
 def about(device: str, module: str, arguments: list[str]) -> dict:
     """Date, commit, command, machine, versions. module, arguments: of the command that is running.
 
-    started: tells this invocation from every other one. failed_checks: tests that failed on this machine before it, as
-    benchmarks/gpu.sh says in ASFT_BENCHMARK_FAILED_CHECKS. tuned, stored_tiles: ASFT_KERNELS_TUNED ("" if not set) and
-    a digest of the times that autotune stored for this GPU.
+    started: tells this invocation from every other one. commit, sources: of the functions of these names.
+    failed_checks: tests that failed on this machine before it, as benchmarks/gpu.sh says in
+    ASFT_BENCHMARK_FAILED_CHECKS. tuned, stored_tiles: ASFT_KERNELS_TUNED ("" if not set) and a digest of the times that
+    autotune stored for this GPU.
     """
     facts = {
         "date": str(date.today()),
         "started": datetime.now(timezone.utc).isoformat(),
         "commit": commit(),
+        "sources": sources(),
         "command": " ".join(["python -m", module, *arguments]),
         "machine": _cpu(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -112,16 +114,29 @@ def device_slug(device: str) -> str:
 
 
 def commit() -> str:
-    """Of the tree the package is in; where its sources have changes, or outside git, with a digest of them."""
+    """Of the tree the package is in; where its sources have changes, with their digest.
+
+    Outside git what ASFT_BENCHMARK_COMMIT names, which nobody checks, or "unknown" with the digest. A row's `sources`
+    tells whether it was that commit: there sources() answers the same.
+    """
     root = Path(__file__).parents[1]
-    sources = [root / "asft_kernels", root / "benchmarks"]
     described = _git(root, "describe", "--always")
-    if described and not _git(root, "status", "--porcelain", "--", *map(str, sources)):
-        return described
+    if not described:
+        return os.environ.get("ASFT_BENCHMARK_COMMIT", "").strip() or f"unknown-{sources()}"
+    changed = _git(root, "status", "--porcelain", "--", *map(str, _source_folders(root)))
+    return f"{described}-dirty-{sources()}" if changed else described
+
+
+def sources() -> str:
+    """A digest of the Python files of package and benchmarks, as they are now."""
     digest = hashlib.sha256()
-    for file in sorted(file for folder in sources for file in folder.rglob("*.py")):
+    for file in sorted(f for folder in _source_folders(Path(__file__).parents[1]) for f in folder.rglob("*.py")):
         digest.update(file.read_bytes())
-    return f"{described + '-dirty' if described else 'unknown'}-{digest.hexdigest()[:8]}"
+    return digest.hexdigest()[:8]
+
+
+def _source_folders(root: Path) -> list[Path]:
+    return [root / "asft_kernels", root / "benchmarks"]
 
 
 def _git(root: Path, *arguments: str) -> str:

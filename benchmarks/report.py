@@ -27,9 +27,11 @@ from benchmarks.tables import (
     Row,
     accuracy_table,
     answering_peers,
+    by_work,
     contestant_table,
     cost_table,
     groups,
+    in_style,
     markdown,
     once,
     peer_table,
@@ -49,9 +51,14 @@ from benchmarks.growth import AXES, AXIS_NAMES, GROWING, fixed_sizes, growth_tab
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench_results"
 BEGIN, END = "<!-- figures: drawn by `python -m benchmarks.report --write` -->", "<!-- /figures -->"
+GLANCE = "<!-- glance: drawn by `python -m benchmarks.report --write` -->", "<!-- /glance -->"
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 WANTED = {"cpu": ("cpu", "floor"), "cuda": ("gpu",)}  # suites of which every row belongs in a report
 SUMMARY_SETS = ("headline", "main", "floor")
+AT_A_GLANCE = {  # in README's first table
+    "cpu": ("plain torch", "cut-cross-entropy torch_compile", "TRL ChunkedLogProbFunction", OUR_DEFAULT["cpu"]),
+    "cuda": ("plain torch", "cut-cross-entropy cce", "TRL ChunkedLogProbFunction", OUR_DEFAULT["cuda"]),
+}
 
 
 def oldest_first(files: Iterable[Path]) -> list[Path]:
@@ -238,6 +245,33 @@ def summary(files: list[Path]) -> str:
     return "\n".join([*lines, f"{more}; `make bench` measures them again.", ""])
 
 
+def glance(files: list[Path]) -> str:
+    """Time and extra memory of plain torch, the best-known peers and ours at one real vocabulary, on each machine."""
+    shown = [
+        row | {"machine": row["about"]["machine"]}
+        for rows in newest_rows(files).values()
+        for row in by_work(once(rows))
+        if row["kind"] == "cost" and row["set"] in ("headline", "main") and row["loss"] == "asft"
+        if row["model"].startswith("Qwen3") and row["work"] in WORKS[1:]
+    ]
+    parts: list[str] = []
+    for shape in groups(shown, *SHAPE).values():
+        lines = []
+        for (machine, work), case in groups(shape, "machine", "work").items():
+            at = {row["contestant"]: row for row in case}
+            cells = [glance_cell(at.get(name)) for name in AT_A_GLANCE[case[0]["device"]]]
+            lines.append([f"{machine}, {work}", *cells])
+        parts += [f"One ASFT loss with its gradients ({shape_of(shape[0])}), time and memory beyond the inputs:", ""]
+        parts += [*markdown(["", "plain torch", "cut-cross-entropy", "TRL", "**ours**"], lines, words=1), ""]
+    return "\n".join(parts)
+
+
+def glance_cell(row: Row | None) -> str:
+    if row is None or row["status"] != "ok":
+        return "–" if row is None else row["status"]
+    return f"{in_style(row['seconds'], '#.3g')} s, {row['extra_bytes'] / 2**20:.0f} MiB"
+
+
 def shape_table(rows: list[Row]) -> list[str]:
     """Our default over the bare products: a line a shape, a column for each of the gradients wanted."""
     ours = [r for r in once(rows) if r["contestant"] == OUR_DEFAULT[r["device"]]]
@@ -298,9 +332,11 @@ def growth_sentence(rows: list[Row], device: str) -> str:
 
 
 def written(readme: str, files: list[Path]) -> str:
-    """The README with the summary between its marks."""
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{summary(files)}{END}{rest.split(END)[1]}"
+    """The README with the small table and the summary between their marks."""
+    for (begin, end), text in ((GLANCE, glance(files)), ((BEGIN, END), summary(files))):
+        before, rest = readme.split(begin)
+        readme = f"{before}{begin}\n{text}{end}{rest.split(end)[1]}"
+    return readme
 
 
 def main() -> None:

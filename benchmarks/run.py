@@ -42,7 +42,8 @@ def key(row: dict) -> Key:
 
 def _key(kind: str, set_: str, case: str, contestant: str, version: str | None, facts: dict) -> Key:
     stored = facts.get("stored_tiles") if contestant.endswith(TUNED) or facts.get("tuned") != "0" else None
-    of_run = (facts.get(field) for field in ("commit", "python", "torch", "triton", "tuned", "failed_checks"))
+    fields = ("commit", "sources", "python", "torch", "triton", "tuned", "failed_checks")
+    of_run = (facts.get(field) for field in fields)
     return kind, set_, case, contestant, version, stored, *of_run
 
 

@@ -134,7 +134,7 @@ class Contender:
         if isinstance(self.contestant, Ours) and self.contestant.tuned:
             os.environ["ASFT_KERNELS_TUNED"] = "1"
         tiny = self.case.tiny()
-        inputs = Inputs(*(x.to(self.case.device) for x in make_inputs(tiny)))
+        inputs = make_inputs(tiny)
         began = time.perf_counter()
         self.contestant.run(tiny, inputs)
         wait(self.case.device)

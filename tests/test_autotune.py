@@ -6,6 +6,7 @@ import sys
 import threading
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -16,8 +17,8 @@ from asft_kernels import autotune
 from asft_kernels.backends import triton_fused
 from asft_kernels.backends.plan import Plan
 from asft_kernels.kernels import tile_choice
-from asft_kernels.kernels.configs import Tile, candidates
-from asft_kernels.kernels.tile_choice import Problem, best_tile, cache_file, store_times, stored_times
+from asft_kernels.kernels.configs import Strips, Tile, candidates
+from asft_kernels.kernels.tile_choice import Problem, best_form, best_tile, cache_file, store_times, stored_times
 from test_triton_backend import DTYPES, GEMMA, PLAIN, check, few
 from test_triton_backend import Problem as Whole
 
@@ -108,11 +109,28 @@ def test_two_at_once_lose_nothing():
     assert len(stored_times(DEVICE)) == 3
 
 
-def test_descriptors_are_not_chosen_for_rows_that_they_cannot_read():
+def test_rows_that_are_not_aligned_get_a_tile_of_their_own():
+    """They were not measured, and descriptors cannot read them."""
     assert TILES[1].descriptors
     store_times(DEVICE, PROBLEM, {str(TILES[0]): 3.0, str(TILES[1]): 1.0, str(TILES[2]): 2.0})
     assert choice().descriptors
-    assert str(choice(aligned=False)) == str(TILES[2])
+    assert choice(aligned=False) is candidates("sm_90", torch.bfloat16, softcap=True)[0]
+
+
+def test_the_way_of_the_head_s_gradient():
+    """The default by dtype and number of tokens, the fastest where times are stored for just that."""
+    many = replace(PROBLEM, tokens=10_000)
+    form = partial(best_form, aligned=True)
+    assert form(DEVICE, PROBLEM) == "whole"
+    assert form(DEVICE, many) == form(DEVICE, replace(PROBLEM, dtype=torch.float16)) == "slices"
+    assert best_form(DEVICE, PROBLEM, aligned=False) == "slices"
+    store_times(DEVICE, PROBLEM, {"slices": 0.1, "whole": 0.2})  # of the tiles' problem
+    assert form(DEVICE, PROBLEM) == "whole"
+    store_times(DEVICE, PROBLEM.of_gradient, {"slices": 0.1, "whole": 0.2})
+    store_times(DEVICE, many.of_gradient, {"slices": 0.2, "whole": 0.1})  # not to be had for so many
+    assert form(DEVICE, PROBLEM) == "slices"
+    assert form(DEVICE, many) == "slices"
+    assert form(torch.device("cpu"), PROBLEM) == "whole"
 
 
 def test_the_variable_and_a_cpu_ignore_the_file(monkeypatch):
@@ -223,6 +241,26 @@ def test_a_capped_candidate_is_right_by_torch(dtype, device):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("wrong", [None, "slices", "whole"])
+def test_ways_of_the_head_s_gradient_are_timed_and_compared(wrong, device, monkeypatch, capsys):
+    def broken(form):
+        class Broken(form):
+            def finish(self):
+                out = super().finish()
+                out[3, 5] += 0.02 * out.abs().max()
+                return out
+
+        return Broken
+
+    if wrong:
+        monkeypatch.setitem(autotune.GRADIENTS, wrong, broken(autotune.GRADIENTS[wrong]))
+    times = autotune.tune_gradient(TINY, 70, torch.device(device), lambda call: 1.0)
+    assert set(times) == {"whole", "slices"} - {wrong}
+    assert ("left out: differs" in capsys.readouterr().out) == bool(wrong)
+    assert autotune.tune_gradient(replace(TINY, dtype=torch.float16), 70, torch.device(device), lambda call: 1.0) == {}
+
+
+@pytest.mark.interpreter
 def test_wrong_and_failing_candidates_are_left_out(device, monkeypatch, capsys):
     failing, wrong, late = (replace(SMALL, num_stages=n) for n in (3, 4, 5))
     right = autotune.logits_exp
@@ -293,30 +331,31 @@ def test_a_device_answers_until_synchronizing_fails(monkeypatch):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("tile", [PERSISTENT, Strips(0, 8, 32, 4, "a test's")], ids=str)
 @pytest.mark.parametrize("logits", [PLAIN, GEMMA], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_both_phases_with_a_chosen_tile(dtype, logits, device, monkeypatch):
-    """A stored choice with descriptors reaches both phases, recomputed chunks included."""
+def test_both_phases_with_a_chosen_tile(dtype, logits, tile, device, monkeypatch):
+    """A stored choice with descriptors, or of strips, reaches both phases, recomputed chunks included."""
     if device == "cuda":
         pytest.skip("the tile is the interpreter's: tests/test_kernels.py runs the device's own")
     asked = []
 
     def chosen(device, problem, *, aligned):
         asked.append((problem, aligned))
-        return PERSISTENT
+        return tile
 
     monkeypatch.setattr(triton_fused, "best_tile", chosen)
-    whole = Whole(dtype, device, N=50, V=120, D=40, logits=logits, bias=True)
+    whole = Whole(dtype, device, N=50, V=120, D=48, logits=logits, bias=True)
     plan = Plan(120, 56, 1)
     saved = whole.forward(plan)
     check(whole, saved, whole.backward(saved, plan), few)
-    assert asked == [(Problem(dtype, 40, 50, logits.softcap is not None), True)] * 2
+    assert asked == [(Problem(dtype, 48, 50, logits.softcap is not None), True)] * 2
 
 
 def test_rows_that_are_not_aligned_are_told():
-    """16 bytes are 8 bf16 elements: D, the head's stride and its start must be multiples, or the head transposed."""
+    """D, strides and starts must be multiples of 16 elements, or the head transposed, whose chunks are copied."""
     rows = torch.arange(3)
-    hidden, weight = torch.zeros(3, 24, dtype=torch.bfloat16), torch.zeros(10, 50, dtype=torch.bfloat16)
+    hidden, weight = torch.zeros(3, 32, dtype=torch.bfloat16), torch.zeros(10, 50, dtype=torch.bfloat16)
     told = []
 
     def chosen(device, problem, *, aligned):
@@ -325,17 +364,18 @@ def test_rows_that_are_not_aligned_are_told():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_fused, "best_tile", chosen)
-        wide = torch.zeros(10, 48, dtype=torch.bfloat16)
+        wide = torch.zeros(10, 64, dtype=torch.bfloat16)
         for h, w in (
-            (hidden, wide[:, :24]),
-            (hidden, wide[:, 8:32]),
-            (hidden, wide[:, 4:28]),
-            (hidden, weight[:, :24]),
-            (hidden[:, :20], wide[:, :20]),
-            (hidden, torch.zeros(24, 11, dtype=torch.bfloat16).t()),
+            (hidden, wide[:, :32]),
+            (hidden, wide[:, 16:48]),
+            (hidden, wide[:, 4:36]),
+            (hidden, weight[:, :32]),
+            (hidden[:, :24], wide[:, :24]),
+            (torch.zeros(3, 40, dtype=torch.bfloat16)[:, :32], wide[:, :32]),
+            (hidden, torch.zeros(32, 11, dtype=torch.bfloat16).t()),
         ):
             triton_fused._tile(h, w, rows, PLAIN)
-    assert told == [True, True, False, False, False, True]
+    assert told == [True, True, False, False, False, False, True]
 
 
 @pytest.mark.interpreter

@@ -477,15 +477,41 @@ def test_products_of_ours_are_those_of_its_plan():
 
 
 def test_uncommitted_sources_are_another_commit(tmp_path, monkeypatch):
-    """So that a run does not go on from rows of other code."""
+    """So that a run does not go on from rows of other code: outside git, too, where the caller names the commit."""
     (tmp_path / "benchmarks").mkdir()
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "benchmarks" / "machine.py"))
-    commits = []
+    monkeypatch.delenv("ASFT_BENCHMARK_COMMIT", raising=False)
+    commits, keys = [], []
     for text in ("a = 1\n", "a = 2\n"):
         (tmp_path / "benchmarks" / "a.py").write_text(text)
         commits.append(machine.commit())
+        monkeypatch.setenv("ASFT_BENCHMARK_COMMIT", "abc123")
+        facts = machine.about("cpu", "benchmarks.run", [])
+        assert facts["commit"] == "abc123"
+        keys.append(run.key({"kind": "cost", "set": "main", "case": "a", "contestant": "b", "about": facts}))
+        monkeypatch.delenv("ASFT_BENCHMARK_COMMIT")
     assert all(commit.startswith("unknown-") for commit in commits)
     assert commits[0] != commits[1]
+    assert keys[0] != keys[1]
+
+
+def test_git_knows_better_than_the_caller(monkeypatch):
+    """Its answer is made up here: a source distribution has no git."""
+    monkeypatch.setenv("ASFT_BENCHMARK_COMMIT", "abc123")
+    monkeypatch.setattr(machine, "_git", lambda root, *arguments: "def456" * (arguments[0] == "describe"))
+    assert machine.commit() == "def456"
+    monkeypatch.setattr(machine, "_git", lambda root, *arguments: "def456")
+    assert machine.commit() == f"def456-dirty-{machine.sources()}"
+
+
+def test_inputs_are_drawn_where_they_are_needed(device):
+    """A CPU's are those that published rows were measured on: the same numbers in the same order."""
+    case = replace(CASE, device=device)
+    inputs = make_inputs(case)
+    assert {x.device.type for x in inputs} == {device}
+    generator = torch.Generator(device).manual_seed(0)
+    for got, scale in ((inputs.hidden, 1.0), (inputs.weight, 0.02)):
+        assert torch.equal(got, torch.randn(got.shape, generator=generator, device=device) * scale)
 
 
 def test_suites_are_whole():

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from asft_kernels import FusedASFTLoss, fused_asft_loss, fused_linear_logps, reference
+from asft_kernels import FusedASFTLoss, fused_asft_loss, fused_linear_logps, linear_logps, reference
 from cases import IGNORE, figures, make_case, packed
 
 
@@ -220,6 +220,21 @@ def test_the_switch_for_fast_products_survives_threads_and_stays_inherited():
         assert matmul.fp32_precision == "ieee"  # inherited: nothing of ours was left behind
     finally:
         backends.fp32_precision = before
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda', but CUDA is not available")
+def test_bf16_products_are_summed_in_fp32_on_a_gpu():
+    """cuBLAS may cut a long sum and round its parts to bf16 unless it is told not to; the user's switch comes back."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    try:
+        for switch in (True, False):
+            matmul.allow_bf16_reduced_precision_reduction = switch
+            with linear_logps._exact_products("cuda"), linear_logps._exact_products("cuda"):
+                assert not matmul.allow_bf16_reduced_precision_reduction
+            assert matmul.allow_bf16_reduced_precision_reduction == switch
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
 
 
 def test_non_contiguous_inputs():

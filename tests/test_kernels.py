@@ -228,7 +228,7 @@ def test_logits_exp(N, V, D, first, stop, scale, softcap, bias, dtype, store, su
 
 
 def tiles_for(device, dtype, softcap) -> list[Tile | Strips]:
-    """Every candidate of the device's own table; interpreted, small ones that take the same ways through the kernels."""
+    """Every candidate of the device's own table; interpreted, small ones that take the same ways."""
     if device == "cuda":
         return list(candidates(architecture_of(torch.device(device)), dtype, softcap=softcap is not None))
     small = Tile(32, 16, 16, 4, 2, "a test's", GROUP=2, descriptors=True)
@@ -365,12 +365,12 @@ class Settled:
         stays = torch.rand(N, generator=gen) > 0.5
         self.refs = self.ref + torch.where((jumps > 0.8) & ~stays, 30 + 200 * (jumps - 0.8), 0.0)
         self.sums = torch.rand(tiles, N, generator=gen) * 100
-        self.E = torch.randn(N, width, generator=gen).to(dtype)
-        self.O = torch.randn(N, D, generator=gen)
+        self.exps = torch.randn(N, width, generator=gen).to(dtype)
+        self.acc = torch.randn(N, D, generator=gen)
         self.tile_of = torch.arange(width) // tile_width
         exps = empty_exps(N, width, dtype, device)
-        exps.copy_(self.E)
-        acc, self.others_out = self.O.clone().to(device), self.others.clone().to(device)
+        exps.copy_(self.exps)
+        acc, self.others_out = self.acc.clone().to(device), self.others.clone().to(device)
         self.got = settle(
             self.sums.to(device), self.refs.to(device), self.ref.to(device), self.others_out,
             exps=exps, acc=acc, tile_width=tile_width,
@@ -393,15 +393,15 @@ def test_settle(N, tiles, tile_width, width, D, dtype, device):
     """All terms of s are positive: each carries 4 roundings of exp and product, u |q - r'| of the exponent,
     and at most one for every later addition or rescaling (5 a block of 32 tiles, plus 40)."""
     x = Settled(N, tiles, tile_width, width, D, dtype, device)
-    ref, E, O = x.got
+    ref, exps, acc = x.got
     sums, refs, before, others = (a.double() for a in (x.sums, x.refs, x.ref, x.others))
     top = torch.maximum(before, refs.amax(0))
     assert torch.equal(ref.cpu().double(), top)
     logs = torch.cat([before[None], refs]) - top
     terms = torch.cat([others[None], sums]) * torch.exp(logs)
     assert_within(x.others_out, terms.sum(0), (terms * u * (44 + 5 * (tiles / 32 + 1) + 2 * logs.abs())).sum(0))
-    check_rescaled(E, x.E, (refs - top)[x.tile_of].T, dtype)
-    check_rescaled(O, x.O, (before - top)[:, None].expand(N, D), torch.float32)
+    check_rescaled(exps, x.exps, (refs - top)[x.tile_of].T, dtype)
+    check_rescaled(acc, x.acc, (before - top)[:, None].expand(N, D), torch.float32)
 
 
 @pytest.mark.parametrize("tiles", both([1, 40], [40]))

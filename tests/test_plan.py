@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asft_kernels.backends.plan import default_cache_bytes, default_chunk, make_plan, token_blocks, weight_slice
+from asft_kernels.backends.plan import (
+    default_cache_bytes,
+    default_chunk,
+    filled_chunk,
+    make_plan,
+    token_blocks,
+    weight_slice,
+)
 
 DEVICES = st.sampled_from(["cpu", "cuda"])
 
@@ -45,6 +52,43 @@ def test_chunks_by_default(n, hidden_size, device):
     assert rows == floor or (4 * n * rows <= exps and 4 * hidden_size * rows <= weight)
     wider = rows + 64
     assert 4 * n * wider > exps or 4 * hidden_size * wider > weight, "a wider chunk would have fitted"
+
+
+def full_turns(rows: int, n: int, vocab: int, multiprocessors: int) -> tuple[int, float]:
+    """(turns of all chunks' tiles, those that would do if each were full)."""
+    tiles = [-(-n // 128) * -(-min(rows, vocab - k) // 256) for k in range(0, vocab, rows)]
+    return sum(-(-t // multiprocessors) for t in tiles), sum(tiles) / multiprocessors
+
+
+@pytest.mark.parametrize(
+    ("n", "vocab", "multiprocessors", "rows", "turns"),
+    [
+        (8192, 151936, 132, 16896, 288),  # the 288 that 287.99 need; chunks of 16384 take 298
+        (512, 151936, 132, 33792, 18),
+        (8192, 128256, 132, 16896, 243),
+    ],
+)
+def test_chunks_that_fill_a_chip(n, vocab, multiprocessors, rows, turns):
+    fit = default_chunk(n, 4096, exp_bytes=2, device_type="cuda")
+    assert filled_chunk(fit, n, vocab, multiprocessors) == rows
+    assert full_turns(rows, n, vocab, multiprocessors)[0] == turns
+    plan = {"exp_bytes": 2, "chunk_size": None, "cache_bytes": 0, "device_type": "cuda"}
+    assert make_plan(n, vocab, 4096, multiprocessors=multiprocessors, **plan).chunk == rows
+    assert make_plan(n, vocab, 4096, **plan).chunk == fit
+
+
+@given(
+    n=st.integers(1, 70_000), vocab=st.integers(1, 300_000), hidden_size=st.integers(1, 8192),
+    multiprocessors=st.integers(1, 304),
+)  # fmt: skip
+def test_a_filled_chunk_is_near_and_never_slower(n, vocab, hidden_size, multiprocessors):
+    fit = default_chunk(n, hidden_size, exp_bytes=2, device_type="cuda")
+    rows = filled_chunk(fit, n, vocab, multiprocessors)
+    assert rows % 256 == 0
+    assert max(4096, 3 * fit / 4 - 256) <= rows <= fit * 17 / 16
+    whole = fit // 256 * 256
+    cost = [full_turns(r, n, vocab, multiprocessors)[0] + -(-vocab // r) for r in (rows, whole)]
+    assert cost[0] <= cost[1]
 
 
 @given(n=st.integers(0, 100_000), device=DEVICES)

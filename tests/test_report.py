@@ -16,6 +16,7 @@ ABOUT = {
     "machine": "Some CPU, 2 cores", "capability": "AVX512", "memory_gib": 24, "threads": 2,
     "python": "3.11.7", "torch": "2.13.0+cpu",
 }  # fmt: skip
+MARKED = "{}\n{}\n".format(*report.GLANCE)
 
 
 def row(contestant="asft_kernels torch", package="asft_kernels", **changes):
@@ -254,10 +255,28 @@ def test_a_device_without_rows_is_said_to_be_unmeasured(file):
     assert "CPU: not measured yet" not in report.summary([file])
 
 
+def test_the_table_at_a_glance(tmp_path):
+    """Plain torch, two peers and ours, a line for each machine and kind of head; other models' rows are left out."""
+    path = tmp_path / "2030-01-02-cpu.jsonl"
+    qwen = {"model": "Qwen3", "set": "main", "work": "frozen head"}
+    rows = [
+        row(**qwen, seconds=0.5, extra_bytes=3 * 2**20),
+        row("plain torch", **qwen, seconds=2.0, extra_bytes=2**30),
+        row("TRL ChunkedLogProbFunction", **qwen, status="failed", seconds=None),
+        row(**qwen | {"model": "another"}, seconds=9.0),
+        row(**qwen | {"work": "no gradient"}, seconds=9.0),
+    ]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    text = report.glance([path])
+    assert text.startswith("One ASFT loss with its gradients (Qwen3: N = ")
+    assert text.count("\n| ") == 3
+    assert f"| {ABOUT['machine']}, frozen head | 2.00 s, 1024 MiB | – | failed | 0.500 s, 3 MiB |" in text
+
+
 def test_summary_stands_between_its_marks(file):
-    readme = f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n"
+    readme = f"before\n{MARKED}between\n{report.BEGIN}\nstale\n{report.END}\nafter\n"
     once = report.written(readme, [file])
-    assert once.startswith(f"before\n{report.BEGIN}\n")
+    assert once.startswith(f"before\n{MARKED}between\n{report.BEGIN}\n")  # no row is of that model
     assert once.endswith(f"{report.END}\nafter\n")
     assert "stale" not in once
     assert "| float32 | fast peer | – | **0.75** | – | 4.50 | 1 |" in once
@@ -326,7 +345,7 @@ def test_each_case_comes_from_the_newest_run_that_has_it_whole(tmp_path, monkeyp
     assert [len({r["about"]["machine"] for r in rows}) for rows in by_machine.values()] == [1, 1]
     another.unlink()
     write("2030-01-01-nvidia-h100", row("asft_kernels triton", device="cuda", set="headline"))
-    readme = report.written(f"{report.BEGIN}{report.END}", report.row_files())
+    readme = report.written(f"{MARKED}{report.BEGIN}{report.END}", report.row_files())
     assert "**CPU: " in readme
     assert "**GPU: " in readme
     assert "not measured yet;" not in readme
@@ -376,7 +395,7 @@ def command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "bench_results")
     (tmp_path / "bench_results").mkdir()
-    (tmp_path / "README.md").write_text(f"{report.BEGIN}\nstale\n{report.END}\n")
+    (tmp_path / "README.md").write_text(f"{MARKED}{report.BEGIN}\nstale\n{report.END}\n")
 
     def run(*arguments) -> tuple[str, str]:
         monkeypatch.setattr("sys.argv", ["report", *map(str, arguments)])

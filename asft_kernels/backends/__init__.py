@@ -83,7 +83,7 @@ def exp_dtype(backend: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def exp_columns(backend: str, width: int) -> int:
-    """Columns that a chunk of E has room for: Triton's rows begin at multiples of 16 elements, for stores of vectors."""
+    """Columns that a chunk of E has room for: Triton's rows begin at multiples of 16, for stores of vectors."""
     return -(-width // 16) * 16 if backend == "triton" else width
 
 

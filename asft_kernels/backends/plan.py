@@ -15,6 +15,7 @@ TYPICAL_TOKENS, TYPICAL_TOKENS_GPU = {"cpu": 1024}, 8192  # stand for N where a 
 TOKEN_BLOCK = {"cpu": 1024}  # tokens that walk over the vocabulary together: their E and O stay in the caches
 SLICE_BYTES = 32 * MIB  # of dW in fp32, before it is rounded
 MULTIPLE = 64
+FULL_TILE = (128, 256)  # tokens x vocabulary rows of the tile that the GPU table's bf16 rows begin with
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,17 @@ def make_plan(
     chunk_size: int | None,
     cache_bytes: int,
     device_type: str,
+    multiprocessors: int = 0,
 ) -> Plan:
     """The plan for one call: a function of these integers alone, so that results repeat.
 
     exp_bytes: bytes of one stored exponential. chunk_size: the caller's, None chooses one. cache_bytes:
-    at most this much E is kept, in whole chunks.
+    at most this much E is kept, in whole chunks. multiprocessors: the GPU's, 0 elsewhere.
     """
     if chunk_size is None:
         chunk_size = default_chunk(n_tokens, hidden_size, exp_bytes=exp_bytes, device_type=device_type)
+        if multiprocessors:
+            chunk_size = filled_chunk(chunk_size, n_tokens, vocab, multiprocessors)
     chunk = min(chunk_size, vocab)
     per_row = exp_bytes * max(n_tokens, 1)
     # By comparisons, not by a division: torch.compile then guards on an inequality and not on n_tokens itself.
@@ -76,6 +80,24 @@ def default_chunk(n_tokens: int, hidden_size: int, *, exp_bytes: int, device_typ
     by_exps = CHUNK_BYTES.get(device_type, CHUNK_BYTES_GPU) // (exp_bytes * max(n_tokens, 1))
     by_weight = WEIGHT_BYTES.get(device_type, WEIGHT_BYTES_GPU) // (4 * hidden_size)
     return max(min(by_exps, by_weight) // MULTIPLE * MULTIPLE, MIN_CHUNK.get(device_type, MIN_CHUNK_GPU))
+
+
+def filled_chunk(rows: int, n_tokens: int, vocab: int, multiprocessors: int) -> int:
+    """Rows near the given number, from 3/4 to 17/16 of it, that keep a GPU's multiprocessors busiest.
+
+    A chunk's tiles are taken in turns of one a multiprocessor, and a last turn that is not full takes as long as one
+    that is. Each chunk costs about one turn more: its other launches, and a pass over O.
+    """
+    tokens, width = FULL_TILE
+    tiles_m, tiles, fit = -(-n_tokens // tokens), -(-vocab // width), rows // width
+
+    def turns(tiles_v: int) -> int:
+        full, rest = divmod(tiles, tiles_v)
+        chunks = full + (rest > 0)
+        return chunks + full * -(-tiles_m * tiles_v // multiprocessors) + -(-tiles_m * rest // multiprocessors)
+
+    least = max(fit * 3 // 4, MIN_CHUNK_GPU // width)
+    return width * min(range(least, fit * 17 // 16 + 1), key=lambda tiles_v: (turns(tiles_v), -tiles_v))
 
 
 def token_blocks(n_tokens: int, device_type: str) -> list[slice]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from asft_kernels.backends import Logits, Saved, exp_dtype
 from asft_kernels.backends.plan import Plan, weight_slice
-from asft_kernels.kernels.configs import WHOLE, Strips, Tile
+from asft_kernels.kernels.configs import SLICES, WHOLE, Strips, Tile
 from asft_kernels.kernels.exp_epilogue import empty_exps
 from asft_kernels.kernels.grad_bias import grad_bias
 from asft_kernels.kernels.grad_hidden import grad_hidden
@@ -134,9 +134,8 @@ def backward(
         tile = _tile(hidden, weight, rows, logits)
         workspace = tokens = dW = None
         if scaled is not None:
-            form = best_form(hidden.device, _problem(hidden, rows, logits))
-            gradient = _WholeGradient if form == WHOLE else _SlicedGradient
-            dW = gradient(weight, plan, hidden, rows, labels, pull, scaled)
+            form = best_form(hidden.device, _problem(hidden, rows, logits), aligned=_aligned(hidden))
+            dW = GRADIENTS[form](weight, plan, hidden, rows, labels, pull, scaled)
         if needs_bias and bias is not None:
             db = torch.empty_like(bias)
         for k, (start, stop) in enumerate(plan.slices):
@@ -158,8 +157,8 @@ def backward(
     return dH, None if dW is None else dW.finish(), db
 
 
-class _WholeGradient:
-    """dW in bf16, a product a chunk that the library rounds; the labels' rows are computed apart and written over it."""
+class WholeGradient:
+    """dW in bf16, a product a chunk that the library rounds; the labels' rows are made apart and written over it."""
 
     def __init__(
         self, weight: Tensor, plan: Plan, hidden: Tensor, rows: Tensor, labels: Tensor, pull: Tensor, scaled: Tensor
@@ -179,7 +178,7 @@ class _WholeGradient:
         return self.out
 
 
-class _SlicedGradient:
+class SlicedGradient:
     """dW, chunk by chunk of E', in slices that are summed in fp32 and rounded once."""
 
     def __init__(
@@ -214,6 +213,9 @@ class _SlicedGradient:
         return self.out
 
 
+GRADIENTS = {WHOLE: WholeGradient, SLICES: SlicedGradient}
+
+
 def _exps(hidden: Tensor, N: int, width: int) -> Tensor:
     return empty_exps(N, width, exp_dtype("triton", hidden.dtype), hidden.device)
 
@@ -223,10 +225,13 @@ def _problem(hidden: Tensor, rows: Tensor, logits: Logits) -> Problem:
 
 
 def _tile(hidden: Tensor, weight: Tensor, rows: Tensor, logits: Logits) -> Tile | Strips:
-    D = hidden.shape[1]
-    of_hidden = hidden.stride(0) % 16 == 0 and hidden.data_ptr() % 16 == 0
-    of_weight = weight.stride(1) != 1 or (weight.stride(0) % 16 == 0 and weight.data_ptr() % 16 == 0)
-    return best_tile(hidden.device, _problem(hidden, rows, logits), aligned=D % 16 == 0 and of_hidden and of_weight)
+    of_weight = weight.stride(1) != 1 or _aligned(weight)  # chunks of a transposed head are copied
+    return best_tile(hidden.device, _problem(hidden, rows, logits), aligned=_aligned(hidden) and of_weight)
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether rows begin at multiples of 16 elements and of 16 bytes, and have a multiple of 16 elements."""
+    return x.shape[1] % 16 == 0 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 def _row_major(x: Tensor) -> Tensor:

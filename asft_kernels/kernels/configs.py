@@ -151,15 +151,24 @@ SOFTCAP_TILES: Table = {
     ("sm_80", False): (Tile(64, 64, 32, 8, 3, "half the registers of 4 warps"),),
     ("sm_90", False): (Tile(64, 64, 32, 8, 3, "4 warps spill"),),
 }
-# How dW is rounded (triton_fused.py). "whole" needs bf16 and a buffer of N * min(N, V) elements, of up to 128 MiB at
-# WHOLE_TOKENS; beyond them what slices cost besides their product, which N does not change, is little.
+STRIPS = (
+    Strips(32, 4, 512, 4, "where the library's product and a pass over its logits take less than a Triton product"),
+)
+# How dW is rounded (triton_fused.py). "whole" needs bf16, rows of multiples of 16 elements, a buffer of N * min(N, V)
+# elements, 128 MiB at WHOLE_TOKENS; beyond them what slices cost besides their product, which N does not change, is
+# little.
 WHOLE, SLICES = FORMS = ("whole", "slices")
 WHOLE_TOKENS = 8192
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
-def candidates(architecture: str, dtype: torch.dtype, *, softcap: bool) -> tuple[Tile, ...]:
-    """The table's rows for one kind of call that the Triton at hand compiles, the default first."""
+def candidates(architecture: str, dtype: torch.dtype, *, softcap: bool) -> tuple[Tile | Strips, ...]:
+    """What may make a call's exponentials: the table's rows that the Triton at hand compiles, the default first, and
+    the library's products in strips."""
+    return *tiles(architecture, dtype, softcap=softcap), *STRIPS
+
+
+def tiles(architecture: str, dtype: torch.dtype, *, softcap: bool) -> tuple[Tile, ...]:
     key = (architecture, dtype != torch.float32)
     rows = SOFTCAP_TILES.get(key, TILES[key]) if softcap else TILES[key]
     return tuple(tile for tile in rows if tile.triton <= triton_release())
@@ -191,5 +200,5 @@ def architecture_of(device: torch.device) -> str:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many persistent programs to launch; off a GPU, where nothing runs side by side, a few."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    """How many the GPU has; 0 off one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0

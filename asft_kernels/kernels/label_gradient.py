@@ -1,7 +1,7 @@
 """The rows of dW that are labels, whole: softmax and label part in fp32 sums, rounded once.
 
-    columns[t, l] = E'[t, v_l]                                      for each distinct label v_l, gathered chunk by chunk
-    dW[v_l] = sum over t of columns[t, l] * Hs[t]  +  sum over tokens t with y_t = v_l of pull[t] * H[rows[t]]
+    columns[t, i] = E'[t, v_i]                                      for each distinct label v_i, gathered chunk by chunk
+    dW[v_i] = sum over t of columns[t, i] * Hs[t]  +  sum over tokens t with y_t = v_i of pull[t] * H[rows[t]]
 
 The library multiplies and rounds E'^T Hs for all of the vocabulary in one launch a chunk; only these rows have a label
 part, which cancels the softmax part on a calibrated model, so that a rounding between the two would cost several. They
@@ -19,6 +19,9 @@ from torch import Tensor
 
 from asft_kernels.kernels.device_math import dot, narrow
 from asft_kernels.kernels.exp_epilogue import empty_exps
+
+# BLOCK_L, BLOCK_D, BLOCK_T, warps, stages: two or three programs on a multiprocessor of every chip, no spills.
+TILE = (64, 128, 32, 4, 3)
 
 
 class DistinctLabels:
@@ -39,7 +42,7 @@ class DistinctLabels:
 
 @triton.jit(do_not_specialize=["N", "first"])
 def label_columns_kernel(
-    out_ptr,  # (N, at least the labels' count) rows stride_om elements apart: columns[t, l]
+    out_ptr,  # (N, at least the labels' count) rows stride_om elements apart: columns[t, i]
     exps_ptr,  # (N, width) rows stride_em elements apart: a chunk's E'
     values_ptr,  # (N + 1,) int64: distinct labels, ascending
     bounds_ptr,  # (2,) int64: the chunk's are values[bounds[0] : bounds[1]]
@@ -55,12 +58,12 @@ def label_columns_kernel(
     begin = tl.load(bounds_ptr) + tl.program_id(1) * BLOCK_L
     if begin >= end:
         return
-    l = begin + tl.arange(0, BLOCK_L)
+    slot = begin + tl.arange(0, BLOCK_L)
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    there = (m < N)[:, None] & (l < end)[None, :]
-    v = tl.load(values_ptr + l, mask=l < end, other=first) - first
+    there = (m < N)[:, None] & (slot < end)[None, :]
+    v = tl.load(values_ptr + slot, mask=slot < end, other=first) - first
     e = tl.load(exps_ptr + (m * stride_em)[:, None] + v[None, :], mask=there, other=0.0)
-    tl.store(out_ptr + (m * stride_om)[:, None] + l[None, :], e, mask=there)
+    tl.store(out_ptr + (m * stride_om)[:, None] + slot[None, :], e, mask=there)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -95,14 +98,14 @@ def label_gradient_kernel(
     count = tl.load(count_ptr)
     if begin >= count:
         return
-    l = begin + tl.arange(0, BLOCK_L)
+    slot = begin + tl.arange(0, BLOCK_L)
     d = tl.program_id(0) % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_row, has_room = d < D, l < room
+    in_row, has_room = d < D, slot < room
     acc = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
     for start in range(0, N, BLOCK_T):
         t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
         is_token = t < N
-        at = columns_ptr + (t * stride_cm)[None, :] + l[:, None]
+        at = columns_ptr + (t * stride_cm)[None, :] + slot[:, None]
         e = tl.load(at, mask=is_token[None, :] & has_room[:, None], other=0.0)
         at = scaled_ptr + (t * stride_sm)[:, None] + d[None, :]
         hs = tl.load(at, mask=is_token[:, None] & in_row[None, :], other=0.0)
@@ -114,19 +117,19 @@ def label_gradient_kernel(
         i = start + tl.arange(0, BLOCK_T)
         mine = i < last
         t = tl.load(order_ptr + i, mask=mine, other=0)
-        label = tl.load(index_ptr + i, mask=mine, other=-1)
+        own = tl.load(index_ptr + i, mask=mine, other=-1)
         pull = tl.load(pull_ptr + t, mask=mine, other=0.0)
         row = tl.load(rows_ptr + t, mask=mine, other=0)
         at = hidden_ptr + (row * stride_hm)[:, None] + d[None, :]
         h = tl.load(at, mask=mine[:, None] & in_row[None, :], other=0.0)
-        left = tl.where(label[None, :] == l[:, None], pull[None, :], 0.0)
+        left = tl.where(own[None, :] == slot[:, None], pull[None, :], 0.0)
         for _ in tl.static_range(3):
             part = left.to(tl.bfloat16)
             acc = dot(part, h, acc)
             left -= part.to(tl.float32)
         start += BLOCK_T
-    is_label = l < count
-    v = tl.load(values_ptr + l, mask=is_label, other=0)
+    is_label = slot < count
+    v = tl.load(values_ptr + slot, mask=is_label, other=0)
     at = out_ptr + (v * D)[:, None] + d[None, :]
     tl.store(at, narrow(acc, out_ptr.dtype.element_ty), mask=is_label[:, None] & in_row[None, :])
 
@@ -152,10 +155,11 @@ class LabelGradient:
     def write(self, out: Tensor, scaled: Tensor, hidden: Tensor, rows: Tensor, pull: Tensor) -> None:
         """Overwrites the labels' rows of out (V, D) bf16; scaled (N, D) bf16 is Hs."""
         (N, D), distinct = scaled.shape, self.distinct
-        assert out.is_contiguous() and out.dtype == torch.bfloat16, "backend bug: dW"
-        BLOCK_L, BLOCK_D = 64, 128
+        assert out.is_contiguous(), "backend bug: needs a contiguous dW"
+        assert out.dtype == torch.bfloat16, "backend bug: needs a bf16 dW"
+        BLOCK_L, BLOCK_D, BLOCK_T, warps, stages = TILE
         label_gradient_kernel[(triton.cdiv(self.most, BLOCK_L) * triton.cdiv(D, BLOCK_D),)](
             out, self.columns, scaled, hidden, rows, distinct.order, distinct.index, distinct.values, distinct.starts,
             distinct.bounds[-1:], pull, N, D, self.columns.stride(0), self.columns.stride(0), scaled.stride(0),
-            hidden.stride(0), BLOCK_L=BLOCK_L, BLOCK_D=BLOCK_D, BLOCK_T=64, num_warps=4, num_stages=3,
+            hidden.stride(0), BLOCK_L=BLOCK_L, BLOCK_D=BLOCK_D, BLOCK_T=BLOCK_T, num_warps=warps, num_stages=stages,
         )  # fmt: skip

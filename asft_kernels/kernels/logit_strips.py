@@ -2,8 +2,8 @@
 
     per strip of Vs vocabulary rows:  torch: U = H W_s^T in fp32 (N, Vs);  exps_of_logits: E', tile sums
 
-The library's product is faster than logits_exp's where its kernels are better than Triton's; the price is U, written and
-read once: 8*N*Vs bytes, of which L2 keeps a part as strips are a few ten MiB. The pass itself is bound by memory.
+Where the library's kernels are better than Triton's its product is faster than logits_exp's; the price is U, written
+and read once: 8*N*Vs bytes, of which L2 keeps a part as strips are a few ten MiB. The pass is bound by memory.
 """
 
 import torch

@@ -128,7 +128,7 @@ def logits_exp(
     tiles_v = triton.cdiv(width, tile.BLOCK_V)
     programs = triton.cdiv(N, tile.BLOCK_M) * tiles_v
     if tile.persistent:
-        programs = min(programs, multiprocessors(hidden.device))
+        programs = min(programs, multiprocessors(hidden.device) or 3)  # off a GPU nothing runs side by side: a few
     operands = (hidden, weight)
     if tile.descriptors:
         boxes = ([tile.BLOCK_M, tile.BLOCK_D], [tile.BLOCK_V, tile.BLOCK_D])

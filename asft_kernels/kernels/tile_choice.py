@@ -21,7 +21,18 @@ from pathlib import Path
 import torch
 import triton
 
-from asft_kernels.kernels.configs import SOFTCAP_TILES, TILES, Strips, Tile, architecture_of, candidates, forms
+from asft_kernels.kernels.configs import (
+    FORMS,
+    SLICES,
+    SOFTCAP_TILES,
+    STRIPS,
+    TILES,
+    Strips,
+    Tile,
+    architecture_of,
+    candidates,
+    forms,
+)
 
 
 @dataclass(frozen=True)
@@ -47,9 +58,9 @@ class Problem:
 _assumed: list[str] = []
 
 
-def best_form(device: torch.device, problem: Problem) -> str:
-    """How a call rounds dW: the default, or what was measured as faster."""
-    rows = forms(problem.dtype, problem.tokens)
+def best_form(device: torch.device, problem: Problem, *, aligned: bool) -> str:
+    """How a call rounds dW: the default, or what was measured as faster. aligned: as below, of hidden alone."""
+    rows = forms(problem.dtype, problem.tokens) if aligned else (SLICES,)
     times = _times(device, problem.of_gradient)
     return min((form for form in rows if form in times), key=lambda form: times[form], default=rows[0])
 
@@ -63,8 +74,8 @@ def _times(device: torch.device, key: str) -> dict[str, float]:
 def best_tile(device: torch.device, problem: Problem, *, aligned: bool) -> Tile | Strips:
     """The tile for a call; its `why` says whether it was measured.
 
-    aligned: every row of both operands starts at a multiple of 16 elements and has a multiple of them. Others are loaded
-    one by one, which takes the registers of a large tile: they get a softcap's, and were not measured.
+    aligned: every row of both operands starts at a multiple of 16 elements and has a multiple of them. Others are
+    loaded one by one, which takes the registers of a large tile: they get a softcap's, and were not measured.
     """
     architecture = _assumed[-1] if _assumed else architecture_of(device)
     if not aligned:
@@ -99,8 +110,8 @@ def stored_times(device: torch.device) -> dict[str, dict[str, float]]:
     return _parse(path, text, _identity(device))
 
 
-def store_times(device: torch.device, problem: Problem, milliseconds: dict[str, float]) -> Path:
-    """Adds a problem to the device's file and returns its path."""
+def store_times(device: torch.device, problem: Problem | str, milliseconds: dict[str, float]) -> Path:
+    """Adds a problem, or what is measured of it besides, to the device's file and returns its path."""
     path = cache_file(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(path):
@@ -134,12 +145,13 @@ def cache_file(device: torch.device) -> Path:
 
 def _identity(device: torch.device) -> dict[str, str]:
     """What must be the same for measured times to count."""
-    tiles = [(key, [str(tile) for tile in rows]) for t in (TILES, SOFTCAP_TILES) for key, rows in t.items()]
+    tables: list = [(key, [str(tile) for tile in rows]) for t in (TILES, SOFTCAP_TILES) for key, rows in t.items()]
+    tables += [[str(strips) for strips in STRIPS], FORMS]
     return {
         "device": torch.cuda.get_device_name(device),
         "architecture": architecture_of(device),
         "triton": triton.__version__,
-        "table": hashlib.sha256(repr(tiles).encode()).hexdigest()[:12],
+        "table": hashlib.sha256(repr(tables).encode()).hexdigest()[:12],
     }
 
 
