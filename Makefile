@@ -5,6 +5,8 @@
 # make lint   ruff and pyright
 # Each first makes .venv with what it needs from the package index, once: again only when setup.py
 # or constraints.txt has changed. All share that folder, so the second one has little to install.
+# make oldest, make newest   at either end of the range of torch and Triton, the tests that need few other packages;
+#             by hand, not in CI: each makes an environment of its own, .venv-oldest or .venv-newest, of 5 GB
 #
 #   make test PYTHON=python3.12          another interpreter (after `make clean`)
 #   make test ARGS="plain compile"       some parts only; make demo ARGS="--help"
@@ -20,7 +22,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 KEY := $(shell { pwd; cat setup.py constraints.txt; } | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint venv clean
+.PHONY: help demo test bench lint oldest newest venv clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -46,6 +48,15 @@ lint: venv
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
+
+# Triton 3.6's interpreter does not go with NumPy 2.4. The other packages are those of constraints.txt.
+oldest: ENDS := torch==2.11.0 triton==3.6.0 'numpy<2.4'
+newest: ENDS := torch==2.15.0 triton==3.9.0 numpy
+oldest newest:
+	@$(MAKE) --no-print-directory venv VENV=.venv-$@
+	@grep -vE '^(torch|triton|numpy)=' constraints.txt >.venv-$@/constraints.txt
+	.venv-$@/bin/python -m pip install -c .venv-$@/constraints.txt $(ENDS) hypothesis pytest tqdm
+	.venv-$@/bin/python tests/run.py $(or $(ARGS),plain compile)
 
 venv:
 	@if $(PY) -m pip --version >/dev/null 2>&1; then exit 0; fi; \

@@ -11,7 +11,7 @@ VERSION = re.search(r'^__version__\s*=\s*["\']([^"\']+)["\']', INIT, re.MULTILIN
 if VERSION is None:
     raise RuntimeError('setup.py: asft_kernels/__init__.py has no line __version__ = "..."')
 
-TRITON = "triton>=3.6; sys_platform == 'linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"
+HAS_TRITON = "sys_platform == 'linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"
 TRAIN = [
     "accelerate>=1.1",
     "datasets>=3",
@@ -21,6 +21,10 @@ TRAIN = [
     "pyarrow>=15",  # score files, Parquet and Arrow data; datasets brings it
     "tqdm>=4.66",
     "transformers>=5",
+]
+PEERS = [  # measured beside ours, and their losses are compared with ours
+    f"liger-kernel>=0.8.5; {HAS_TRITON}",
+    "trl>=1.16",
 ]
 
 setup(
@@ -46,18 +50,18 @@ setup(
     package_data={"asft_kernels": ["py.typed", "demo_data/*.jsonl", "demo_data/README.md"]},
     zip_safe=False,
     python_requires=">=3.10",
-    install_requires=["torch>=2.11", TRITON],
+    # Tested from these up to torch 2.15 with Triton 3.9: `make oldest`, `make newest`.
+    install_requires=["torch>=2.11", f"triton>=3.6; {HAS_TRITON}"],
     extras_require={
         "train": TRAIN,
         "bench": [
             *TRAIN,  # real hidden states, pictures
-            # The peers that are measured beside ours.
-            "cut-cross-entropy>=25.1",
-            "liger-kernel>=0.8.5",
-            "trl>=1.16",
+            *PEERS,
+            "cut-cross-entropy>=25.1",  # measured only
         ],
         "test": [
             *TRAIN,  # the trainer's tests
+            *PEERS,
             "hypothesis>=6.100",
             "peft>=0.17",
             "pytest>=8.4",

@@ -364,7 +364,7 @@ def test_losses_by_hand():
 @pytest.mark.parametrize("loss", LOSSES)
 def test_installed_contestants_pass_the_gate(loss, dtype):
     """Those that need no compiler; the others go through the whole runner in `benchmarks.run smoke`."""
-    pytest.importorskip("trl", reason="trl is not installed: pip install -e '.[bench]'")
+    pytest.importorskip("trl", reason="needs the test extra: trl")
     for work in WORKS:
         case = replace(CASE, work=work, loss=loss, dtype=dtype)
         inputs = make_inputs(case)
@@ -379,7 +379,7 @@ def test_installed_contestants_pass_the_gate(loss, dtype):
 
 @pytest.mark.parametrize("name", ["SimPO", "DPO", "ORPO"])
 def test_liger_computes_the_losses_written_here(name, monkeypatch):
-    chunked_loss = pytest.importorskip("liger_kernel.chunked_loss", reason="pip install -e '.[bench]'")
+    chunked_loss = pytest.importorskip("liger_kernel.chunked_loss", reason="needs the test extra: liger-kernel")
     monkeypatch.setattr(torch, "compile", lambda function: function)  # it is the mathematics that is compared
     assert chunked_loss
     contestant = next(c for c in CONTESTANTS if c.name == f"Liger-Kernel {name}")

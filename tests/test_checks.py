@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from asft_kernels import FusedASFTLoss, fused_asft_loss, fused_linear_logps, fused_preference_loss
-from asft_kernels.backends import choose_backend
+from asft_kernels.backends import choose_backend, interpreter_fault
 from asft_kernels.objectives import ASFT
 from cases import make_case
 
@@ -310,6 +310,25 @@ def test_triton_on_cpu_tensors(monkeypatch):
         "backend: got 'triton' with tensors on cpu, need CUDA or ROCm tensors; move them, use backend='torch'",
         backend="triton",
     )
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "works"),
+    [((3, 6), "2.4.0", False), ((3, 6), "2.5.0rc1", False), ((3, 6), "2.3.5", True), ((3, 7), "2.5.0", True)],
+)
+def test_an_interpreter_that_cannot_run_says_why(triton, numpy, works, monkeypatch):
+    pytest.importorskip("triton", reason="needs Triton")
+    monkeypatch.setattr("asft_kernels.kernels.configs.triton_release", lambda: triton)
+    monkeypatch.setattr("numpy.__version__", numpy)
+    fault = interpreter_fault.__wrapped__()  # without its cache
+    assert (fault == "") == works
+    assert works or f"with NumPy {numpy}, whose arrays its interpreter cannot take" in fault
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("asft_kernels.backends.interpreter_fault", lambda: fault)
+    if works:
+        assert choose_backend("triton", torch.device("cpu"), torch.float32) == "triton"
+    else:
+        call(fault, backend="triton")
 
 
 def test_triton_with_float64(monkeypatch):

@@ -153,8 +153,10 @@ def test_host_read_counter_can_fail(host_reads):
 
 
 MEASURE = """
-import json, sys, torch
+import json, os, sys, torch
 from asft_kernels import fused_asft_loss
+
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 N, M, D, V, dtype, weight_grad, cache, softcap, bias = json.loads(sys.argv[1])
 dtype = getattr(torch, dtype)
@@ -200,7 +202,12 @@ SMALL, LONG = (512, 1024, 1024, 16000), (8192, 8192, 64, 4000)  # N, M, D, V
     ],
 )
 def test_peak_memory_is_the_documented_formula(shape, dtype, weight_grad, cache, softcap, bias):
-    """docs/algorithm.md, section Memory, measured in a fresh process."""
+    """docs/algorithm.md, section Memory, measured in a fresh process.
+
+    One thread on one CPU: others' stacks are not the call's, and Linux counts resident pages per CPU, in batches. Each
+    of the two readings may miss one of anonymous pages and one of mapped files; each block of 1 MiB or more takes a
+    page besides.
+    """
     N, M, D, V = shape
     MiB, itemsize = 2**20, getattr(torch, dtype).itemsize
     gradients = itemsize * (M * D + V * D * weight_grad)
@@ -210,11 +217,15 @@ def test_peak_memory_is_the_documented_formula(shape, dtype, weight_grad, cache,
     upcast = 4 * 512 * D * (dtype != "float32")
     formula = gradients + cached + 16 * N * D + chunks * 4 * min(N, 1024) * 512 + recomputed + upcast
     arguments = json.dumps([N, M, D, V, dtype, weight_grad, cache, softcap, bias])
+    batch, page = max(32, 2 * (os.cpu_count() or 1)), os.sysconf("SC_PAGE_SIZE")  # percpu_counter_batch
+    counted = (2 * 2 * batch + formula // MiB) * page
+    if counted >= 4 * min(N, 1024) * 512:
+        pytest.skip(f"{os.cpu_count()} CPUs: resident pages are counted in batches that would hide a missing chunk")
     # Every block of 1 MiB or more goes back when freed: glibc would keep some, and count them as ours.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MiB)}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MiB), "OMP_NUM_THREADS": "1"}
     out = subprocess.run(
         [sys.executable, "-c", MEASURE, arguments], capture_output=True, text=True, check=True, env=environment
     )
     extra = json.loads(out.stdout)
-    print(f"{extra / MiB:.1f} MiB measured, {formula / MiB:.1f} by the formula")
-    assert gradients + cached < extra <= formula
+    print(f"{extra / MiB:.2f} MiB measured, {formula / MiB:.1f} by the formula, {counted / MiB:.2f} of counting")
+    assert gradients + cached - counted < extra <= formula + counted

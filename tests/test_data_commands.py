@@ -11,6 +11,9 @@ from random import Random
 
 import pytest
 
+pytest.importorskip("transformers", reason="needs the train extra: transformers")
+pytest.importorskip("pyarrow", reason="needs the train extra: pyarrow")
+
 from asft_kernels.data import load_pairs, parse_pair
 from asft_kernels.data_commands import bmc, main, partial, rso
 from asft_kernels.data_commands.rad import condition_prompt, goal_text

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytest.importorskip("transformers", reason="needs the train extra: transformers")
+
 from asft_kernels.generation import PromptTooLong, TransformersGenerator
 from tiny_lm import saved_tiny_model, tiny_model, tiny_tokenizer
 

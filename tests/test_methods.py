@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("transformers", reason="needs the train extra: transformers")
+pytest.importorskip("datasets", reason="needs the train extra: datasets")
+pytest.importorskip("accelerate", reason="needs the train extra: accelerate")
+pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
+
 from asft_kernels.dnpo import _parser as dnpo_parser
 from asft_kernels.sapo.arguments import SapoArguments
 from asft_kernels.train.arguments import JobArguments, RunArguments

@@ -25,7 +25,7 @@ SINGLE = 16 * 2**-24
 
 @pytest.fixture(scope="module")
 def trl():
-    pytest.importorskip("trl", reason="trl is not installed: pip install -e '.[bench]'")
+    pytest.importorskip("trl", reason="needs the test extra: trl")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # experimental trainers, and what they import
         from trl import DPOTrainer, KTOTrainer

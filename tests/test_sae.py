@@ -8,6 +8,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("safetensors", reason="needs the train extra: transformers, which brings safetensors")
+
 from safetensors.torch import save_file
 
 from asft_kernels.sae import (

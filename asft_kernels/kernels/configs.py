@@ -83,11 +83,11 @@ TILES: Table = {
         Tile(128, 256, 64, 8, 3, "the largest without spills; a single program"),
         Tile(
             128,
-            256,
+            128,
             64,
             8,
             4,
-            "some warps write a tile while others multiply the next",
+            "some warps write a tile while others multiply the next; 128 x 256 spills from Triton 3.8 on",
             descriptors=True,
             persistent=True,
             triton=(3, 7),  # 3.6 fails to specialise the warps
@@ -134,11 +134,11 @@ SOFTCAP_TILES: Table = {
         Tile(128, 64, 64, 8, 3, "two programs; 128 x 128 leaves one, 128 x 256 spills"),
         Tile(
             128,
-            128,
+            64,
             64,
             8,
             4,
-            "some warps write a tile while others multiply the next",
+            "some warps write a tile while others multiply the next; 128 x 128 spills from Triton 3.8 on",
             descriptors=True,
             persistent=True,
             triton=(3, 7),  # 3.6 fails to specialise the warps
@@ -150,6 +150,7 @@ SOFTCAP_TILES: Table = {
     ),
     ("sm_80", False): (Tile(64, 64, 32, 8, 3, "half the registers of 4 warps"),),
     ("sm_90", False): (Tile(64, 64, 32, 8, 3, "4 warps spill"),),
+    ("sm_100", False): (Tile(64, 64, 32, 8, 3, "4 warps spill with Triton 3.8"),),
 }
 STRIPS = (
     Strips(32, 4, 512, 4, "where the library's product and a pass over its logits take less than a Triton product"),
