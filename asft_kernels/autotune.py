@@ -81,9 +81,8 @@ class GradientCase:
         case = Case(problem, vocab, device)
         gen = torch.Generator(device).manual_seed(0)
         (N, D), self.plan, self.hidden, self.rows = case.hidden.shape, case.plan, case.hidden, case.rows
-        self.exps = torch.rand(
-            case.exps.shape, generator=gen, device=device, out=empty_exps(*case.exps.shape, case.exps.dtype, device)
-        )
+        self.exps = empty_exps(N, case.exps.shape[1], case.exps.dtype, device)
+        self.exps.copy_(torch.rand(self.exps.shape, generator=gen, device=device))
         self.labels = (vocab ** torch.rand(N, generator=gen, device=device)).long().clamp(max=vocab - 1)
         self.pull = torch.randn(N, generator=gen, device=device)
         self.scaled = torch.randn(N, D, generator=gen, device=device).to(problem.dtype)
