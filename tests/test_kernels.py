@@ -177,6 +177,15 @@ def test_device_math(which, device):
 
 # --- label_logits and logits_exp
 
+
+class TwoTiles(Strips):
+    """Strips of two tiles, however few tokens there are."""
+
+    def rows(self, n_tokens, width):
+        return min(2 * self.BLOCK_V, width)
+
+
+TWO_TILES = TwoTiles(0, 4, 16, 4, "a test's")
 LOGIT_OPTIONS = [(1.0, None, False), (0.7, None, True), (1.3, 8.0, True), (0.5, 30.0, False)]
 SHAPES = [(1, 1, 1), (7, 33, 5), (40, 123, 67)]
 
@@ -225,6 +234,15 @@ def test_logits_exp(N, V, D, first, stop, scale, softcap, bias, dtype, store, su
         return
     tile = candidates("other", dtype, softcap=softcap is not None)[0]
     check_logits_exp(Inputs(N, V, D, dtype, device, bias=bias), first, stop, scale, softcap, store, sums, tile)
+
+
+@pytest.mark.parametrize(("store", "sums"), [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("scale", "softcap", "bias"), [(1.0, None, False), (1.3, 40.0, True)])
+@pytest.mark.parametrize(("N", "V", "D", "first", "stop"), both([(70, 251, 37, 100, 251)], [(9, 75, 40, 20, 75)]))
+def test_logits_exp_in_strips(N, V, D, first, stop, scale, softcap, bias, dtype, store, sums, device):
+    """Strips of 32 columns, two tiles each, the last one partial."""
+    check_logits_exp(Inputs(N, V, D, dtype, device, bias=bias), first, stop, scale, softcap, store, sums, TWO_TILES)
 
 
 def tiles_for(device, dtype, softcap) -> list[Tile | Strips]:
