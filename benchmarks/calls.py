@@ -15,6 +15,7 @@ from torch import Tensor
 from asft_kernels import fused_asft_loss, fused_linear_logps
 from asft_kernels.backends import exp_dtype
 from asft_kernels.backends.plan import make_plan, token_blocks
+from asft_kernels.kernels.configs import multiprocessors
 from benchmarks.cases import FROZEN, NO_GRADIENT, TRAINABLE, Case, Inputs
 from benchmarks.losses import IGNORE, LOSSES
 
@@ -58,7 +59,7 @@ def bare_products(case: Case, inputs: Inputs) -> Result:
     converts = computed != case.torch_dtype
     plan = make_plan(
         case.N, case.V, case.D, exp_bytes=stored_dtype(case).itemsize, chunk_size=None, cache_bytes=0,
-        device_type=case.device,
+        device_type=case.device, multiprocessors=multiprocessors(torch.device(case.device)),
     )  # fmt: skip
     keeps = case.work == TRAINABLE
     acc = torch.empty(case.N, case.D, device=case.device)

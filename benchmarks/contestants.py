@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+
 import asft_kernels
 from asft_kernels.backends import exp_dtype
 from asft_kernels.backends.plan import default_cache_bytes, make_plan
+from asft_kernels.kernels.configs import multiprocessors
 from benchmarks import calls
 from benchmarks.cases import TRAINABLE, WORKS, Case, Inputs
 from benchmarks.losses import LOSSES
@@ -101,7 +104,7 @@ class Ours(Contestant):
         plan = make_plan(
             case.N, case.V, case.D, exp_bytes=exp_dtype(self.backend, case.torch_dtype).itemsize, chunk_size=None,
             cache_bytes=default_cache_bytes(case.device) if cache_bytes is None else cache_bytes,
-            device_type=case.device,
+            device_type=case.device, multiprocessors=multiprocessors(torch.device(case.device)),
         )  # fmt: skip
         return min(plan.cached * plan.chunk, case.V)
 

@@ -9,7 +9,7 @@ Stages, in the order in which they are named:
     products  each product of the schedule alone, as it is asked for and as it might be
     calls     our call checked against float64: time beside the bare products, memory, time until the host is free
     peers     the same of the peers
-    tiles     the candidates of the tile table, and variants of its first row
+    tiles     the candidates of the tile table, variants of its first row, and the ways to make dW
     kernels   what torch's profiler sees in one call
     one       a few launches of the table's first tile, for a profiler that replays kernels
 
@@ -36,7 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 from asft_kernels import autotune
 from asft_kernels.backends import triton_runs_on_cpu
 from asft_kernels.backends.plan import Plan, default_cache_bytes, make_plan
-from asft_kernels.kernels.configs import Tile, architecture_of, candidates
+from asft_kernels.kernels.configs import Tile, architecture_of, candidates, multiprocessors
 from asft_kernels.kernels.tile_choice import Problem
 from benchmarks.calls import Result
 from benchmarks.cases import MODELS, TRAINABLE, WORKS, Case, make_inputs
@@ -80,6 +80,7 @@ class Probe:
         return make_plan(
             self.case.N, self.case.V, self.case.D, exp_bytes=DTYPE.itemsize, chunk_size=None,
             cache_bytes=default_cache_bytes(DEVICE), device_type=DEVICE,
+            multiprocessors=multiprocessors(torch.device(DEVICE)),
         )  # fmt: skip
 
     def row(self, stage: str, name: str, **figures: Any) -> None:
@@ -201,6 +202,9 @@ def tiles(probe: Probe) -> None:
             probe.row("tiles", f"{name}{text}", ms=ms, tflops=flops / ms / 1e9)
         if not times:
             probe.row("tiles", f"{candidate}{text}", left_out="does not run here or differs from torch's")
+    flops = 2 * probe.case.N * probe.case.V * probe.case.D
+    for form, ms in autotune.tune_gradient(problem, probe.case.V, device, timer).items():
+        probe.row("tiles", f"dW {form}", ms=ms, tflops=flops / ms / 1e9)
 
 
 def calls(probe: Probe) -> None:
