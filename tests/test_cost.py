@@ -155,8 +155,9 @@ def test_host_read_counter_can_fail(host_reads):
 MEASURE = """
 import json, sys, torch
 from asft_kernels import fused_asft_loss
+from asft_kernels.backends import processor
 
-N, M, D, V, dtype, weight_grad, cache, softcap, bias = json.loads(sys.argv[1])
+N, M, D, V, dtype, weight_grad, cache, softcap, bias, processor.INTEL = json.loads(sys.argv[1])
 dtype = getattr(torch, dtype)
 def inputs(N, M, D, V):
     hidden = torch.randn(4, M // 4, D).to(dtype).requires_grad_()
@@ -184,6 +185,7 @@ SMALL, LONG = (512, 1024, 1024, 16000), (8192, 8192, 64, 4000)  # N, M, D, V
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+@pytest.mark.parametrize("intel", [False, True])
 @pytest.mark.parametrize(
     ("shape", "dtype", "weight_grad", "cache", "softcap", "bias"),
     [
@@ -199,17 +201,18 @@ SMALL, LONG = (512, 1024, 1024, 16000), (8192, 8192, 64, 4000)  # N, M, D, V
         (LONG, "float32", True, 2**30, None, True),
     ],
 )
-def test_peak_memory_is_the_documented_formula(shape, dtype, weight_grad, cache, softcap, bias):
+def test_peak_memory_is_the_documented_formula(shape, dtype, weight_grad, cache, softcap, bias, intel):
     """docs/algorithm.md, section Memory, measured in a fresh process."""
     N, M, D, V = shape
     MiB, itemsize = 2**20, getattr(torch, dtype).itemsize
     gradients = itemsize * (M * D + V * D * weight_grad)
     cached = 4 * N * V if weight_grad and cache else 0
     chunks = 2 + 2 * (softcap is not None)
-    recomputed = 4 * N * 512 if weight_grad and not cached else 0
-    upcast = 4 * 512 * D * (dtype != "float32")
-    formula = gradients + cached + 16 * N * D + chunks * 4 * min(N, 1024) * 512 + recomputed + upcast
-    arguments = json.dumps([N, M, D, V, dtype, weight_grad, cache, softcap, bias])
+    rows = max(1024, 2**20 // N) if intel else 512
+    recomputed = 4 * N * rows if weight_grad and not cached else 0
+    upcast = 4 * rows * D * (dtype != "float32")
+    formula = gradients + cached + 16 * N * D + chunks * 4 * min(N, 1024) * rows + recomputed + upcast
+    arguments = json.dumps([N, M, D, V, dtype, weight_grad, cache, softcap, bias, intel])
     # Every block of 1 MiB or more goes back when freed: glibc would keep some, and count them as ours.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MiB)}
     out = subprocess.run(
