@@ -97,7 +97,8 @@ def documented_bytes(row: Row) -> float | None:
         return None
     N, D, V = row["N"], row["D"], row["V"]
     itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}[row["dtype"]]
-    chunk = min(default_chunk(N, D, exp_bytes=4, device_type="cpu"), V)
+    intel = "Intel" in row["about"]["machine"]  # the chunk of the machine that measured, not of this one
+    chunk = min(default_chunk(N, D, exp_bytes=4, device_type="cpu", intel=intel), V)
     block = max(b.stop - b.start for b in token_blocks(N, "cpu"))
     total = 16 * N * D + 2 * 4 * block * chunk + (0 if itemsize == 4 else 4 * chunk * D)  # upcast rows of W
     if row["work"] != "no gradient":

@@ -222,11 +222,11 @@ def summary(files: list[Path]) -> str:
             lines += [f"Time of `{OUR_DEFAULT[device]}` over that of the bare products, ASFT loss:", ""]
             lines += [*shape_table(main), ""]
         if cost:
-            low = "In bf16 peers use the CPU's bf16 units, where it has them; ours upcasts to fp32."
+            low = " In bf16 peers use the CPU's bf16 units, where it has them; ours upcasts to fp32."
             upcasts = device == "cpu" and any(r["dtype"] == "bfloat16" for r in cost)
             lines += [
                 "Time and extra memory of peers over ours, least to most of all cases (a shape, a loss and the "
-                "gradients wanted, which several peers may share); bold: below 1 somewhere, where a peer wins. "
+                "gradients wanted, which several peers may share); bold: below 1 somewhere, where a peer wins."
                 + low * upcasts
                 + " Failed: out of memory, or see the report." * any(r["status"] == "failed" for r in cost),
                 "",

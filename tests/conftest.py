@@ -58,6 +58,12 @@ def _seed_and_poison():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def _one_processor(monkeypatch):
+    """The same chunks whatever machine the tests run on."""
+    monkeypatch.setattr("asft_kernels.backends.processor.INTEL", False)
+
+
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -155,10 +155,11 @@ def test_host_read_counter_can_fail(host_reads):
 MEASURE = """
 import json, os, sys, torch
 from asft_kernels import fused_asft_loss
+from asft_kernels.backends import processor
 
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
-N, M, D, V, dtype, weight_grad, cache, softcap, bias = json.loads(sys.argv[1])
+N, M, D, V, dtype, weight_grad, cache, softcap, bias, processor.INTEL = json.loads(sys.argv[1])
 dtype = getattr(torch, dtype)
 def inputs(N, M, D, V):
     hidden = torch.randn(4, M // 4, D).to(dtype).requires_grad_()
@@ -186,6 +187,7 @@ SMALL, LONG = (512, 1024, 1024, 16000), (8192, 8192, 64, 4000)  # N, M, D, V
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+@pytest.mark.parametrize("intel", [False, True])
 @pytest.mark.parametrize(
     ("shape", "dtype", "weight_grad", "cache", "softcap", "bias"),
     [
@@ -201,7 +203,7 @@ SMALL, LONG = (512, 1024, 1024, 16000), (8192, 8192, 64, 4000)  # N, M, D, V
         (LONG, "float32", True, 2**30, None, True),
     ],
 )
-def test_peak_memory_is_the_documented_formula(shape, dtype, weight_grad, cache, softcap, bias):
+def test_peak_memory_is_the_documented_formula(shape, dtype, weight_grad, cache, softcap, bias, intel):
     """docs/algorithm.md, section Memory, measured in a fresh process.
 
     One thread on one CPU: others' stacks are not the call's, and Linux counts resident pages per CPU, in batches. Each
@@ -213,13 +215,14 @@ def test_peak_memory_is_the_documented_formula(shape, dtype, weight_grad, cache,
     gradients = itemsize * (M * D + V * D * weight_grad)
     cached = 4 * N * V if weight_grad and cache else 0
     chunks = 2 + 2 * (softcap is not None)
-    recomputed = 4 * N * 512 if weight_grad and not cached else 0
-    upcast = 4 * 512 * D * (dtype != "float32")
-    formula = gradients + cached + 16 * N * D + chunks * 4 * min(N, 1024) * 512 + recomputed + upcast
-    arguments = json.dumps([N, M, D, V, dtype, weight_grad, cache, softcap, bias])
+    rows = max(1024, 2**20 // N) if intel else 512
+    recomputed = 4 * N * rows if weight_grad and not cached else 0
+    upcast = 4 * rows * D * (dtype != "float32")
+    formula = gradients + cached + 16 * N * D + chunks * 4 * min(N, 1024) * rows + recomputed + upcast
+    arguments = json.dumps([N, M, D, V, dtype, weight_grad, cache, softcap, bias, intel])
     batch, page = max(32, 2 * (os.cpu_count() or 1)), os.sysconf("SC_PAGE_SIZE")  # percpu_counter_batch
     counted = (2 * 2 * batch + formula // MiB) * page
-    if counted >= 4 * min(N, 1024) * 512:
+    if counted >= 4 * min(N, 1024) * rows:
         pytest.skip(f"{os.cpu_count()} CPUs: resident pages are counted in batches that would hide a missing chunk")
     # Every block of 1 MiB or more goes back when freed: glibc would keep some, and count them as ours.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MiB), "OMP_NUM_THREADS": "1"}

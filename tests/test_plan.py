@@ -10,6 +10,7 @@ from asft_kernels.backends.plan import (
     filled_chunk,
     make_plan,
     token_blocks,
+    traced_chunk,
     weight_slice,
 )
 
@@ -42,11 +43,12 @@ def test_a_cache_of_exactly_all_exponentials_keeps_them():
     assert make_plan(512, 2500, 64, cache_bytes=4 * 512 * 2500 - 1, **sizes).cached == 2
 
 
-@given(n=st.integers(1, 100_000), hidden_size=st.integers(1, 16384), device=DEVICES)
-def test_chunks_by_default(n, hidden_size, device):
+@given(n=st.integers(1, 100_000), hidden_size=st.integers(1, 16384), device=DEVICES, intel=st.booleans())
+def test_chunks_by_default(n, hidden_size, device, intel):
     """Multiples of 64 rows; E and the rows of W within their bytes unless the floor of rows is more."""
-    rows = default_chunk(n, hidden_size, exp_bytes=4, device_type=device)
-    exps, weight, floor = {"cpu": (2**20, 2**21, 512), "cuda": (2**28, 2**29, 4096)}[device]
+    rows = default_chunk(n, hidden_size, exp_bytes=4, device_type=device, intel=intel)
+    limits = {"cpu": (2**22, 2**23, 1024) if intel else (2**20, 2**21, 512), "cuda": (2**28, 2**29, 4096)}
+    exps, weight, floor = limits[device]
     assert rows % 64 == 0
     assert rows >= floor
     assert rows == floor or (4 * n * rows <= exps and 4 * hidden_size * rows <= weight)
@@ -89,6 +91,17 @@ def test_a_filled_chunk_is_near_and_never_slower(n, vocab, hidden_size, multipro
     whole = fit // 256 * 256
     cost = [full_turns(r, n, vocab, multiprocessors)[0] + -(-vocab // r) for r in (rows, whole)]
     assert cost[0] <= cost[1]
+
+
+@pytest.mark.parametrize(("device", "rows", "on_intel"), [("cpu", 1024, 4096), ("cuda", 2**18, 2**18)])
+def test_chunks_follow_the_processor_that_is_here(monkeypatch, device, rows, on_intel):
+    """Eager and traced; the process's own answer, which a GPU's chunks do not ask for."""
+    sizes = {"exp_bytes": 4, "device_type": device}
+    assert default_chunk(256, 512, **sizes) == rows
+    assert traced_chunk(64, **sizes) == {"cpu": 512, "cuda": 8192}[device]
+    monkeypatch.setattr("asft_kernels.backends.processor.INTEL", True)
+    assert default_chunk(256, 512, **sizes) == on_intel
+    assert traced_chunk(64, **sizes) == {"cpu": 1024, "cuda": 8192}[device]
 
 
 @given(n=st.integers(0, 100_000), device=DEVICES)
