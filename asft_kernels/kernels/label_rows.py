@@ -44,7 +44,7 @@ def label_rows_kernel(
     while start < end:
         label = tl.load(sorted_ptr + start)
         going = label != tl.load(sorted_ptr + start - 1, mask=start > begin, other=-1)
-        mine = in_row & going
+        mine = d < tl.where(going, D, 0)  # in_row & going; Triton 3.9's interpreter makes no mask of these two
         at = (label - first) * D + d  # int64, as labels are
         acc = tl.load(out_ptr + at, mask=mine, other=0.0)
         i = start
