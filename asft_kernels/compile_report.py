@@ -175,7 +175,10 @@ def describe(launch: Launch, architecture: str, dtype: torch.dtype) -> Row:
 
 
 def report(architectures: tuple[str, ...] = ARCHITECTURES) -> Iterator[Row]:
-    """One row per distinct launch, compiled one after another (Triton keeps what it has compiled)."""
+    """One row per distinct launch, compiled one after another (Triton keeps what it has compiled).
+
+    How many there are of each architecture and dtype is said to stderr first.
+    """
     if INTERPRETED.value:
         raise RuntimeError(
             "compile_report: TRITON_INTERPRET is set in this process, so kernels were made for the "
@@ -183,7 +186,10 @@ def report(architectures: tuple[str, ...] = ARCHITECTURES) -> Iterator[Row]:
         )
     for architecture in architectures:
         for dtype in DTYPES:
-            for launch in launches_for(architecture, dtype):
+            launches = launches_for(architecture, dtype)
+            note = f"{architecture} {TYPE_NAMES[dtype]}: {len(launches)} kernels, some seconds each where they are new"
+            print(note, file=sys.stderr, flush=True)
+            for launch in launches:
                 yield describe(launch, architecture, dtype)
 
 

@@ -14,6 +14,7 @@
 # WORK=folder        rows and logs until then; a later part, or the same one after Ctrl-C, goes on from them (default:
 #                    asft-gpu-UID under TMPDIR). Rows measured after a failed check say so.
 # PYTHON=python3.12  another interpreter (default: .venv's, else python3). BUDGET: seconds of a part (default: 570)
+# PATIENCE=4         that many times the limits and the BUDGET, for a slow CPU's dry run
 # ASFT_BENCHMARK_COMMIT=hash  the commit that rows name where there is no .git
 #
 # Each step has a limit and a log of its own, and is not begun unless it can end within its part's BUDGET; one that
@@ -39,7 +40,8 @@ WORK=$(folder "$(absolute "${WORK:-${TMPDIR:-/tmp}/asft-gpu${DRY_RUN:+-dry}-$UID
 OUT=${OUT:+$(folder "$(absolute "$OUT")")} || exit 2
 [ "$OUT" -ef bench_results ] && OUT=
 [ -n "$DRY_RUN" ] && OUT=${OUT:-$(mktemp -d)}  # its rows measure nothing
-BUDGET=${BUDGET:-570}
+PATIENCE=${PATIENCE:-1}
+BUDGET=$((${BUDGET:-570} * PATIENCE))
 GRACE=5  # seconds from a step's interrupt to its end
 LOOK=10  # seconds that looking for modules or the device's name may take
 LOGS=$WORK/logs ROWS=$WORK/rows.jsonl SUMMARY=$WORK/summary.txt FAILED=$WORK/failed
@@ -100,7 +102,7 @@ saver=$!
 set +m
 
 step() {  # step NAME LIMIT COMMAND...: at most LIMIT seconds; as_far=1: what it did until then is what was wanted
-    local limit=$2 log=$LOGS/$1.log left=$((BUDGET - (SECONDS - part_began))) code result tee
+    local limit=$(($2 * PATIENCE)) log=$LOGS/$1.log left=$((BUDGET - (SECONDS - part_began))) code result tee
     name=$1 began=$SECONDS
     shift 2
     if [ $((limit + GRACE)) -gt "$left" ]; then

@@ -243,7 +243,7 @@ def test_growth_ends_where_its_time_does(tmp_path):
     """It is wanted as far as it comes; of every other step a limit that is reached is a failure."""
     script = (ROOT / "benchmarks" / "gpu.sh").read_text()
     step = script[script.index("step() {") : script.index("check() {")]
-    around = 'LOGS=.; GRACE=1; BUDGET=99; part_began=0; failed=0; say() { echo "- $1 $3"; }'
+    around = 'LOGS=.; GRACE=1; PATIENCE=1; BUDGET=99; part_began=0; failed=0; say() { echo "- $1 $3"; }'
     run = "step one 1 sleep 9; as_far=1 step two 1 sleep 9; step three 9 false; step four 9 bash -c 'sleep 99 &'"
     began = time.monotonic()
     done = subprocess.run(
