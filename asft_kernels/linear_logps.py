@@ -63,7 +63,7 @@ def _phase1(
     needs_acc: bool, needs_exps: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     plan = _plan(hidden, weight, rows, backend, chunk_size, cache_bytes)
-    with _exact_products(hidden.device.type):
+    with exact_products(hidden.device.type):
         inputs = _without_padding(hidden, rows, labels) if padded else (hidden, rows, labels)
         saved = load_backend(backend).forward(
             inputs[0], weight, bias, *inputs[1:], Logits(scale, softcap), plan,
@@ -96,7 +96,7 @@ def _phase2(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     plan = _plan(hidden, weight, rows, backend, chunk_size, cache_bytes)
     saved = Saved(logps, one_minus_p, inv_total, ref, acc, exps)
-    with _exact_products(hidden.device.type):
+    with exact_products(hidden.device.type):
         inputs = (hidden, rows, labels)
         if padded:
             inputs = _without_padding(*inputs)
@@ -160,7 +160,7 @@ def _plan(hidden, weight, rows, backend, chunk_size, cache_bytes) -> Plan:
     return make_plan(
         rows.shape[0], *weight.shape, exp_bytes=exp_dtype(backend, hidden.dtype).itemsize,
         chunk_size=chunk_size, cache_bytes=cache_bytes, device_type=hidden.device.type,
-        multiprocessors=multiprocessors(hidden.device),
+        multiprocessors=multiprocessors(hidden.device) if chunk_size is None else 0,
     )  # fmt: skip
 
 
@@ -177,12 +177,12 @@ def _without_padding(hidden: Tensor, rows: Tensor, labels: Tensor) -> tuple[Tens
 _precision_lock = Lock()
 _precision_users: dict[str, int] = {"cpu": 0, "cuda": 0}
 _precision_before: dict[str, str] = {}
-_reduces_in_bf16: list[bool] = []
+_sums_before: list[tuple[tuple[bool, bool], bool]] = []
 
 
 @contextmanager
-def _exact_products(device_type: str) -> Iterator[None]:
-    """Autocast off; fp32 products in fp32 and bf16 products summed in fp32 whatever switches the user has set.
+def exact_products(device_type: str) -> Iterator[None]:
+    """Autocast off; fp32 products in fp32, bf16 and fp16 ones summed in fp32, whatever switches the user has set.
 
     The switches belong to the process: the first thread in sets them and the last one out restores them.
     """
@@ -193,9 +193,12 @@ def _exact_products(device_type: str) -> Iterator[None]:
             if matmul.fp32_precision not in ("ieee", "none"):
                 _precision_before[kind] = matmul.fp32_precision
                 matmul.fp32_precision = "ieee"
-            if kind == "cuda":  # on by default: parts of a sum that is cut would be rounded to bf16
-                _reduces_in_bf16.append(matmul.allow_bf16_reduced_precision_reduction)
-                matmul.allow_bf16_reduced_precision_reduction = False
+            if kind == "cuda":  # the first is on by default: parts of a sum that is cut would be rounded to bf16
+                cuts = matmul.allow_bf16_reduced_precision_reduction_split_k
+                rounds = matmul.allow_bf16_reduced_precision_reduction, cuts
+                _sums_before.append((rounds, matmul.allow_fp16_accumulation))
+                matmul.allow_bf16_reduced_precision_reduction = False, cuts
+                matmul.allow_fp16_accumulation = False
         _precision_users[kind] += 1
     try:
         with torch.autocast(device_type, enabled=False):
@@ -210,4 +213,5 @@ def _exact_products(device_type: str) -> Iterator[None]:
                     inherited = getattr(backend, "fp32_precision", everywhere)
                     matmul.fp32_precision = "none" if before == inherited else before
                 if kind == "cuda":
-                    matmul.allow_bf16_reduced_precision_reduction = _reduces_in_bf16.pop()
+                    rounds, matmul.allow_fp16_accumulation = _sums_before.pop()
+                    matmul.allow_bf16_reduced_precision_reduction = rounds

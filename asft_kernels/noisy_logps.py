@@ -25,7 +25,7 @@ from asft_kernels import checks
 from asft_kernels.backends import Logits, choose_backend
 from asft_kernels.backends.plan import Plan, make_plan, traced_chunk
 from asft_kernels.batch import pack
-from asft_kernels.linear_logps import _exact_products
+from asft_kernels.linear_logps import exact_products
 from asft_kernels.token_logps import Head, as_autocast
 
 
@@ -129,7 +129,7 @@ def _noisy_logps(
     labels: Tensor, backend: str, seed: int, scale: float, softcap: float | None, chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(logps, power, log of the sum of exponentials), (N,) each, of the compacted tokens, labels in [0, V)."""
-    with _exact_products(hidden.device.type):
+    with exact_products(hidden.device.type):
         # (N,) each: the label's noisy logit, log of the others' sum of exponentials, sum of std^2
         z_y, log_others, power = _load(backend).forward(
             hidden, weight, bias, noise_weight, noise_bias, labels, seed, Logits(scale, softcap),
@@ -152,7 +152,7 @@ def _noisy_logps_backward(
     backend: str, seed: int, scale: float, softcap: float | None, chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(dWn (V, D), dbn (V,)); dbn is empty without a bias: an operator returns tensors alone."""
-    with _exact_products(hidden.device.type):
+    with exact_products(hidden.device.type):
         grad_weight, grad_bias = _load(backend).backward(
             grad_logps, grad_power, hidden, weight, bias, noise_weight, noise_bias, labels, logps, log_total, seed,
             Logits(scale, softcap), _plan(hidden, weight, backend, chunk_size),

@@ -245,7 +245,7 @@ else
     rest=(tests/test_gpu.py)
     kernels=(tests/test_triton_backend.py -k "no_tokens or smallest")
     headline=smoke growth=smoke tuned=untuned few=(--rounds 1 --contestants "asft_kernels triton" "plain torch" --)
-    shape=(--hidden-size 24 --vocab 70 --tokens 16 33)
+    shape=(--hidden-size 32 --vocab 70 --tokens 16 33)
 fi
 interprets=1
 if [ -n "$DRY_RUN" ] && ! timeout -k 1 60 "$PYTHON" -c "# Does Triton's interpreter go with this NumPy?

@@ -25,6 +25,7 @@ class _Mending(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname):
         source = Path(self.path).read_text(encoding="utf-8")
         if "if bit_width < 32:" not in source:  # a later emulator may be right
+            assert source.count(FAULTY) == 1, "the emulator is another one: is its fault (above) mended there?"
             source = source.replace(FAULTY, MENDED + FAULTY)
         return self.source_to_code(source, self.path)
 

@@ -247,13 +247,17 @@ def test_ways_of_the_head_s_gradient_are_timed_and_compared(wrong, device, monke
         class Broken(form):
             def finish(self):
                 out = super().finish()
-                out[3, 5] += 0.02 * out.abs().max()
+                out[-1, 5] += 0.02 * out.abs().max()  # of the last chunk
                 return out
 
         return Broken
 
     if wrong:
         monkeypatch.setitem(autotune.GRADIENTS, wrong, broken(autotune.GRADIENTS[wrong]))
+    make_plan = autotune.make_plan
+    monkeypatch.setattr(
+        autotune, "make_plan", lambda *sizes, **options: replace(make_plan(*sizes, **options), chunk=32)
+    )
     times = autotune.tune_gradient(TINY, 70, torch.device(device), lambda call: 1.0)
     assert set(times) == {"whole", "slices"} - {wrong}
     assert ("left out: differs" in capsys.readouterr().out) == bool(wrong)
@@ -381,7 +385,7 @@ def test_rows_that_are_not_aligned_are_told():
 @pytest.mark.interpreter
 def test_the_command(tmp_path):
     """Interpreted it times what it can, says that this is no measurement, and stores nothing."""
-    arguments = ["--hidden-size", "24", "--vocab", "70", "--tokens", "8", "33", "--dtype", "float32"]
+    arguments = ["--hidden-size", "32", "--vocab", "70", "--tokens", "8", "33", "--dtype", "float32"]
     environment = {"TRITON_INTERPRET": "1", "XDG_CACHE_HOME": str(tmp_path), "PATH": "", "CUDA_VISIBLE_DEVICES": ""}
 
     def run(arguments, environment):
@@ -391,7 +395,7 @@ def test_the_command(tmp_path):
 
     result = run(arguments, environment)
     assert result.returncode == 0, result.stderr
-    assert "float32, hidden size 24, 64 tokens: 70 vocabulary rows a chunk" in result.stdout
+    assert "float32, hidden size 32, 64 tokens: 70 vocabulary rows a chunk" in result.stdout
     assert result.stdout.count("interpreted on a CPU: no measurement of a device, nothing is stored") == 2
     assert not list(tmp_path.iterdir())
     if not torch.cuda.is_available():
@@ -399,6 +403,13 @@ def test_the_command(tmp_path):
         result = run(arguments, environment)
         assert result.returncode == 2
         assert "found no CUDA or ROCm device to time; set TRITON_INTERPRET=1" in result.stderr
+
+
+def test_a_hidden_size_whose_calls_take_nothing_stored(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        autotune.main(["--hidden-size", "4088", "--vocab", "70"])
+    assert "--hidden-size: got 4088, need a multiple of 16" in capsys.readouterr().err
 
 
 def test_help_names_choices_defaults_and_rounding(capsys):

@@ -223,18 +223,24 @@ def test_the_switch_for_fast_products_survives_threads_and_stays_inherited():
 
 
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda', but CUDA is not available")
-def test_bf16_products_are_summed_in_fp32_on_a_gpu():
+def test_products_are_summed_in_fp32_on_a_gpu():
     """cuBLAS may cut a long sum and round its parts to bf16 unless it is told not to; the user's switch comes back."""
     matmul = torch.backends.cuda.matmul
-    before = matmul.allow_bf16_reduced_precision_reduction
+    cuts = matmul.allow_bf16_reduced_precision_reduction_split_k
+    before = (matmul.allow_bf16_reduced_precision_reduction, cuts), matmul.allow_fp16_accumulation
     try:
-        for switch in (True, False):
-            matmul.allow_bf16_reduced_precision_reduction = switch
-            with linear_logps._exact_products("cuda"), linear_logps._exact_products("cuda"):
+        for rounds, cuts in ((True, True), (False, True), (False, False)):
+            matmul.allow_bf16_reduced_precision_reduction = rounds, cuts
+            matmul.allow_fp16_accumulation = True
+            with linear_logps.exact_products("cuda"), linear_logps.exact_products("cuda"):
                 assert not matmul.allow_bf16_reduced_precision_reduction
-            assert matmul.allow_bf16_reduced_precision_reduction == switch
+                assert matmul.allow_bf16_reduced_precision_reduction_split_k == cuts
+                assert not matmul.allow_fp16_accumulation
+            assert matmul.allow_bf16_reduced_precision_reduction == rounds
+            assert matmul.allow_bf16_reduced_precision_reduction_split_k == cuts
+            assert matmul.allow_fp16_accumulation
     finally:
-        matmul.allow_bf16_reduced_precision_reduction = before
+        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_accumulation = before
 
 
 def test_non_contiguous_inputs():

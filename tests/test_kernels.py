@@ -592,14 +592,17 @@ def test_distinct_labels(N, V, chunk, device):
 
 @pytest.mark.parametrize(
     ("N", "V", "D", "chunk"),
-    both([(1, 1, 1, 1), (40, 123, 67, 50), (200, 140, 150, 140), (150, 700, 20, 300)], [(40, 70, 50, 40)]),
+    both(
+        [(1, 1, 1, 1), (40, 123, 67, 50), (200, 140, 150, 140), (150, 700, 20, 300), (200, 200, 16, 200)],
+        [(40, 70, 50, 40)],
+    ),
 )
 def test_label_gradient(N, V, D, chunk, device):
     """N products of E' and Hs, exact in fp32 and summed, then those of a run of m tokens with each part of pull
     (three bf16 numbers hold it to 2**-24): at most N + 3 m roundings of the sum of sizes, and one store."""
     gen = torch.Generator().manual_seed(N)
     x = Inputs(N, V, D, torch.bfloat16, device)
-    labels = labels_of_every_length(N, V, gen)
+    labels = torch.arange(N) if N == V else labels_of_every_length(N, V, gen)  # more of them than a program takes
     E = torch.rand(N, V, generator=gen).bfloat16()
     scaled, pull = torch.randn(N, D, generator=gen).bfloat16(), torch.randn(N, generator=gen)
     results = []
@@ -625,6 +628,22 @@ def test_label_gradient(N, V, D, chunk, device):
     size = other @ scaled.double().abs() + member @ own.abs()
     roundings = N + 3 * member.sum(1)[:, None] + 4
     assert_within(results[0], exact, roundings * u * size, torch.bfloat16)
+
+
+@pytest.mark.interpreter
+def test_label_gradient_keeps_24_bits_of_pull(device):
+    """The softmax part, exact in bf16, is the label part's leading 8 bits: what is left shows its last."""
+    N, V, D = 16, 16, 16
+    labels, one = torch.arange(N), torch.eye(N).bfloat16()
+    pull = 1 + torch.arange(N) * 2.0**-23 + 2.0**-12  # 24 bits
+    hidden = torch.full((N, D), 1.5).bfloat16()
+    gradient = LabelGradient(labels.to(device), V, V)
+    gradient.gather(0, empty_exps(N, V, torch.bfloat16, device).copy_(one), 0)
+    out = torch.full((V, D), torch.nan, dtype=torch.bfloat16, device=device)
+    scaled = torch.full((N, D), -1.5).bfloat16()  # minus pull's first part times h
+    gradient.write(out, *(a.to(device) for a in (scaled, hidden, labels, pull)))
+    exact = (1.5 * (pull.double() - 1))[:, None].expand(V, D)
+    assert_within(out, exact, 1e-9, torch.bfloat16)  # fp32 sums of 1.5: an ulp is 1.2e-7, but all of these are exact
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,9 +1,12 @@
 """How the vocabulary is cut: every row once, what is kept within its bytes, sizes that the products like."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from asft_kernels import linear_logps
 from asft_kernels.backends.plan import (
     default_cache_bytes,
     default_chunk,
@@ -13,6 +16,7 @@ from asft_kernels.backends.plan import (
     traced_chunk,
     weight_slice,
 )
+from asft_kernels.kernels.configs import multiprocessors
 
 DEVICES = st.sampled_from(["cpu", "cuda"])
 
@@ -79,6 +83,20 @@ def test_chunks_that_fill_a_chip(n, vocab, multiprocessors, rows, turns):
     assert make_plan(n, vocab, 4096, **plan).chunk == fit
 
 
+def test_a_call_asks_for_the_multiprocessors_that_are_there(monkeypatch):
+    """Unless the caller has said how many rows a chunk has; a fake tensor of a machine without a GPU has none."""
+    hidden, weight, rows = (torch.empty(shape, device="meta") for shape in ((9, 64), (200_000, 64), (8192,)))
+    monkeypatch.setattr(linear_logps, "multiprocessors", lambda device: 132)
+    fit = default_chunk(8192, 64, exp_bytes=4, device_type="meta")
+    asked = filled_chunk(fit, 8192, 200_000, 132)
+    assert asked != fit
+    assert linear_logps._plan(hidden, weight, rows, "triton", None, 0).chunk == asked
+    assert linear_logps._plan(hidden, weight, rows, "triton", 1000, 0).chunk == 1000
+    monkeypatch.undo()
+    with FakeTensorMode():
+        assert multiprocessors(torch.empty(1, device="cuda").device) == 0 or torch.cuda.is_available()
+
+
 @given(
     n=st.integers(1, 70_000), vocab=st.integers(1, 300_000), hidden_size=st.integers(1, 8192),
     multiprocessors=st.integers(1, 304),
@@ -86,6 +104,9 @@ def test_chunks_that_fill_a_chip(n, vocab, multiprocessors, rows, turns):
 def test_a_filled_chunk_is_near_and_never_slower(n, vocab, hidden_size, multiprocessors):
     fit = default_chunk(n, hidden_size, exp_bytes=2, device_type="cuda")
     rows = filled_chunk(fit, n, vocab, multiprocessors)
+    if vocab <= fit:
+        assert rows == fit
+        return
     assert rows % 256 == 0
     assert max(4096, 3 * fit / 4 - 256) <= rows <= fit * 17 / 16
     whole = fit // 256 * 256

@@ -195,7 +195,7 @@ def test_biases_of_minus_infinity(logits, device):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_references_moved_in_the_problem(dtype, device):
-    """Else the fix-ups above would be tested by nothing: three tokens move, one of them thrice."""
+    """Else rescaling above would be tested by nothing: three tokens move, one of them thrice."""
     problem = Problem(dtype, device)
     plan = Plan(251, 64, 4)
     saved = problem.forward(plan)
@@ -316,6 +316,21 @@ def test_backward_changes_nothing_and_repeats(dtype, D, device):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("D", ROUNDED)
+def test_bf16_takes_dw_whole_where_rows_are_aligned(D, device, monkeypatch):
+    asked = []
+
+    def chosen(device, problem, *, aligned):
+        asked.append(aligned)
+        return "whole" if aligned else "slices"
+
+    monkeypatch.setattr(triton_fused, "best_form", chosen)
+    problem, plan = Problem(torch.bfloat16, device, D=D), Plan(251, 100, 3)
+    problem.backward(problem.forward(plan), plan)
+    assert asked == [D == 48]
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("D", [16, 15])
 def test_one_rounding_where_label_and_softmax_cancel(D, device):
     """Two labels share all tokens' probability, and nearly half of the tokens each: dW's label part of 16.5 h
@@ -335,3 +350,20 @@ def test_one_rounding_where_label_and_softmax_cancel(D, device):
     exact, fp32_sums = exact[:2], 64 * 2**-24 * 16 * h.cpu().double().abs()
     error = (dW[:2].cpu().double() - exact).abs()
     assert (error <= 1.01 * 2**-8 * exact.abs() + fp32_sums).all()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("V", [37, 5])
+def test_the_operators_and_their_fakes_agree(V, device):
+    """Shapes, strides (E's rows have room to a multiple of 16) and dtypes, which torch.compile relies on."""
+    problem = Problem(torch.bfloat16, device, N=7, V=V, D=16, rivals=False)
+    options = ("triton", 1.0, None, 20, 2**20, False)
+    inputs = [*problem.inputs, *options, True, True]
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.asft_kernels.linear_logps.default, inputs, test_utils=checks)
+    *stats, exps = torch.ops.asft_kernels.linear_logps(*inputs)
+    torch.library.opcheck(
+        torch.ops.asft_kernels.linear_logps_backward.default,
+        [problem.g, *problem.inputs, *stats, exps, *options, True, True, False],
+        test_utils=checks,
+    )

@@ -1,6 +1,7 @@
 """How vocabulary and tokens are cut, and how many chunks keep their exponentials. Integers only."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from asft_kernels.backends import processor
 
@@ -19,7 +20,7 @@ TYPICAL_TOKENS, TYPICAL_TOKENS_GPU = {"cpu": 1024}, 8192  # stand for N where a 
 TOKEN_BLOCK = {"cpu": 1024}  # tokens that walk over the vocabulary together: their E and O stay in the caches
 SLICE_BYTES = 32 * MIB  # of dW in fp32, before it is rounded
 MULTIPLE = 64
-FULL_TILE = (128, 256)  # tokens x vocabulary rows of the tile that the GPU table's bf16 rows begin with
+FULL_TILE = (128, 256)  # tokens x vocabulary rows: the tile that Hopper's and Blackwell's bf16 tables begin with
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,15 @@ def default_chunk(
     return max(min(by_exps, by_weight) // MULTIPLE * MULTIPLE, MIN_CHUNK.get(kind, MIN_CHUNK_GPU))
 
 
+@lru_cache
 def filled_chunk(rows: int, n_tokens: int, vocab: int, multiprocessors: int) -> int:
     """Rows near the given number, from 3/4 to 17/16 of it, that keep a GPU's multiprocessors busiest.
 
     A chunk's tiles are taken in turns of one a multiprocessor, and a last turn that is not full takes as long as one
     that is. Each chunk costs about one turn more: its other launches, and a pass over O.
     """
+    if vocab <= rows:
+        return rows
     tokens, width = FULL_TILE
     tiles_m, tiles, fit = -(-n_tokens // tokens), -(-vocab // width), rows // width
 

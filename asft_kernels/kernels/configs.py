@@ -203,5 +203,6 @@ def architecture_of(device: torch.device) -> str:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many the GPU has; 0 off one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+    """How many the GPU has; 0 off one, and for a fake tensor's where there is none."""
+    here = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_properties(device).multi_processor_count if here else 0

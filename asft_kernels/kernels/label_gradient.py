@@ -68,7 +68,7 @@ def label_columns_kernel(
 def label_gradient_kernel(
     # data
     out_ptr,  # (V, D) bf16 contiguous: rows of labels are written, whole
-    columns_ptr,  # (N, room) rows stride_cm elements apart: of E', past the labels' count anything
+    columns_ptr,  # (N, stride_cm) contiguous: columns of E', past the labels' count anything
     scaled_ptr,  # (N, D) bf16 contiguous: Hs
     hidden_ptr,  # (M, D) bf16, rows stride_hm elements apart
     rows_ptr,  # (N,) int64
@@ -81,7 +81,6 @@ def label_gradient_kernel(
     # shapes and strides
     N,
     D,
-    room,
     stride_cm,
     stride_sm,
     stride_hm,
@@ -98,7 +97,7 @@ def label_gradient_kernel(
         return
     slot = begin + tl.arange(0, BLOCK_L)
     d = tl.program_id(0) % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_row, has_room = d < D, slot < room
+    in_row, has_room = d < D, slot < stride_cm
     acc = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
     for start in range(0, N, BLOCK_T):
         t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
@@ -158,6 +157,6 @@ class LabelGradient:
         BLOCK_L, BLOCK_D, BLOCK_T, warps, stages = label_tile(out.device)
         label_gradient_kernel[(triton.cdiv(self.most, BLOCK_L) * triton.cdiv(D, BLOCK_D),)](
             out, self.columns, scaled, hidden, rows, distinct.order, distinct.index, distinct.values, distinct.starts,
-            distinct.bounds[-1:], pull, N, D, self.columns.stride(0), self.columns.stride(0), scaled.stride(0),
+            distinct.bounds[-1:], pull, N, D, self.columns.stride(0), scaled.stride(0),
             hidden.stride(0), BLOCK_L=BLOCK_L, BLOCK_D=BLOCK_D, BLOCK_T=BLOCK_T, num_warps=warps, num_stages=stages,
         )  # fmt: skip

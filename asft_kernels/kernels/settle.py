@@ -5,7 +5,8 @@
     E'[t, v] *= exp(q of v's tile - r'),   O[t] *= exp(r - r')       where a reference has moved
 
 Exponents are never above 0. r and q are -inf while all logits of a token are. On real data nothing has moved: a program
-then reads 8 bytes a token and tile, and writes 8 bytes a token. fp32 throughout, sums in the tiles' order.
+then reads 8 bytes a token and tile, and writes 8 bytes a token. Where something has, the one program of those 32 tokens
+walks their rows, tile after tile: rare enough to be slow. fp32 throughout, sums in the tiles' order.
 """
 
 import torch

@@ -157,7 +157,7 @@ def cache_file(device: torch.device) -> Path:
 def _identity(device: torch.device) -> dict[str, str]:
     """What must be the same for measured times to count."""
     tables: list = [(key, [str(tile) for tile in rows]) for t in (TILES, SOFTCAP_TILES) for key, rows in t.items()]
-    tables += [[str(strips) for strips in STRIPS], FORMS]
+    tables += [[str(strips) for strips in STRIPS], FORMS, LABEL_TILE]
     return {
         "device": torch.cuda.get_device_name(device),
         "architecture": architecture_of(device),
