@@ -7,7 +7,6 @@ another contract, that of asft_kernels/noisy_logps.py.
 
 import os
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -92,7 +91,6 @@ def triton_runs_on_cpu() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("ASFT_KERNELS_EMULATOR") == "1"
 
 
-@cache
 def interpreter_fault() -> str:
     """Why Triton's interpreter cannot run the kernels here; empty where it can.
 
@@ -128,8 +126,10 @@ def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype) -
             raise ValueError(
                 "backend: got 'triton' with float64 tensors, need float32, float16 or bfloat16; use backend='torch'"
             )
-        if os.environ.get("TRITON_INTERPRET") == "1" and _has_triton() and interpreter_fault():
-            raise ValueError(interpreter_fault())
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1" and _has_triton()
+        # Not traced: Dynamo warns of the cache in triton_release.
+        if interpreted and not torch.compiler.is_compiling() and (fault := interpreter_fault()):
+            raise ValueError(fault)
     if name is None:
         triton_here = device.type == "cuda" and dtype != torch.float64 and _has_triton()
         return "triton" if triton_here else "torch"
