@@ -6,13 +6,12 @@ three cannot share a process: a kernel decorated under TRITON_INTERPRET=1 can be
 """
 
 import os
-from importlib.util import find_spec
 
 import pytest
 import torch
 
 import emulator
-from asft_kernels.backends import interpreter_fault
+from asft_kernels.backends import HAS_TRITON, interpreter_fault
 
 EMULATOR = os.environ.get("ASFT_KERNELS_EMULATOR_DIR")
 
@@ -41,7 +40,7 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "emulated" in item.keywords:
                 item.add_marker(skip)
-    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") and (fault := interpreter_fault()):
+    if os.environ.get("TRITON_INTERPRET") == "1" and HAS_TRITON and (fault := interpreter_fault()):
         skip = pytest.mark.skip(reason=fault)
         for item in items:
             if "interpreter" in item.keywords:

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from asft_kernels import FusedASFTLoss, fused_asft_loss, fused_linear_logps, linear_logps, reference
+from asft_kernels.backends import HAS_TRITON, choose_backend
 from cases import IGNORE, figures, make_case, packed
 
 
@@ -144,6 +145,16 @@ def test_compile_of_the_surrounding_model(dynamic):
     leaves = [case.hidden, *body.parameters(), *head.parameters()]
     for a, b in zip(grads_of(got[0], *leaves), grads_of(expected[0], *leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_the_choice_by_device_is_traced():
+    """That of a call with GPU tensors that names no backend."""
+
+    def step(x):
+        return x + (choose_backend(None, torch.device("cuda"), x.dtype) == ("triton" if HAS_TRITON else "torch"))
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)) == 1
 
 
 def test_compile_with_inductor():

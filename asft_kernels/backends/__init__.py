@@ -7,7 +7,7 @@ another contract, that of asft_kernels/noisy_logps.py.
 
 import os
 from dataclasses import dataclass
-from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from asft_kernels.backends.plan import Plan
 
 NAMES = ("torch", "triton")
+HAS_TRITON = find_spec("triton") is not None  # here, as torch 2.11's Dynamo refuses to trace find_spec
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,6 @@ def triton_runs_on_cpu() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("ASFT_KERNELS_EMULATOR") == "1"
 
 
-@cache
 def interpreter_fault() -> str:
     """Why Triton's interpreter cannot run the kernels here; empty where it can.
 
@@ -128,18 +128,14 @@ def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype) -
             raise ValueError(
                 "backend: got 'triton' with float64 tensors, need float32, float16 or bfloat16; use backend='torch'"
             )
-        if os.environ.get("TRITON_INTERPRET") == "1" and _has_triton() and interpreter_fault():
-            raise ValueError(interpreter_fault())
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1" and HAS_TRITON
+        # Not traced: Dynamo warns of the cache in triton_release.
+        if interpreted and not torch.compiler.is_compiling() and (fault := interpreter_fault()):
+            raise ValueError(fault)
     if name is None:
-        triton_here = device.type == "cuda" and dtype != torch.float64 and _has_triton()
+        triton_here = device.type == "cuda" and dtype != torch.float64 and HAS_TRITON
         return "triton" if triton_here else "torch"
     return name
-
-
-def _has_triton() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("triton") is not None
 
 
 def load_backend(name: str) -> Backend:
