@@ -50,7 +50,7 @@ setup(
     package_data={"asft_kernels": ["py.typed", "demo_data/*.jsonl", "demo_data/README.md"]},
     zip_safe=False,
     python_requires=">=3.10",
-    # Tested from these up to torch 2.15 with Triton 3.9: `make oldest`, `make newest`.
+    # Tried from these up to torch 2.15 with Triton 3.9 (CONTRIBUTING.md): `make oldest`, `make newest`.
     install_requires=["torch>=2.11", f"triton>=3.6; {HAS_TRITON}"],
     extras_require={
         "train": TRAIN,

@@ -74,8 +74,8 @@ def launches_for(architecture: str, dtype: torch.dtype, *, every: bool = True) -
         if every or low:
             _noisy_phases(2047, 251, 30040, 15021, dtype, (True, SOFTCAPPED))  # the last chunk begins at no multiple
             # No multiple of anything; blocks of 256 where D is 251, and a last chunk of 37 rows. Then odd chunks of
-            # rows that are aligned, and rows that are aligned to 16 bytes, but are no multiple of 16 elements.
-            for D in (251, 1024, 1032):
+            # rows that are aligned.
+            for D in (251, 1024):
                 _both_phases(2047, 4095, D, 30040, 10001, dtype, with_alone=every)
             _strips(2047, 251, 10001, dtype, True, SOFTCAPPED)
         if dtype == torch.float32:  # its inputs are fp32 log-probabilities whatever the model's dtype
