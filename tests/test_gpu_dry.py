@@ -381,7 +381,8 @@ def test_the_probe_at_tiny_size(tmp_path):
         assert row["x_bare"] == pytest.approx(row["ms"] / by_stage["calls"][f"bare products, {work}"]["ms"])
         assert by_stage["peers"][f"plain torch, {work}"]["wrong"] == ""
         assert by_stage["kernels"][f"asft_kernels triton, {work}"]["kernels"] > 0
-    assert "needs cuda" in by_stage["peers"]["cut-cross-entropy cce"].get("left_out", "needs cuda")
+    reason = by_stage["peers"]["cut-cross-entropy cce"].get("left_out", "needs cuda")
+    assert "needs cuda" in reason or reason == "cut-cross-entropy is not installed"
     assert all(row["ms"] > 0 for name, row in by_stage["products"].items() if name != "the stage")
     assert by_stage["tiles"]["32x32x32 4 warps 2 stages (GROUP 16)"]["ms"] > 0
     assert by_stage["one"]["32x32x32 4 warps 2 stages"]["agreed"]
