@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from asft_kernels import fused_asft_loss, fused_linear_logps, reference
-from asft_kernels.backends import plan
+from asft_kernels.backends import plan, torch_chunked
+from asft_kernels.backends.torch_chunked import BIT, NAT
 from bounds import fp32_bound, relative_error, rounded_once
 from cases import IGNORE, Case, make_case, one_label_far_below
 
@@ -13,12 +14,14 @@ LOW = [torch.bfloat16, torch.float16]
 TORCH_FACTOR = 1.1
 
 
-@pytest.fixture(autouse=True, params=["on a CPU", "as on a GPU", "in blocks of tokens"])
+@pytest.fixture(autouse=True, params=["on a CPU", "as on a GPU", "in blocks of tokens", "in the other unit"])
 def _every_branch(request, monkeypatch):
     if request.param == "as on a GPU":
         request.getfixturevalue("as_on_a_gpu")
     if request.param == "in blocks of tokens":
         monkeypatch.setitem(plan.TOKEN_BLOCK, "cpu", 5)
+    if request.param == "in the other unit":
+        monkeypatch.setattr(torch_chunked, "UNIT", {NAT: BIT, BIT: NAT}[torch_chunked.UNIT])
 
 
 def plain_logps(case: Case, *, scale=1.0, softcap=None) -> torch.Tensor:

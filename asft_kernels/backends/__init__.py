@@ -33,7 +33,7 @@ class Saved(NamedTuple):
     logps: Tensor  # (N,) fp32 (fp64 for fp64 input): log-probability of each label
     one_minus_p: Tensor  # (N,) 1 - p_y, without cancellation
     inv_total: Tensor  # (N,) 1 / sum_v exp(z_v - ref)
-    ref: Tensor  # (N,) the reference that E, acc and inv_total are relative to
+    ref: Tensor  # (N,) the reference that E, acc and inv_total are relative to, in the backend's unit of logits
     acc: Tensor  # (N, D) fp32: O = sum_{v != y} exp(z_v - ref) * c_v * W_v, or (0,)
     exps: list[Tensor]  # plan.cached chunks (N, rows) of E' = exp(z - ref) * c
 

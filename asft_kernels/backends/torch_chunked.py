@@ -17,11 +17,13 @@ upcast chunk by chunk, so everything between the inputs and the returned tensors
 On a CPU blocks of tokens go through phase 1 one after another (plan.py says why); phase 2 takes all
 tokens of a chunk in one product.
 
-Logits and r are held in units of ln 2 (z log2(e)): torch's exp2 takes a quarter of its exp's time on a
-CPU. The product writes z - r at once, its factor being log2(e) and its addend -r.
+Logits and r are held in units of ln 2 (z log2(e)), but on Intel's processors, where torch's exp is faster than its
+exp2 (elsewhere it takes four times as long). The product writes z - r at once, the unit being in its factor and -r its
+addend.
 """
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -30,12 +32,26 @@ from torch import Tensor
 
 from asft_kernels.backends import Logits, Saved
 from asft_kernels.backends.plan import Plan, token_blocks
+from asft_kernels.backends.processor import INTEL
 
-LN2 = math.log(2.0)
 ROOM = 1e20  # sums of exp(z - r) up to here: O and g / total keep 18 decades to the ends of fp32's range
 LOOK = 16  # chunks between looks at the sums
-MOVE = 30.0 / LN2  # exp(30) = 1e13: room for 1e25 such entries in fp32, and 13 digits below the reference
+MOVE = 30.0  # nats; exp(30) = 1e13: room for 1e25 such entries in fp32, and 13 digits below the reference
 FEW = 16  # tokens: for fewer, BLAS may add a chunk's entries to O one by one, and O loses a digit over many chunks
+
+
+class Unit(NamedTuple):
+    """A unit of logits and references."""
+
+    nats: float
+    exp: Callable[[Tensor], Tensor]
+    exp_: Callable[[Tensor], Tensor]
+    log: Callable[[Tensor], Tensor]
+
+
+NAT = Unit(1.0, torch.exp, Tensor.exp_, torch.log)
+BIT = Unit(math.log(2.0), torch.exp2, Tensor.exp2_, torch.log2)
+UNIT = NAT if INTEL else BIT
 
 
 def forward(
@@ -75,13 +91,13 @@ def _forward_block(
     if others is None:
         ref, others, refs = _exponentials_moving(head, block, z_y, acc_or_none)
 
-    total = others + torch.exp2(z_y - ref)
-    x = (ref - z_y + others.log2()) * LN2
+    total = others + UNIT.exp(z_y - ref)
+    x = (ref - z_y + UNIT.log(others)) * UNIT.nats
     logps = -(x.clamp(min=0) + torch.exp(-x.abs()).log1p())  # -softplus(x), exact at both ends
     label_entry = -others if label_slope is None else -others * label_slope
     for k, E in enumerate(exps):
         if refs[k] is not ref:
-            E.mul_(torch.exp2((refs[k] - ref).clamp_(max=0))[:, None])  # as for shrink
+            E.mul_(UNIT.exp((refs[k] - ref).clamp_(max=0))[:, None])  # as for shrink
         block.label_entries.set(E, k, label_entry)
     return logps, others / total, total.reciprocal(), ref
 
@@ -110,7 +126,7 @@ def _exponentials(head: "_Head", block: _Block, ref: Tensor, acc: Tensor | None)
             E = block.chunks[k]
             weight_k, slope = head.logits(block.H, k, minus_ref, out=E)
             block.label_entries.set(E, k, -torch.inf)
-            torch.sum(E.exp2_(), dim=1, out=place)
+            torch.sum(UNIT.exp_(E), dim=1, out=place)
             _accumulate(acc, E, slope, weight_k, k)
         others += sums[: stop - start].sum(dim=0)
         # Only where looking_is_free, so no device waits.
@@ -124,7 +140,8 @@ def _exponentials_moving(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The same for any logits, without a look: (ref, sums, ref at each chunk); ref moves up to a logit far above it."""
     ref = torch.where(z_y == -torch.inf, 0, z_y)
-    limit = torch.where(z_y == -torch.inf, -torch.inf, MOVE)  # how far above ref a logit may be
+    move = MOVE / UNIT.nats
+    limit = torch.where(z_y == -torch.inf, -torch.inf, move)  # how far above ref a logit may be
     others = torch.zeros_like(z_y)
     refs: list[Tensor] = []
     for k, z in enumerate(block.chunks):
@@ -132,15 +149,15 @@ def _exponentials_moving(
         block.label_entries.set(z, k, -torch.inf)
         highest = z.amax(dim=1)
         moves = highest > limit
-        limit = torch.where(moves, MOVE, limit)
+        limit = torch.where(moves, move, limit)
         moved = torch.where(moves, ref + highest, ref)
-        shrink = torch.exp2((ref - moved).clamp_(max=0))  # a first finite logit may lie below 0
+        shrink = UNIT.exp((ref - moved).clamp_(max=0))  # a first finite logit may lie below 0
         z.sub_((moved - ref)[:, None])
         others.mul_(shrink)
         if acc is not None and k:
             acc.mul_(shrink[:, None])
         ref = moved
-        others.add_(z.exp2_().sum(dim=1))
+        others.add_(UNIT.exp_(z).sum(dim=1))
         _accumulate(acc, z, slope, weight_k, k)
         refs.append(ref)
     return ref, others, refs
@@ -205,7 +222,7 @@ def backward(
         if k >= len(saved.exps):
             for b in head.blocks:
                 _, slope = head.logits(H[b], k, minus_ref[b], out=E[b])
-                E[b].exp2_()
+                UNIT.exp_(E[b])
                 if slope is not None:
                     E[b].mul_(slope)
             label_entries.set(E, k, label_entry)
@@ -289,18 +306,18 @@ def _label_logits(
 
 
 def _product_factor(logits: Logits) -> float:
-    """What H.W + b is multiplied by: it becomes z in units of ln 2 or, with a softcap, the argument of tanh."""
-    return logits.scale / LN2 if logits.softcap is None else logits.scale / logits.softcap
+    """What H.W + b is multiplied by: it becomes z in UNITs or, with a softcap, the argument of tanh."""
+    return logits.scale / UNIT.nats if logits.softcap is None else logits.scale / logits.softcap
 
 
 def _cap(u: Tensor, softcap: float, slope: Tensor) -> Tensor:
-    """u becomes z = softcap tanh(u) in units of ln 2, in place; slope becomes c = 1 - tanh(u)^2.
+    """u becomes z = softcap tanh(u) in UNITs, in place; slope becomes c = 1 - tanh(u)^2.
 
     c = 4 (p - p^2) with p = sigmoid(-2 |u|): where tanh saturates, the digits of 1 - tanh^2 are gone.
     """
     torch.abs(u, out=slope).mul_(-2).sigmoid_()
     torch.addcmul(slope, slope, slope, value=-1, out=slope).mul_(4)
-    u.tanh_().mul_(softcap / LN2)
+    u.tanh_().mul_(softcap / UNIT.nats)
     return slope
 
 
