@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+BACKENDS = ("torch", "triton")
 REDUCTIONS = ("mean", "sum", "none")
 _PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _HEADS = "an nn.Linear, a (V, D) tensor or a (weight, bias) pair"
@@ -231,19 +232,22 @@ def objective_inputs(objective: object, given: Mapping[str, Tensor] | None) -> d
     return inputs
 
 
+def reduction(given: object) -> None:
+    if given not in REDUCTIONS:
+        _refuse("reduction", repr(given), f"one of {', '.join(map(repr, REDUCTIONS))}")
+
+
 def options(
     *,
-    reduction: str,
     shift: bool,
+    ignore_index: int,
     logit_scale: float,
     softcap: float | None,
-    ignore_index: int,
+    backend: str | None,
     cache_bytes: int | None,
     chunk_size: int | None,
     num_valid: int | None,
 ) -> None:
-    if reduction not in REDUCTIONS:
-        _refuse("reduction", repr(reduction), f"one of {', '.join(map(repr, REDUCTIONS))}")
     if not isinstance(shift, bool):
         _refuse("shift", repr(shift), "True (labels aligned with input_ids) or False (already shifted)")
     if not (_real(logit_scale) and 0 < abs(logit_scale) < inf):
@@ -259,6 +263,8 @@ def options(
             _refuse(name, repr(value), f"an integer >= {least}, or None for the default")
     if not _integer(ignore_index):
         _refuse("ignore_index", repr(ignore_index), "an integer")
+    if backend is not None and backend not in BACKENDS:
+        _refuse("backend", repr(backend), f"one of {', '.join(map(repr, BACKENDS))} or None (choose by device)")
 
 
 def _real(value: object) -> bool:

@@ -9,14 +9,16 @@ from torch import Tensor
 from asft_kernels import checks
 from asft_kernels.objectives import ASFT, Objective, get_objective
 from asft_kernels.objectives.base import counting, counting_rows, reduce_loss
+from asft_kernels.options import Keywords, Options, explained, make_options
 from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, summarize
 from asft_kernels.sequence import Logps, reduce
-from asft_kernels.token_logps import Head, Keywords, Options, token_logps
+from asft_kernels.token_logps import Head, token_logps
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@explained
 def fused_linear_logps(
     hidden: Tensor,
     lm_head: Head,
@@ -32,14 +34,21 @@ def fused_linear_logps(
     chunk_size: int | None = None,
     num_valid: int | None = None,
 ) -> Tensor:
-    """Log-probability of every label, without the logits: the primitive, for your own loss.
+    """Computes the log-probability of every label without the logits: the primitive, for your own loss.
 
-    hidden: (R, T, D), or packed (M, D) with cu_seqlens; fp32, bf16, fp16 or fp64.
-    lm_head: nn.Linear, weight (V, D) or (weight, bias), in hidden's dtype (under autocast: cast to it).
-    labels: (R, T) or (M,) integers. Keywords: `asft_kernels.token_logps.Options`.
-    Returns logps in the shape of labels, fp32 (fp64 for fp64 input), 0 at masked places, differentiable in
-    hidden, weight and bias. With shift=True label t+1's logp stands at index t; each last index is 0.
-    Raises ValueError that names the argument, what it was and what it must be.
+    Args:
+        hidden: Hidden states (R, T, D), or packed (M, D) with cu_seqlens; fp32, bf16, fp16 or fp64.
+        lm_head: nn.Linear, weight (V, D) or (weight, bias), in hidden's dtype (under autocast: cast to it).
+        labels: (R, T) or (M,) integers, aligned with input_ids.
+        {keywords}
+
+    Returns:
+        Log-probabilities in the shape of labels, fp32 (fp64 for fp64 hidden), 0 where no loss is, differentiable in
+        hidden, weight and bias. With shift=True label t+1's stands at index t; each row's last is 0.
+
+    Raises:
+        ValueError: What the caller got wrong: the argument, what it was, what it must be.
+        RuntimeError: On double backward.
 
     >>> hidden, head = torch.randn(2, 5, 8), torch.nn.Linear(8, 32)
     >>> fused_linear_logps(hidden, head, torch.randint(32, (2, 5))).shape
@@ -75,6 +84,7 @@ def fused_asft_loss(
     hidden: Tensor, lm_head: Head, labels: Tensor, *, lam: float = ..., beta: float = ..., sft_weight: float = ...,
     reduction: str = ..., return_outputs: bool, **options: "Unpack[Keywords]",
 ) -> Tensor | tuple[Tensor, PreferenceOutputs]: ...  # fmt: skip
+@explained
 def fused_asft_loss(
     hidden: Tensor,
     lm_head: Head,
@@ -83,48 +93,43 @@ def fused_asft_loss(
     lam: float = 1.0,
     beta: float = 1.0,
     sft_weight: float = 1.0,
-    cu_seqlens: Tensor | None = None,
-    shift: bool = True,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
     reduction: str = "mean",
     return_outputs: bool = False,
-    backend: str | None = None,
-    cache_bytes: int | None = None,
-    chunk_size: int | None = None,
-    num_valid: int | None = None,
+    **options: "Unpack[Keywords]",
 ) -> Tensor | tuple[Tensor, PreferenceOutputs]:
-    """ASFT (Aligned Supervised Fine-Tuning through Absolute Likelihood, arXiv 2409.10571) from hidden states.
+    """Computes ASFT (Aligned Supervised Fine-Tuning through Absolute Likelihood, arXiv 2409.10571).
 
         L = -sft_weight avg_w - lam [log sigmoid(beta f_w) + log sigmoid(-beta f_l)]
         f = log(p / (1 - p)),  p = exp(avg)
 
-    avg is a sequence's mean log-probability, w chosen, l rejected; beta is arXiv 2502.01237's temperature.
-    A pair counts only if both its sequences have a valid token; the others have loss and gradient 0.
+    avg is a sequence's mean log-probability, w chosen, l rejected; beta is arXiv 2502.01237's temperature (its
+    section 3.1.2). A pair counts only if both its sequences have a label; the others have loss and gradient 0.
 
-    hidden: (2B, T, D), chosen rows first, row B+i rejected for row i; or packed (M, D) with cu_seqlens (2B+1,).
-    lm_head: nn.Linear, weight (V, D) or (weight, bias). labels: (2B, T) or (M,), aligned with input_ids.
-    lam >= 0, beta > 0, sft_weight >= 0: `asft_kernels.objectives.ASFT`. The others: `asft_kernels.token_logps.Options`.
-    reduction: over the pairs that count: "mean" (default), "sum", or "none" for (B,).
-    Returns the loss, fp32 (fp64 for fp64 input); with return_outputs=True also `PreferenceOutputs`.
-    Raises ValueError for what the caller got wrong; RuntimeError on double backward.
+    Args:
+        hidden: Hidden states (2B, T, D), chosen rows first, row B+i rejected for row i; or packed (M, D) with
+            cu_seqlens (2B+1,). fp32, bf16, fp16 or fp64.
+        lm_head: nn.Linear, weight (V, D) or (weight, bias), in hidden's dtype (under autocast: cast to it).
+        labels: (2B, T) or (M,) integers, aligned with input_ids; ignore_index at prompts and padding.
+        lam: Weight of the alignment term, >= 0; default 1.0.
+        beta: Temperature on the log-odds, > 0; default 1.0.
+        sft_weight: Weight of the likelihood term, >= 0; default 1.0.
+        reduction: Over the pairs that count: "mean" (default), "sum", or "none" for (B,).
+        return_outputs: True: the loss and `PreferenceOutputs`; default False.
+        {keywords}
+
+    Returns:
+        The loss, fp32 (fp64 for fp64 hidden); with return_outputs=True (loss, `PreferenceOutputs`).
+
+    Raises:
+        ValueError: What the caller got wrong: the argument, what it was, what it must be.
+        TypeError: A keyword that does not exist, with the one that was probably meant.
+        RuntimeError: On double backward.
 
     >>> hidden, head = torch.randn(4, 7, 16, requires_grad=True), torch.nn.Linear(16, 50)
     >>> fused_asft_loss(hidden, head, torch.randint(50, (4, 7))).backward()
     """
-    options = Options(
-        cu_seqlens=cu_seqlens,
-        shift=shift,
-        ignore_index=ignore_index,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        backend=backend,
-        cache_bytes=cache_bytes,
-        chunk_size=chunk_size,
-        num_valid=num_valid,
-    )
-    return _preference_loss(hidden, lm_head, labels, ASFT(lam, beta, sft_weight), options, reduction, return_outputs)
+    shared = make_options("fused_asft_loss", options, ("lam", "beta", "sft_weight", "reduction", "return_outputs"))
+    return _preference_loss(hidden, lm_head, labels, ASFT(lam, beta, sft_weight), shared, reduction, return_outputs)
 
 
 @overload
@@ -148,6 +153,7 @@ def fused_preference_loss(
     objective_inputs: Mapping[str, Tensor] | None = ..., reduction: str = ...,
     return_outputs: bool, **options: "Unpack[Keywords]",
 ) -> Tensor | tuple[Tensor, PreferenceOutputs | SequenceOutputs]: ...  # fmt: skip
+@explained
 def fused_preference_loss(
     hidden: Tensor,
     lm_head: Head,
@@ -158,51 +164,48 @@ def fused_preference_loss(
     token_weights: Tensor | None = None,
     nll_labels: Tensor | None = None,
     objective_inputs: Mapping[str, Tensor] | None = None,
-    cu_seqlens: Tensor | None = None,
-    shift: bool = True,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
     reduction: str = "mean",
     return_outputs: bool = False,
-    backend: str | None = None,
-    cache_bytes: int | None = None,
-    chunk_size: int | None = None,
-    num_valid: int | None = None,
+    **options: "Unpack[Keywords]",
 ) -> Tensor | tuple[Tensor, PreferenceOutputs | SequenceOutputs]:
-    """Any objective from hidden states, at the matrix products of ASFT.
+    """Computes any objective from hidden states, at the matrix products of ASFT.
 
-    objective: a name (`asft_kernels.objectives.OBJECTIVES`: the paper's defaults), a sum of names ("dpo + 0.005 sft")
-        or an object (`get_objective(name, ...)`, or your own: see `asft_kernels.objectives.Objective`).
-        Paired ones take rows as fused_asft_loss does, unpaired ones (sft, poft, kto) any number of rows.
-    ref_logps: (R,) sums under a frozen reference, or (K, R) for K of them, for objectives that need them; for those
-        that weigh tokens after the policy, log-probabilities per token as `fused_linear_logps` returns them.
-    token_weights: like labels, floating: weight of each label's logp in its sequence's sum; detached.
-    nll_labels: (B, T), a second label set of the chosen rows for the likelihood term (say, prompt and answer);
-        where both sets have a label it is the same one.
-    objective_inputs: what else an objective needs, by name (kto: desirable; fpo: feature_distance; ...).
-    Everything else, returns and errors: as fused_asft_loss; unpaired objectives give `SequenceOutputs`.
+    Args:
+        hidden: Hidden states (R, T, D), or packed (M, D) with cu_seqlens. Paired objectives take R = 2B rows, chosen
+            rows first, row B+i rejected for row i; unpaired ones (sft, poft, kto) any number.
+        lm_head: nn.Linear, weight (V, D) or (weight, bias), in hidden's dtype (under autocast: cast to it).
+        labels: (R, T) or (M,) integers, aligned with input_ids; ignore_index at prompts and padding.
+        objective: A name (`asft_kernels.objectives.OBJECTIVES`: the paper's defaults), a sum of names
+            ("dpo + 0.005 sft"), or an object (`get_objective(name, ...)`, or your own: `Objective`).
+        ref_logps: (R,) sums under a frozen reference, or (K, R) for K of them, for objectives that need them; for
+            those that weigh tokens after the policy, log-probabilities per token as `fused_linear_logps` returns them.
+        token_weights: Like labels, floating: weight of each label's log-probability in its sequence's sum; detached.
+        nll_labels: (B, T), a second label set of the chosen rows for the likelihood term (say, prompt and answer);
+            where both sets have a label it is the same one.
+        objective_inputs: What else an objective needs, by name (kto: desirable; fpo: feature_distance; ...).
+        reduction: Over the pairs or rows that count: "mean" (default), "sum", or "none" for (B,) or (R,).
+        return_outputs: True: the loss and its figures; default False.
+        {keywords}
+
+    Returns:
+        The loss, fp32 (fp64 for fp64 hidden); with return_outputs=True (loss, `PreferenceOutputs`), or
+        `SequenceOutputs` for unpaired objectives.
+
+    Raises:
+        ValueError: What the caller got wrong: the argument, what it was, what it must be.
+        TypeError: A keyword that does not exist, with the one that was probably meant.
+        RuntimeError: On double backward.
     """
     if isinstance(objective, str):
         objective = get_objective(objective)
     checks.objective_object(objective)
-    options = Options(
-        cu_seqlens=cu_seqlens,
-        shift=shift,
-        ignore_index=ignore_index,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        backend=backend,
-        cache_bytes=cache_bytes,
-        chunk_size=chunk_size,
-        num_valid=num_valid,
-    )
+    own = ("ref_logps", "token_weights", "nll_labels", "objective_inputs", "reduction", "return_outputs")
     return _preference_loss(
         hidden,
         lm_head,
         labels,
         objective,
-        options,
+        make_options("fused_preference_loss", options, own),
         reduction,
         return_outputs,
         ref_logps,
@@ -226,6 +229,7 @@ def _preference_loss(
     objective_inputs: Mapping[str, Tensor] | None = None,
 ) -> Any:  # what the overloads of the public calls say
     name = type(objective).__name__
+    checks.reduction(reduction)
     checks.hidden_layout(hidden)
     checks.label_layout(hidden, labels, options.cu_seqlens)
     rows = hidden.shape[0] if options.cu_seqlens is None else options.cu_seqlens.numel() - 1
@@ -240,11 +244,14 @@ def _preference_loss(
     inputs = checks.objective_inputs(objective, objective_inputs)
     checks.same_place(hidden=hidden, ref_logps=ref_logps, token_weights=token_weights, nll_labels=nll_labels, **inputs)
     logps, batch, backend = token_logps(
-        hidden, lm_head, labels, options, reduction=reduction, paired=objective.paired, nll_labels=nll_labels
+        hidden, lm_head, labels, options, paired=objective.paired, nll_labels=nll_labels
     )
 
-    if backend == "triton" and type(objective) is ASFT and token_weights is None and nll_labels is None:
-        policy, terms = objective.from_tokens(logps, batch.offsets)
+    from_tokens = getattr(objective, "from_tokens", None)
+    plain = token_weights is None and nll_labels is None
+    at_once = from_tokens(logps, batch.offsets, backend) if from_tokens and plain else None
+    if at_once is not None:
+        policy, terms = at_once
     else:
         weights = None if token_weights is None else batch.take_at_labels(token_weights)
         if weigh is not None:

@@ -1,16 +1,26 @@
 """The ASFT loss as a module that holds its keywords."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from asft_kernels import checks
 from asft_kernels.functional import fused_asft_loss
 from asft_kernels.objectives import ASFT
+from asft_kernels.options import Keywords, make_options
 from asft_kernels.outputs import PreferenceOutputs
 from asft_kernels.token_logps import Head
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+OF_THE_BATCH = ("cu_seqlens", "num_valid")
+
 
 class FusedASFTLoss(nn.Module):
-    """`fused_asft_loss` with its keywords set once; same names, defaults, returns and errors.
+    """Holds the keywords of `fused_asft_loss`: same names, defaults, returns and errors.
+
+    cu_seqlens and num_valid come with each batch, to forward.
 
     >>> import torch
     >>> loss_fn, head = FusedASFTLoss(lam=0.5), nn.Linear(16, 50)
@@ -24,26 +34,19 @@ class FusedASFTLoss(nn.Module):
         beta: float = 1.0,
         sft_weight: float = 1.0,
         *,
-        shift: bool = True,
-        ignore_index: int = -100,
-        logit_scale: float = 1.0,
-        softcap: float | None = None,
         reduction: str = "mean",
         return_outputs: bool = False,
-        backend: str | None = None,
-        cache_bytes: int | None = None,
-        chunk_size: int | None = None,
+        **options: "Unpack[Keywords]",
     ) -> None:
         super().__init__()
-        ASFT(lam, beta, sft_weight)  # a wrong keyword is an error here, not at the first batch
-        checks.options(
-            reduction=reduction, shift=shift, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
-            cache_bytes=cache_bytes, chunk_size=chunk_size, num_valid=None,
-        )  # fmt: skip
+        # A wrong keyword is an error here, not at the first batch.
+        ASFT(lam, beta, sft_weight)
+        checks.reduction(reduction)
+        own = ("lam", "beta", "sft_weight", "reduction", "return_outputs")
+        make_options("FusedASFTLoss", options, own, without=OF_THE_BATCH)
         self.keywords = {
-            "lam": lam, "beta": beta, "sft_weight": sft_weight, "shift": shift, "ignore_index": ignore_index,
-            "logit_scale": logit_scale, "softcap": softcap, "reduction": reduction, "return_outputs": return_outputs,
-            "backend": backend, "cache_bytes": cache_bytes, "chunk_size": chunk_size,
+            "lam": lam, "beta": beta, "sft_weight": sft_weight, "reduction": reduction,
+            "return_outputs": return_outputs, **options,
         }  # fmt: skip
 
     def forward(

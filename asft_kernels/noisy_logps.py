@@ -15,7 +15,7 @@ chunk stands in backends/noisy_torch.py (ATen calls) and noisy_triton.py (two ke
 """
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,11 @@ from asft_kernels.backends import Logits, choose_backend
 from asft_kernels.backends.plan import Plan, make_plan, traced_chunk
 from asft_kernels.batch import pack
 from asft_kernels.linear_logps import exact_products
-from asft_kernels.token_logps import Head, as_autocast
+from asft_kernels.options import Keywords, as_autocast, explained, make_options
+from asft_kernels.token_logps import Head
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class NoisyLogps(NamedTuple):
@@ -36,6 +40,7 @@ class NoisyLogps(NamedTuple):
     noise_power: Tensor  # mean over the vocabulary of std^2
 
 
+@explained
 def fused_noisy_linear_logps(
     hidden: Tensor,
     lm_head: Head,
@@ -43,60 +48,60 @@ def fused_noisy_linear_logps(
     labels: Tensor,
     *,
     seed: int,
-    cu_seqlens: Tensor | None = None,
-    shift: bool = True,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    backend: str | None = None,
-    chunk_size: int | None = None,
-    num_valid: int | None = None,
+    **options: "Unpack[Keywords]",
 ) -> NoisyLogps:
-    """Log-probability of every label under z + (h.Wn + bn) * eps, and the noise's mean square, without the logits.
+    """Computes log-probabilities under z + (h.Wn + bn) * eps, and the noise's mean square, without the logits.
 
-    hidden, lm_head: of the frozen reference model, as `fused_linear_logps` takes them; they get no gradient.
-    noise_head: nn.Linear, weight (V, D) or (weight, bias), in any floating dtype: the standard deviation of the noise
-        on each logit. Its sign does not matter, and 0 gives `fused_linear_logps`.
-    seed: 0 to 2^63 - 1. eps is standard normal, a function of the seed, the token's number among the valid ones of
-        the batch, and the vocabulary entry; not of padding, dtype or chunk_size.
-    The others: `asft_kernels.token_logps.Options`. Differentiable in noise_head.
-    Raises ValueError that names the argument; RuntimeError on double backward.
+    Args:
+        hidden, lm_head: Of the frozen reference model, as `fused_linear_logps` takes them; they get no gradient.
+        noise_head: nn.Linear, weight (V, D) or (weight, bias), in any floating dtype: the standard deviation of the
+            noise on each logit. Its sign does not matter, and 0 gives `fused_linear_logps`.
+        labels: (R, T) or (M,) integers, aligned with input_ids.
+        seed: 0 to 2^63 - 1. eps is standard normal, a function of the seed, the token's number among the valid ones
+            of the batch, and the vocabulary entry; not of padding, dtype or chunk_size.
+        {keywords}
+
+    Returns:
+        `NoisyLogps`, differentiable in noise_head. (No exponentials are kept: cache_bytes is a TypeError.)
+
+    Raises:
+        ValueError: What the caller got wrong: the argument, what it was, what it must be.
+        TypeError: A keyword that does not exist, with the one that was probably meant.
+        RuntimeError: On double backward.
 
     >>> hidden, head, noise = torch.randn(2, 5, 8), nn.Linear(8, 32), nn.Linear(8, 32)
     >>> fused_noisy_linear_logps(hidden, head, noise, torch.randint(32, (2, 5)), seed=1).logps.shape
     torch.Size([2, 5])
     """
-    checks.options(
-        reduction="none", shift=shift, logit_scale=logit_scale, softcap=softcap, cache_bytes=None,
-        chunk_size=chunk_size, num_valid=num_valid, ignore_index=ignore_index,
-    )  # fmt: skip
+    o = make_options("fused_noisy_linear_logps", options, ("seed",), without=("cache_bytes",))
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise ValueError(f"seed: got {seed!r}, need an integer from 0 to 2**63 - 1; another one for each draw")
     weight, bias = checks.head_tensors(lm_head)
     checks.hidden_layout(hidden)
     checks.hidden_size(hidden, weight)
     noise_weight, noise_bias = _noise_tensors(noise_head, weight)
-    checks.label_layout(hidden, labels, cu_seqlens)
+    checks.label_layout(hidden, labels, o.cu_seqlens)
     heads = {"lm_head weight": weight, "lm_head bias": bias, "noise_head": noise_weight, "noise_head bias": noise_bias}
-    checks.same_place(hidden=hidden, **heads, labels=labels, cu_seqlens=cu_seqlens)
+    checks.same_place(hidden=hidden, **heads, labels=labels, cu_seqlens=o.cu_seqlens)
     hidden, weight = (as_autocast(x.detach()) for x in (hidden, weight))
     bias = None if bias is None else as_autocast(bias.detach())
     checks.same_dtype(hidden, weight, bias)
-    backend = choose_backend(backend, hidden.device, hidden.dtype)
+    backend = choose_backend(o.backend, hidden.device, hidden.dtype)
 
     batch = pack(
-        labels, vocab=weight.shape[0], cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index,
-        num_valid=num_valid,
+        labels, vocab=weight.shape[0], cu_seqlens=o.cu_seqlens, shift=o.shift, ignore_index=o.ignore_index,
+        num_valid=o.num_valid,
     )  # fmt: skip
     compact = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.rows)
     masked = batch.labels < 0
     if batch.padded:
         compact = compact.masked_fill(masked[:, None], 0.0)
+    chunk_size = o.chunk_size
     if chunk_size is None and torch.compiler.is_compiling():
         chunk_size = traced_chunk(weight.shape[1], exp_bytes=_load(backend).ENTRY_BYTES, device_type=hidden.device.type)
     logps, power, _ = _noisy_logps(
         compact, weight, bias, noise_weight, noise_bias, batch.labels.clamp(min=0), backend, seed,
-        float(logit_scale), None if softcap is None else float(softcap), chunk_size,
+        o.logits.scale, o.logits.softcap, chunk_size,
     )  # fmt: skip
     if batch.padded:
         logps, power = (x.masked_fill(masked, 0.0) for x in (logps, power))

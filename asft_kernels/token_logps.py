@@ -3,61 +3,16 @@
 Checks, autocast's dtype, choice of backend, packing, and the primitive: what all public calls begin with.
 """
 
-from dataclasses import dataclass
-from typing import TypedDict
-
-import torch
 from torch import Tensor, nn
 
 from asft_kernels import checks
-from asft_kernels.backends import Logits, choose_backend
+from asft_kernels.backends import choose_backend
 from asft_kernels.backends.plan import default_cache_bytes
 from asft_kernels.batch import TokenBatch, pack
 from asft_kernels.linear_logps import linear_logps
+from asft_kernels.options import Options, as_autocast
 
 Head = nn.Linear | Tensor | tuple[Tensor, Tensor | None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How hidden states become log-probabilities; the keywords that all public calls share.
-
-    cu_seqlens: (R+1,) int32 or int64 borders of packed sequences, None (default) for padded rows.
-    shift: position t predicts label t+1 (Hugging Face's convention, default); False if labels are shifted.
-    ignore_index: label of places that carry no loss, default -100.
-    logit_scale, softcap: z = softcap * tanh(logit_scale * (h.W + b) / softcap); defaults 1.0, None (no cap).
-    backend: "torch", "triton" or None (default): triton on CUDA and ROCm, torch elsewhere and for float64.
-    cache_bytes: exponentials kept for the head's gradient, in bytes; None (default) is 1 GiB on a CPU and 2.5 GiB
-        on a GPU; 0 keeps none and pays one more matrix product.
-    chunk_size: rows of the vocabulary held at a time, None (default) chooses.
-    num_valid: a bound on the number of valid labels (those of nll_labels included), if you know one: spares
-        the call's one read of the device. Under torch.compile without it every position is computed, masked
-        ones included. What the read would check is then asserted on the device, as a RuntimeError.
-    """
-
-    cu_seqlens: Tensor | None = None
-    shift: bool = True
-    ignore_index: int = -100
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    backend: str | None = None
-    cache_bytes: int | None = None
-    chunk_size: int | None = None
-    num_valid: int | None = None
-
-
-class Keywords(TypedDict, total=False):
-    """The same for type checkers."""
-
-    cu_seqlens: Tensor | None
-    shift: bool
-    ignore_index: int
-    logit_scale: float
-    softcap: float | None
-    backend: str | None
-    cache_bytes: int | None
-    chunk_size: int | None
-    num_valid: int | None
 
 
 def token_logps(
@@ -66,16 +21,11 @@ def token_logps(
     labels: Tensor,
     options: Options,
     *,
-    reduction: str = "mean",
     paired: bool = False,
     nll_labels: Tensor | None = None,
 ) -> tuple[Tensor, TokenBatch, str]:
     """All checks, then the primitive: logps (N,) of the compacted tokens, where they stand, the backend."""
     o = options
-    checks.options(
-        reduction=reduction, shift=o.shift, logit_scale=o.logit_scale, softcap=o.softcap, cache_bytes=o.cache_bytes,
-        chunk_size=o.chunk_size, num_valid=o.num_valid, ignore_index=o.ignore_index,
-    )  # fmt: skip
     weight, bias = checks.head_tensors(lm_head)
     checks.hidden_layout(hidden)
     checks.hidden_size(hidden, weight)
@@ -96,16 +46,7 @@ def token_logps(
     )  # fmt: skip
     logps = linear_logps(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, batch.rows, batch.labels, backend=backend,
-        logits=Logits(float(o.logit_scale), None if o.softcap is None else float(o.softcap)),
-        chunk_size=o.chunk_size, padded=batch.padded,
+        logits=o.logits, chunk_size=o.chunk_size, padded=batch.padded,
         cache_bytes=default_cache_bytes(hidden.device.type) if o.cache_bytes is None else o.cache_bytes,
     )  # fmt: skip
     return logps, batch, backend
-
-
-def as_autocast(tensor: Tensor) -> Tensor:
-    """What autocast would hand to a matrix product: its dtype, but float64 as it is."""
-    device_type = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device_type))

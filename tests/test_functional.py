@@ -2,6 +2,8 @@
 
 import inspect
 import os
+import re
+import textwrap
 
 import pytest
 import torch
@@ -12,12 +14,13 @@ from asft_kernels import (
     FusedASFTLoss,
     fused_asft_loss,
     fused_linear_logps,
+    fused_noisy_linear_logps,
     fused_preference_loss,
     reference,
 )
 from asft_kernels.objectives import ASFT
 from asft_kernels.objectives.base import LossTerms
-from asft_kernels.token_logps import Keywords, Options
+from asft_kernels.options import KEYWORDS, Keywords, Options
 from bounds import fp32_bound, relative_error, rounded_once
 from cases import IGNORE, figures, make_case, packed
 
@@ -409,24 +412,42 @@ def test_logps_without_a_host_read_are_the_same():
     assert torch.equal(fused_linear_logps(case.hidden, case.head, case.labels, num_valid=36), exact)
 
 
+CALLS = [fused_asft_loss, fused_preference_loss, fused_linear_logps, fused_noisy_linear_logps]
+
+
 def test_signatures_agree():
-    """The module takes what the function takes; the reference accepts the same calls."""
-    function = inspect.signature(fused_asft_loss).parameters
-    module = {
-        **inspect.signature(FusedASFTLoss).parameters,
-        **inspect.signature(FusedASFTLoss.forward).parameters,
-    }
-    module.pop("self")
-    assert set(module) == set(function)
-    assert all(module[name].default == function[name].default for name in function)
+    """Options, its type and the one explicit signature name the same keywords with the same defaults."""
+    explicit = inspect.signature(fused_linear_logps).parameters
+    keywords = {name: p.default for name, p in explicit.items() if p.kind is p.KEYWORD_ONLY}
+    assert vars(Options()) == keywords
+    assert set(Keywords.__annotations__) == set(keywords)
     case = small()
-    keywords = {name: p.default for name, p in function.items() if p.kind is p.KEYWORD_ONLY}
+    own = inspect.signature(fused_asft_loss).parameters
+    keywords |= {name: p.default for name, p in own.items() if p.kind is p.KEYWORD_ONLY}
     assert reference.fused_asft_loss(case.hidden, case.head, case.labels, **keywords).isfinite()
-    shared = set(inspect.signature(fused_linear_logps).parameters)
-    keywords = shared - {"hidden", "lm_head", "labels"}
-    assert set(Options.__dataclass_fields__) == set(Keywords.__annotations__) == keywords
-    assert shared < set(function) | {"reduction"}
-    assert shared < set(inspect.signature(fused_preference_loss).parameters)
+    assert fused_asft_loss(case.hidden, case.head, case.labels, **keywords).isfinite()
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_help_explains_every_argument(call):
+    assert textwrap.indent(KEYWORDS, 8 * " ") in call.__doc__
+    text = call.__doc__[call.__doc__.index("Args:") : call.__doc__.index("Returns:")]
+    named = [name for line in re.findall(r"^        ([\w, ]+):", text, re.MULTILINE) for name in line.split(", ")]
+    own = [name for name, p in inspect.signature(call).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    assert sorted(named) == sorted({*own, *Keywords.__annotations__})
+
+
+def test_a_misspelt_keyword_is_named():
+    case = small()
+    args = case.hidden, case.head, case.labels
+    with pytest.raises(TypeError, match=r"fused_asft_loss\(\) got .* 'softcaps', it takes lam, .*mean 'softcap'\?"):
+        fused_asft_loss(*args, softcaps=3.0)
+    with pytest.raises(TypeError, match=r"fused_preference_loss\(\) .* 'ref_logp', .*did you mean 'ref_logps'\?"):
+        fused_preference_loss(*args, "dpo", ref_logp=None)
+    with pytest.raises(TypeError, match=r"FusedASFTLoss\(\) got .* 'num_valid', it takes"):
+        FusedASFTLoss(num_valid=3)
+    with pytest.raises(TypeError, match=r"'cache_bytes', it takes seed, cu_seqlens"):
+        fused_noisy_linear_logps(case.hidden, case.head, case.head, case.labels, seed=1, cache_bytes=0)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

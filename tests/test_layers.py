@@ -17,6 +17,7 @@ LAYERS = [  # each may import those before it
     "compile_report",
     "linear_logps sequence",
     "autotune",
+    "options",
     "token_logps",
     "objectives",
     "outputs",

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from asft_kernels.backends.plan import Plan
 
-NAMES = ("torch", "triton")
 HAS_TRITON = find_spec("triton") is not None  # here, as torch 2.11's Dynamo refuses to trace find_spec
 
 
@@ -112,12 +111,10 @@ def interpreter_fault() -> str:
 
 
 def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """`name` if it can run here, else a ValueError; None: triton on CUDA and ROCm, torch elsewhere.
+    """`name` (one of checks.BACKENDS) if it can run here, else a ValueError; None: triton on CUDA and ROCm, else torch.
 
     float64 always runs on torch, the oracle's own precision.
     """
-    if name is not None and name not in NAMES:
-        raise ValueError(f"backend: got {name!r}, need one of 'torch', 'triton' or None (choose by device)")
     if name == "triton":
         if device.type != "cuda" and not (device.type == "cpu" and triton_runs_on_cpu()):
             raise ValueError(

@@ -40,7 +40,9 @@ class ASFT(Objective):
         align = nll_of_odds(policy.chosen.avg, self.beta) + nll_of_odds(policy.rejected.avg, -self.beta)
         return LossTerms(self.sft_weight * sft + self.lam * align, sft, align)
 
-    def from_tokens(self, logps: Tensor, offsets: Tensor) -> tuple[Logps, LossTerms]:
-        """The same from (N,) token logps of 2B sequences by the Triton kernel: only .loss is differentiable."""
+    def from_tokens(self, logps: Tensor, offsets: Tensor, backend: str) -> tuple[Logps, LossTerms] | None:
+        """One Triton launch for all sequences: of its results only .loss is differentiable."""
+        if backend != "triton" or type(self).__call__ is not ASFT.__call__:
+            return None
         sums, _, sft, align, loss, _ = asft_sequence_op(logps, offsets, self.lam, self.beta, self.sft_weight)
-        return Logps(sums, offsets.diff()), LossTerms(loss, sft, align)
+        return Logps(sums.double(), offsets.diff()), LossTerms(loss, sft, align)

@@ -54,6 +54,10 @@ class Objective:
         """policy: of all rows. ref_logps: detached, (R,) or (K, R)."""
         raise NotImplementedError
 
+    def from_tokens(self, logps: Tensor, offsets: Tensor, backend: str) -> "tuple[Logps, LossTerms] | None":
+        """The same at once from (N,) token logps and the rows' (R+1,) borders, where there is such a way on backend."""
+        return None
+
 
 class Composite(nn.Module, Objective):
     """An objective made of others: a module, so that the state of a part (lmpo) is its own: moved, saved, in train().
