@@ -13,95 +13,118 @@ FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BACKENDS = ("torch", "triton")
 REDUCTIONS = ("mean", "sum", "none")
 _PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
-_HEADS = "an nn.Linear, a (V, D) tensor or a (weight, bias) pair"
+_HEADS = "an nn.Linear or nn.Embedding, a (V, D) tensor or a (weight, bias) pair"
 
 
-def _refuse(name: str, got: object, need: str) -> NoReturn:
+def refuse(name: str, got: object, need: str) -> NoReturn:
     raise ValueError(f"{name}: got {got}, need {need}")
+
+
+def class_of(x: object) -> str:
+    return f"{type(x).__module__}.{type(x).__qualname__}"
 
 
 def _what(x: object) -> str:
     return f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else "None" if x is None else type(x).__name__
 
 
-def head_tensors(lm_head: nn.Linear | Tensor | tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """(weight (V, D), bias (V,) or None) of a plain head; anything that computes more is refused."""
+def head_pair(lm_head: object, name: str) -> tuple[Tensor, Tensor | None]:
+    """(weight, bias or None) of a tensor or a pair; anything that is no module either is refused."""
     if isinstance(lm_head, Tensor):
-        weight, bias = lm_head, None
-    elif isinstance(lm_head, (tuple, list)) and len(lm_head) == 2:
-        weight, bias = lm_head
-    elif isinstance(lm_head, nn.Linear) and type(lm_head).forward is nn.Linear.forward:
-        _unpatched(lm_head)
-        weight, bias = lm_head.weight, lm_head.bias
-    elif hasattr(lm_head, "weight"):
-        _refuse(
-            "lm_head",
-            f"{type(lm_head).__module__}.{type(lm_head).__qualname__}",
-            f"{_HEADS}: its .weight alone would silently drop what the wrapper adds (adapter, quantisation); "
-            "merge the adapter or leave lm_head out of its target modules, dequantise the head, or pass the weight",
-        )
-    else:
-        its_head = "; pass the model's .lm_head" if hasattr(lm_head, "get_output_embeddings") else ""
-        _refuse("lm_head", type(lm_head).__name__, f"{_HEADS} of tensors{its_head}")
-    _plain_tensor("lm_head weight", weight)
+        return lm_head, None
+    if isinstance(lm_head, (tuple, list)) and len(lm_head) == 2:
+        return lm_head[0], lm_head[1]
+    return refuse(name, type(lm_head).__name__, f"{_HEADS} of tensors")
+
+
+def plain_module(module: nn.Module, name: str) -> None:
+    """An nn.Linear or nn.Embedding that multiplies by its weight and does nothing else."""
+    linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    if linear or isinstance(module, nn.Embedding):  # a tied embedding's own forward is not the head's
+        if linear:
+            _unpatched(module, name)
+        return
+    if hasattr(module, "get_output_embeddings"):
+        refuse(name, type(module).__name__, f"{_HEADS} of tensors; pass the model's .lm_head")
+    refuse(
+        name,
+        class_of(module),
+        f"{_HEADS}: its .weight alone would silently drop what the wrapper adds (adapter, quantisation); "
+        "merge the adapter or leave the head out of its target modules, dequantise it, or pass the weight",
+    )
+
+
+def head_tensors(weight: Tensor, bias: Tensor | None, name: str) -> None:
+    """weight (V, D), bias (V,) or None: plain, loaded, whole."""
+    _plain_tensor(f"{name} weight", weight)
     if weight.dim() != 2 or 0 in weight.shape:
         need = "(V, D) with both at least 1; gather a flattened or sharded parameter first"
-        _refuse("lm_head", f"a weight of shape {tuple(weight.shape)}", need)
+        refuse(name, f"a weight of shape {tuple(weight.shape)}", need)
     if bias is not None:
-        _plain_tensor("lm_head bias", bias)
+        _plain_tensor(f"{name} bias", bias)
         if bias.shape != weight.shape[:1]:
             need = f"({weight.shape[0]},), one entry a row of the weight {tuple(weight.shape)}, which is to be (V, D)"
-            _refuse("lm_head", f"a bias of shape {tuple(bias.shape)}", need)
-    return weight, bias
+            refuse(name, f"a bias of shape {tuple(bias.shape)}", need)
 
 
-def _unpatched(linear: nn.Linear) -> None:
+def _unpatched(linear: nn.Module, name: str) -> None:
     replaced = "forward" in vars(linear) and not hasattr(linear, "_hf_hook")  # accelerate's only moves tensors
     if replaced or linear._forward_hooks or linear._forward_pre_hooks:
         got = "an nn.Linear with " + ("a forward of its own" if replaced else "forward hooks")
-        _refuse(
-            "lm_head", got, "a plain one, as they would not run; remove them, or pass lm_head.weight if it is whole"
-        )
+        refuse(name, got, "a plain one, as they would not run; remove them, or pass its weight if that is whole")
 
 
 def _plain_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
-        _refuse(name, type(tensor).__name__, "a tensor")
-    if hasattr(tensor, "ds_id"):
-        need = "it whole; wrap the call in deepspeed.zero.GatheredParameters"
-        _refuse(name, "a DeepSpeed ZeRO parameter", need)
+        refuse(name, type(tensor).__name__, "a tensor")
+    # DeepSpeed's parameters say whether they are whole: in GatheredParameters they are.
+    if hasattr(tensor, "ds_id") and getattr(getattr(tensor, "ds_status", None), "name", "") != "AVAILABLE":
+        need = "it whole; wrap the call and its backward in deepspeed.zero.GatheredParameters([lm_head.weight])"
+        refuse(name, "a DeepSpeed ZeRO-3 parameter that is partitioned", need)
     if type(tensor) not in _PLAIN_TENSORS and not torch.compiler.is_compiling():
-        need = "a plain tensor; call .full_tensor() on a DTensor, dequantise a quantised one"
-        _refuse(name, f"a {type(tensor).__name__}", need)
+        refuse(name, f"a {type(tensor).__name__}", "a plain tensor; dequantise a quantised one")
     if tensor.device.type == "meta":
-        _refuse(name, "a tensor on the meta device", "a loaded one; materialise or un-offload the head first")
+        refuse(name, "a tensor on the meta device", "a loaded one; materialise or un-offload the head first")
     if tensor.dtype not in FLOATING:
-        _refuse(name, f"dtype {tensor.dtype}", f"one of {', '.join(map(str, FLOATING))}")
+        refuse(name, f"dtype {tensor.dtype}", f"one of {', '.join(map(str, FLOATING))}")
+
+
+NO_TRANSFORM = (
+    "asft_kernels: torch.func transforms and vmap (grad, vmap, jacrev, jvp, is_grads_batched=True) are not supported by "
+    "the fused log-probabilities; use loss.backward() or torch.autograd.grad, more rows in place of vmap, or "
+    "asft_kernels.reference, which is plain torch"
+)
+
+
+def no_transform() -> None:
+    """RuntimeError inside torch.func's grad, vmap, jvp and their like, whose own errors name nothing of ours."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(NO_TRANSFORM)
 
 
 def hidden_layout(hidden: Tensor) -> None:
     layout = "(R, T, D), R rows of T positions, or packed (M, D) with cu_seqlens"
     if not isinstance(hidden, Tensor):
-        _refuse("hidden", type(hidden).__name__, f"a tensor {layout}")
+        refuse("hidden", type(hidden).__name__, f"a tensor {layout}")
     if hidden.dtype not in FLOATING:
-        _refuse("hidden", f"dtype {hidden.dtype}", f"one of {', '.join(map(str, FLOATING))}")
+        refuse("hidden", f"dtype {hidden.dtype}", f"one of {', '.join(map(str, FLOATING))}")
     if hidden.device.type == "meta":
-        _refuse("hidden", "a tensor on the meta device", "one with data")
+        refuse("hidden", "a tensor on the meta device", "one with data")
     if hidden.dim() not in (2, 3):
-        _refuse("hidden", f"shape {tuple(hidden.shape)}", layout)
+        refuse("hidden", f"shape {tuple(hidden.shape)}", layout)
 
 
-def hidden_size(hidden: Tensor, weight: Tensor) -> None:
+def hidden_size(hidden: Tensor, vocab: int, columns: int) -> None:
     size = hidden.shape[-1]
-    if size != weight.shape[1] and size == weight.shape[0]:
+    if size != columns and size == vocab:
         need = (
-            f"the hidden states that go into the head, of size {weight.shape[1]}: these look like its logits; or, if "
+            f"the hidden states that go into the head, of size {columns}: these look like its logits; or, if "
             f"your head is (D, V), transpose it with .t()"
         )
-        _refuse("hidden", f"size {size} in its last dimension, with a head (V, D) of {tuple(weight.shape)}", need)
-    if size != weight.shape[1]:
-        need = f"{weight.shape[1]}, that of lm_head's weight"
-        _refuse("hidden", f"size {size} in its last dimension", need)
+        refuse("hidden", f"size {size} in its last dimension, with a head (V, D) of {(vocab, columns)}", need)
+    if size != columns:
+        need = f"{columns}, that of lm_head's weight"
+        refuse("hidden", f"size {size} in its last dimension", need)
 
 
 def same_place(**tensors: Tensor | None) -> None:
@@ -110,48 +133,47 @@ def same_place(**tensors: Tensor | None) -> None:
     for name, tensor in others:
         if tensor is not None and first is not None and tensor.device != first.device:
             need = f"{first.device}, where {first_name} is; move one with .to()"
-            _refuse(name, f"a tensor on {tensor.device}", need)
+            refuse(name, f"a tensor on {tensor.device}", need)
 
 
-def same_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for name, tensor in (("lm_head weight", weight), ("lm_head bias", bias)):
-        if tensor is not None and tensor.dtype != hidden.dtype:
-            need = f"{hidden.dtype}, the dtype of hidden; cast one, or call under torch.autocast"
-            _refuse(name, tensor.dtype, need)
+def same_dtype(hidden: Tensor, weight: Tensor) -> None:
+    if weight.dtype != hidden.dtype:
+        need = f"{hidden.dtype}, the dtype of hidden (or float32); cast one, or call under torch.autocast"
+        refuse("lm_head weight", weight.dtype, need)
 
 
 def label_layout(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> None:
     shape = tuple(hidden.shape[:-1])
     if not isinstance(labels, Tensor):
-        _refuse("labels", type(labels).__name__, f"an integer tensor of shape {shape}")
+        refuse("labels", type(labels).__name__, f"an integer tensor of shape {shape}")
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
-        _refuse("labels", f"dtype {labels.dtype}", "an integer one (torch.int64)")
+        refuse("labels", f"dtype {labels.dtype}", "an integer one (torch.int64)")
     if labels.shape != hidden.shape[:-1]:
-        _refuse("labels", f"shape {tuple(labels.shape)}", f"{shape}, that of hidden without its last dimension")
+        refuse("labels", f"shape {tuple(labels.shape)}", f"{shape}, that of hidden without its last dimension")
     if cu_seqlens is None:
         if hidden.dim() == 2:
             need = "the borders of its R sequences, (R+1,) integers from 0 to M"
-            _refuse("cu_seqlens", "None with packed hidden (M, D)", need)
+            refuse("cu_seqlens", "None with packed hidden (M, D)", need)
         return
     if hidden.dim() == 3:
         got = f"borders with padded hidden {tuple(hidden.shape)}"
-        _refuse("cu_seqlens", got, "packed hidden (M, D), or drop cu_seqlens")
+        refuse("cu_seqlens", got, "packed hidden (M, D), or drop cu_seqlens")
     integer = isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype in (torch.int32, torch.int64)
     if not integer or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        _refuse("cu_seqlens", _what(cu_seqlens), "a tensor (R+1,) of int32 or int64, the borders of R sequences")
+        refuse("cu_seqlens", _what(cu_seqlens), "a tensor (R+1,) of int32 or int64, the borders of R sequences")
 
 
 def even_rows(hidden: Tensor, cu_seqlens: Tensor | None) -> None:
     need = "an even number: B chosen ones, then their B rejected ones"
     if cu_seqlens is None and hidden.shape[0] % 2:
-        _refuse("hidden", f"{hidden.shape[0]} rows", need)
+        refuse("hidden", f"{hidden.shape[0]} rows", need)
     if cu_seqlens is not None and cu_seqlens.numel() % 2 == 0:
         # Pairs have an even number of lengths: are these borders at all? An error is certain, so the read is free.
         if not torch.compiler.is_compiling():
             values = cu_seqlens.tolist()
             ordered = values[0] == 0 and all(a <= b for a, b in pairwise(values))
             borders(ordered, values[-1], hidden.shape[0])
-        _refuse("cu_seqlens", f"{cu_seqlens.numel() - 1} sequences", need)
+        refuse("cu_seqlens", f"{cu_seqlens.numel() - 1} sequences", need)
 
 
 def borders(ordered: bool, end: int, positions: int) -> None:
@@ -166,29 +188,29 @@ def borders(ordered: bool, end: int, positions: int) -> None:
 
 def objective_object(objective: object) -> None:
     if isinstance(objective, type):
-        _refuse("objective", f"the class {objective.__name__}", f"an object: {objective.__name__}(...)")
+        refuse("objective", f"the class {objective.__name__}", f"an object: {objective.__name__}(...)")
     lacks = [x for x in ("paired", "needs_reference", "uses_nll_labels") if not hasattr(objective, x)]
     if lacks or not callable(objective):
         need = "a name or an object such as asft_kernels.objectives.ASFT()"
-        _refuse("objective", type(objective).__name__ + (f" without {', '.join(lacks)}" if lacks else ""), need)
+        refuse("objective", type(objective).__name__ + (f" without {', '.join(lacks)}" if lacks else ""), need)
 
 
 def weights_like_labels(token_weights: object, labels: Tensor) -> None:
     given = token_weights if isinstance(token_weights, Tensor) else None
     if given is None or not given.is_floating_point() or given.shape != labels.shape:
         need = f"a floating tensor of shape {tuple(labels.shape)}, one weight a label"
-        _refuse("token_weights", _what(token_weights), need)
+        refuse("token_weights", _what(token_weights), need)
 
 
 def nll_layout(nll_labels: Tensor, labels: Tensor, cu_seqlens: Tensor | None, objective: str, used: bool) -> None:
     if not used:
-        _refuse("nll_labels", "labels", f"None: {objective} has no separate likelihood term; drop them")
+        refuse("nll_labels", "labels", f"None: {objective} has no separate likelihood term; drop them")
     if cu_seqlens is not None:
-        _refuse("nll_labels", "a second label set with packed hidden", "padded hidden (2B, T, D)")
+        refuse("nll_labels", "a second label set with packed hidden", "padded hidden (2B, T, D)")
     shape = (labels.shape[0] // 2, labels.shape[1])
     integer = isinstance(nll_labels, Tensor) and not nll_labels.is_floating_point()
     if not integer or nll_labels.dtype == torch.bool or tuple(nll_labels.shape) != shape:
-        _refuse("nll_labels", _what(nll_labels), f"integers of shape {shape}, one row a chosen row")
+        refuse("nll_labels", _what(nll_labels), f"integers of shape {shape}, one row a chosen row")
 
 
 def reference_logps(ref_logps: Tensor | None, like: int | Tensor, objective: str, needed: bool) -> None:
@@ -199,10 +221,10 @@ def reference_logps(ref_logps: Tensor | None, like: int | Tensor, objective: str
     if needed and ref_logps is None:
         what = "log-probabilities per token" if per_token else "sums of log-probabilities per row"
         how = "fused_linear_logps of a frozen model" + ("" if per_token else ", summed over the last dimension")
-        _refuse("ref_logps", None, f"{what}, {layout}: {objective} compares with a reference; take {how}")
+        refuse("ref_logps", None, f"{what}, {layout}: {objective} compares with a reference; take {how}")
     if not needed and ref_logps is not None:
         need = f"None: {objective} has no reference; drop it, or choose another objective"
-        _refuse("ref_logps", "a tensor", need)
+        refuse("ref_logps", "a tensor", need)
     if ref_logps is None:
         return
     fits = isinstance(ref_logps, Tensor) and ref_logps.is_floating_point()
@@ -212,7 +234,7 @@ def reference_logps(ref_logps: Tensor | None, like: int | Tensor, objective: str
         fits = ref_logps.dim() in (1, 2) and ref_logps.shape[-1] == like
     if not fits:
         each = "one value a label" if per_token else "one sum a row of hidden"
-        _refuse("ref_logps", _what(ref_logps), f"a floating tensor {layout}, {each}")
+        refuse("ref_logps", _what(ref_logps), f"a floating tensor {layout}, {each}")
 
 
 def objective_inputs(objective: object, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -222,19 +244,19 @@ def objective_inputs(objective: object, given: Mapping[str, Tensor] | None) -> d
     name = type(objective).__name__
     for key, what in needed.items():
         if inputs.get(key) is None:
-            _refuse("objective_inputs", f"no {key!r}", f"{key}: {what}, which {name} needs")
+            refuse("objective_inputs", f"no {key!r}", f"{key}: {what}, which {name} needs")
     for key in inputs:
         if key not in needed and key not in optional:
             known = ", ".join(map(repr, [*needed, *optional])) or "none"
-            _refuse("objective_inputs", repr(key), f"what {name} knows: {known}")
+            refuse("objective_inputs", repr(key), f"what {name} knows: {known}")
         if not isinstance(inputs[key], Tensor):
-            _refuse(f"objective_inputs[{key!r}]", type(inputs[key]).__name__, "a tensor")
+            refuse(f"objective_inputs[{key!r}]", type(inputs[key]).__name__, "a tensor")
     return inputs
 
 
 def reduction(given: object) -> None:
     if given not in REDUCTIONS:
-        _refuse("reduction", repr(given), f"one of {', '.join(map(repr, REDUCTIONS))}")
+        refuse("reduction", repr(given), f"one of {', '.join(map(repr, REDUCTIONS))}")
 
 
 def options(
@@ -249,22 +271,22 @@ def options(
     num_valid: int | None,
 ) -> None:
     if not isinstance(shift, bool):
-        _refuse("shift", repr(shift), "True (labels aligned with input_ids) or False (already shifted)")
+        refuse("shift", repr(shift), "True (labels aligned with input_ids) or False (already shifted)")
     if not (_real(logit_scale) and 0 < abs(logit_scale) < inf):
-        _refuse("logit_scale", repr(logit_scale), "a finite number other than 0")
+        refuse("logit_scale", repr(logit_scale), "a finite number other than 0")
     if softcap is not None and not (_real(softcap) and 0 < softcap < inf):
-        _refuse("softcap", repr(softcap), "a finite number > 0, or None for no cap")
+        refuse("softcap", repr(softcap), "a finite number > 0, or None for no cap")
     for name, value, least in (
         ("cache_bytes", cache_bytes, 0),
         ("chunk_size", chunk_size, 1),
         ("num_valid", num_valid, 0),
     ):
         if value is not None and not (_integer(value) and value >= least):
-            _refuse(name, repr(value), f"an integer >= {least}, or None for the default")
+            refuse(name, repr(value), f"an integer >= {least}, or None for the default")
     if not _integer(ignore_index):
-        _refuse("ignore_index", repr(ignore_index), "an integer")
+        refuse("ignore_index", repr(ignore_index), "an integer")
     if backend is not None and backend not in BACKENDS:
-        _refuse("backend", repr(backend), f"one of {', '.join(map(repr, BACKENDS))} or None (choose by device)")
+        refuse("backend", repr(backend), f"one of {', '.join(map(repr, BACKENDS))} or None (choose by device)")
 
 
 def _real(value: object) -> bool:

@@ -24,6 +24,7 @@ import torch
 import triton
 
 from asft_kernels.backends import Logits, exp_dtype, noisy_triton, triton_fused
+from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan
 from asft_kernels.kernels.asft_sequence import asft_sequence, asft_sequence_grad
 from asft_kernels.kernels.configs import ARCHITECTURES, STRIPS, Tile, tiles
@@ -33,6 +34,7 @@ from asft_kernels.kernels.logits_exp import logits_exp
 from asft_kernels.kernels.tile_choice import assume_architecture
 from asft_kernels.machine_code import CHIPS, KIB, TYPE_NAMES, Launch, MachineCode, machine_code, record_launches
 
+RANK = 16  # low-rank columns of a head with LoRA
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN, SOFTCAPPED = Logits(), Logits(0.5, 30.0)
 
@@ -101,15 +103,18 @@ def _both_phases(N: int, M: int, D: int, V: int, chunk: int, dtype: torch.dtype,
     hidden, weight, bias = (torch.empty(s, dtype=dtype) for s in ((M, D), (V, D), (V,)))
     rows, labels, g = (*torch.empty(2, N, dtype=torch.int64).unbind(), torch.empty(N))
     by_column = torch.empty((D, V), dtype=dtype).t()  # a head that was stored transposed
-    cases = [(weight, bias, SOFTCAPPED), (weight, None, PLAIN), (by_column, None, PLAIN)]
-    cases += [(weight, bias, PLAIN), (weight, None, SOFTCAPPED)] if with_alone else []
+    low_rank = HeadRows(torch.empty((V, D - RANK), dtype=dtype), torch.empty((V, RANK)))
+    plain, transposed = HeadRows(weight), HeadRows(by_column)
+    cases = [(plain, bias, SOFTCAPPED), (plain, None, PLAIN), (transposed, None, PLAIN), (low_rank, None, PLAIN)]
+    cases += [(plain, bias, PLAIN), (plain, None, SOFTCAPPED)] if with_alone else []
     for w, b, logits in cases:
         inputs = (hidden, w, b, rows, labels)
         triton_fused.forward(*inputs, logits, plan, needs_acc=False, needs_exps=False)
         saved = triton_fused.forward(*inputs, logits, plan, needs_acc=True, needs_exps=True)
         triton_fused.backward(
             g, *inputs, saved, logits, plan,
-            needs_hidden=True, needs_weight=True, needs_bias=b is not None,
+            needs_hidden=True, needs_weight=w.low_rank is None, needs_low_rank=w.low_rank is not None,
+            needs_bias=b is not None,
         )  # fmt: skip
 
 

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from asft_kernels import checks
+from asft_kernels.heads import Head
 from asft_kernels.objectives import ASFT, Objective, get_objective
 from asft_kernels.objectives.base import counting, counting_rows, reduce_loss
 from asft_kernels.options import Keywords, Options, explained, make_options
 from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, summarize
 from asft_kernels.sequence import Logps, reduce
-from asft_kernels.token_logps import Head, token_logps
+from asft_kernels.token_logps import token_logps
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

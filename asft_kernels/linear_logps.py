@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from asft_kernels import checks
 from asft_kernels.backends import Logits, Saved, exp_columns, exp_dtype, load_backend
+from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan, make_plan, traced_chunk
 from asft_kernels.kernels.configs import multiprocessors
 
 
 def linear_logps(
     hidden: Tensor,
-    weight: Tensor,
+    weight: HeadRows,
     bias: Tensor | None,
     rows: Tensor,
     labels: Tensor,
@@ -31,42 +33,45 @@ def linear_logps(
     cache_bytes: int,
     padded: bool,
 ) -> Tensor:
-    """log p(labels[t] | hidden[rows[t]]), (N,), differentiable in hidden, weight and bias.
+    """log p(labels[t] | hidden[rows[t]]), (N,), differentiable in hidden, bias and what weight is made of.
 
-    hidden (M, D), weight (V, D), bias (V,) or None share one floating dtype. rows (N,) int64 are
-    distinct, labels (N,) int64 in [0, V); with padded=True a label of -1 marks a slot that carries no
-    token: its logp is 0, and nothing that stands in its row is looked at.
-    fp32 result, fp64 for fp64 input. GEMMs: 1 without gradients, 2 for hidden alone, 3 or 4 with weight.
+    hidden (M, D + r), weight (V, D + r), bias (V,) or None share one floating dtype (low-rank columns may be fp32).
+    rows (N,) int64 are distinct, labels (N,) int64 in [0, V); with padded=True a label of -1 marks a slot that carries
+    no token: its logp is 0, and nothing that stands in its row is looked at.
+    fp32 result, fp64 for fp64 input. GEMMs: 1 without gradients, 2 for hidden alone, 3 or 4 with weight; a gradient to
+    the low-rank columns alone is a product of r columns, and no further one of D while E is kept.
     """
+    tensors = (weight.weight, weight.low_rank)
     if torch.compiler.is_compiling():
         if chunk_size is None:
             exp_bytes = exp_dtype(backend, hidden.dtype).itemsize
             chunk_size = traced_chunk(hidden.shape[1], exp_bytes=exp_bytes, device_type=hidden.device.type)
-    elif any(x is not None and unpack_dual(x).tangent is not None for x in (hidden, weight, bias)):
+    elif any(x is not None and unpack_dual(x).tangent is not None for x in (hidden, *tensors, bias)):
         raise RuntimeError(
-            "asft_kernels: forward-mode derivatives (torch.func.jvp, dual tensors) are not supported; "
-            "use asft_kernels.reference, or reverse mode"
+            "asft_kernels: forward-mode derivatives (dual tensors) are not supported; use asft_kernels.reference, or "
+            "reverse mode"
         )
     grad = torch.is_grad_enabled()
     needs_acc = grad and hidden.requires_grad
-    needs_exps = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    needs_exps = grad and any(x is not None and x.requires_grad for x in (*tensors, bias))
     return _phase1(
-        hidden, weight, bias, rows, labels, backend, logits.scale, logits.softcap, chunk_size, cache_bytes,
-        padded, needs_acc, needs_exps,
+        hidden, *tensors, bias, weight.codes, list(weight.scales), rows, labels, backend, logits.scale,
+        logits.softcap, chunk_size, cache_bytes, padded, needs_acc, needs_exps,
     )[0]  # fmt: skip
 
 
 @torch.library.custom_op("asft_kernels::linear_logps", mutates_args=())
 def _phase1(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor, backend: str,
-    scale: float, softcap: float | None, chunk_size: int | None, cache_bytes: int, padded: bool,
-    needs_acc: bool, needs_exps: bool,
+    hidden: Tensor, weight: Tensor, low_rank: Tensor | None, bias: Tensor | None, codes: str, scales: list[Tensor],
+    rows: Tensor, labels: Tensor, backend: str, scale: float, softcap: float | None, chunk_size: int | None,
+    cache_bytes: int, padded: bool, needs_acc: bool, needs_exps: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    plan = _plan(hidden, weight, rows, backend, chunk_size, cache_bytes)
+    head = HeadRows(weight, low_rank, codes, tuple(scales))
+    plan = _plan(hidden, head, rows, backend, chunk_size, cache_bytes)
     with exact_products(hidden.device.type):
         inputs = _without_padding(hidden, rows, labels) if padded else (hidden, rows, labels)
         saved = load_backend(backend).forward(
-            inputs[0], weight, bias, *inputs[1:], Logits(scale, softcap), plan,
+            inputs[0], head, bias, *inputs[1:], Logits(scale, softcap), plan,
             needs_acc=needs_acc, needs_exps=needs_exps,
         )  # fmt: skip
         if padded:
@@ -75,9 +80,10 @@ def _phase1(
 
 
 @_phase1.register_fake
-def _(hidden, weight, bias, rows, labels, backend, scale, softcap, chunk_size, cache_bytes, padded,
-      needs_acc, needs_exps):  # fmt: skip
-    plan = _plan(hidden, weight, rows, backend, chunk_size, cache_bytes)
+def _(hidden, weight, low_rank, bias, codes, scales, rows, labels, backend, scale, softcap, chunk_size, cache_bytes,
+      padded, needs_acc, needs_exps):  # fmt: skip
+    head = HeadRows(weight, low_rank, codes, tuple(scales))
+    plan = _plan(hidden, head, rows, backend, chunk_size, cache_bytes)
     n, dtype = rows.shape[0], _stats_dtype(hidden)
     widths = [stop - start for start, stop in plan.slices[: plan.cached]] if needs_exps else []
     stats = [hidden.new_empty(n, dtype=dtype) for _ in range(4)]
@@ -89,34 +95,37 @@ def _(hidden, weight, bias, rows, labels, backend, scale, softcap, chunk_size, c
 
 @torch.library.custom_op("asft_kernels::linear_logps_backward", mutates_args=())
 def _phase2(
-    grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor,
-    logps: Tensor, one_minus_p: Tensor, inv_total: Tensor, ref: Tensor, acc: Tensor, exps: list[Tensor],
-    backend: str, scale: float, softcap: float | None, chunk_size: int | None, cache_bytes: int,
-    padded: bool, needs_hidden: bool, needs_weight: bool, needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    plan = _plan(hidden, weight, rows, backend, chunk_size, cache_bytes)
+    grad_logps: Tensor, hidden: Tensor, weight: Tensor, low_rank: Tensor | None, bias: Tensor | None, codes: str,
+    scales: list[Tensor], rows: Tensor, labels: Tensor, logps: Tensor, one_minus_p: Tensor, inv_total: Tensor,
+    ref: Tensor, acc: Tensor, exps: list[Tensor], backend: str, scale: float, softcap: float | None,
+    chunk_size: int | None, cache_bytes: int, padded: bool, needs_hidden: bool, needs_weight: bool,
+    needs_low_rank: bool, needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    head = HeadRows(weight, low_rank, codes, tuple(scales))
+    plan = _plan(hidden, head, rows, backend, chunk_size, cache_bytes)
     saved = Saved(logps, one_minus_p, inv_total, ref, acc, exps)
     with exact_products(hidden.device.type):
         inputs = (hidden, rows, labels)
         if padded:
             inputs = _without_padding(*inputs)
             grad_logps = grad_logps.masked_fill(labels < 0, 0.0)
-        grad_hidden, grad_weight, grad_bias = load_backend(backend).backward(
-            grad_logps.contiguous(), inputs[0], weight, bias, *inputs[1:], saved, Logits(scale, softcap), plan,
-            needs_hidden=needs_hidden, needs_weight=needs_weight, needs_bias=needs_bias,
+        grads = load_backend(backend).backward(
+            grad_logps.contiguous(), inputs[0], head, bias, *inputs[1:], saved, Logits(scale, softcap), plan,
+            needs_hidden=needs_hidden, needs_weight=needs_weight, needs_low_rank=needs_low_rank, needs_bias=needs_bias,
         )  # fmt: skip
-        if padded and grad_hidden is not None:
+        if padded and grads.hidden is not None:
             spread = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-            grad_hidden = spread.index_copy_(0, rows, grad_hidden)
+            grads = grads._replace(hidden=spread.index_copy_(0, rows, grads.hidden))
     # An operator returns tensors alone: an empty one stands for "not asked for".
-    a, b, c = (hidden.new_empty(0) if g is None else g for g in (grad_hidden, grad_weight, grad_bias))
-    return a, b, c
+    a, b, c, d = (hidden.new_empty(0) if g is None else g for g in grads)
+    return a, b, c, d
 
 
 @_phase2.register_fake
-def _(grad_logps, hidden, weight, bias, rows, labels, logps, one_minus_p, inv_total, ref, acc, exps,
-      backend, scale, softcap, chunk_size, cache_bytes, padded, needs_hidden, needs_weight, needs_bias):  # fmt: skip
-    asked = ((hidden, needs_hidden), (weight, needs_weight), (bias, needs_bias))
+def _(grad_logps, hidden, weight, low_rank, bias, codes, scales, rows, labels, logps, one_minus_p, inv_total, ref, acc,
+      exps, backend, scale, softcap, chunk_size, cache_bytes, padded, needs_hidden, needs_weight, needs_low_rank,
+      needs_bias):  # fmt: skip
+    asked = ((hidden, needs_hidden), (weight, needs_weight), (low_rank, needs_low_rank), (bias, needs_bias))
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) if needed else hidden.new_empty(0)
         for x, needed in asked
@@ -124,25 +133,33 @@ def _(grad_logps, hidden, weight, bias, rows, labels, logps, one_minus_p, inv_to
 
 
 def _save_for_phase2(ctx, inputs, output):
-    hidden, weight, bias, rows, labels, *ctx.options = inputs
+    *tensors, ctx.codes, scales, rows, labels = inputs[:8]
+    ctx.options = inputs[8:]
     *stats, exps = output
     ctx.set_materialize_grads(False)  # else backward receives zeros of the size of E
     ctx.mark_non_differentiable(*stats[1:], *exps)
-    ctx.save_for_backward(hidden, weight, bias, rows, labels, *stats, *exps)
+    ctx.scales = len(scales)
+    ctx.save_for_backward(*tensors, *scales, rows, labels, *stats, *exps)
 
 
 def _gradients(ctx, grad_logps, *_):
-    nothing = (None,) * 13
+    nothing = (None, [None] * ctx.scales, *(None,) * 10)  # of codes, scales and what follows them
     if grad_logps is None:
-        return nothing
-    hidden, weight, bias, rows, labels, logps, one_minus_p, inv_total, ref, acc, *exps = ctx.saved_tensors
+        return *(None,) * 4, *nothing
+    if torch._C._functorch.is_legacy_batchedtensor(grad_logps):  # is_grads_batched, past _refuse_vmap
+        raise RuntimeError(checks.NO_TRANSFORM)
+    saved = ctx.saved_tensors  # once: under checkpointing a second look is an error
+    tensors, rest = saved[:4], saved[4:]
+    scales, (rows, labels, *stats, acc), exps = (
+        rest[: ctx.scales], rest[ctx.scales : ctx.scales + 7], rest[ctx.scales + 7 :]
+    )  # fmt: skip
     backend, scale, softcap, chunk_size, cache_bytes, padded, _, _ = ctx.options
-    needs = ctx.needs_input_grad[:3]
+    needs = ctx.needs_input_grad[:4]
     grads = _phase2(
-        grad_logps, hidden, weight, bias, rows, labels, logps, one_minus_p, inv_total, ref, acc, exps,
+        grad_logps, *tensors, ctx.codes, list(scales), rows, labels, *stats, acc, list(exps),
         backend, scale, softcap, chunk_size, cache_bytes, padded, *needs,
     )  # fmt: skip
-    return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *nothing[3:]
+    return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *nothing
 
 
 def _refuse(ctx, *_):
@@ -152,13 +169,19 @@ def _refuse(ctx, *_):
     )
 
 
+def _refuse_vmap(info, in_dims, *args):
+    raise RuntimeError(checks.NO_TRANSFORM)
+
+
+for _phase in (_phase1, _phase2):
+    torch.library.register_vmap(_phase, _refuse_vmap)
 torch.library.register_autograd(_phase1, _gradients, setup_context=_save_for_phase2)
 torch.library.register_autograd(_phase2, _refuse, setup_context=lambda ctx, inputs, output: None)
 
 
-def _plan(hidden, weight, rows, backend, chunk_size, cache_bytes) -> Plan:
+def _plan(hidden, weight: HeadRows, rows, backend, chunk_size, cache_bytes) -> Plan:
     return make_plan(
-        rows.shape[0], *weight.shape, exp_bytes=exp_dtype(backend, hidden.dtype).itemsize,
+        rows.shape[0], *weight.size, exp_bytes=exp_dtype(backend, hidden.dtype).itemsize,
         chunk_size=chunk_size, cache_bytes=cache_bytes, device_type=hidden.device.type,
         multiprocessors=multiprocessors(hidden.device) if chunk_size is None else 0,
     )  # fmt: skip

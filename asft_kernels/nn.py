@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from asft_kernels import checks
 from asft_kernels.functional import fused_asft_loss
+from asft_kernels.heads import Head
 from asft_kernels.objectives import ASFT
 from asft_kernels.options import Keywords, make_options
 from asft_kernels.outputs import PreferenceOutputs
-from asft_kernels.token_logps import Head
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -25,9 +25,9 @@ from asft_kernels import checks
 from asft_kernels.backends import Logits, choose_backend
 from asft_kernels.backends.plan import Plan, make_plan, traced_chunk
 from asft_kernels.batch import pack
+from asft_kernels.heads import Head, resolve_head
 from asft_kernels.linear_logps import exact_products
 from asft_kernels.options import Keywords, as_autocast, explained, make_options
-from asft_kernels.token_logps import Head
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -76,16 +76,17 @@ def fused_noisy_linear_logps(
     o = make_options("fused_noisy_linear_logps", options, ("seed",), without=("cache_bytes",))
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise ValueError(f"seed: got {seed!r}, need an integer from 0 to 2**63 - 1; another one for each draw")
-    weight, bias = checks.head_tensors(lm_head)
+    checks.no_transform()
+    weight, bias = _tensors(lm_head, "lm_head")
     checks.hidden_layout(hidden)
-    checks.hidden_size(hidden, weight)
+    checks.hidden_size(hidden, *weight.shape)
     noise_weight, noise_bias = _noise_tensors(noise_head, weight)
     checks.label_layout(hidden, labels, o.cu_seqlens)
     heads = {"lm_head weight": weight, "lm_head bias": bias, "noise_head": noise_weight, "noise_head bias": noise_bias}
     checks.same_place(hidden=hidden, **heads, labels=labels, cu_seqlens=o.cu_seqlens)
     hidden, weight = (as_autocast(x.detach()) for x in (hidden, weight))
-    bias = None if bias is None else as_autocast(bias.detach())
-    checks.same_dtype(hidden, weight, bias)
+    bias = None if bias is None else bias.detach().to(hidden.dtype)
+    checks.same_dtype(hidden, weight)
     backend = choose_backend(o.backend, hidden.device, hidden.dtype)
 
     batch = pack(
@@ -109,15 +110,19 @@ def fused_noisy_linear_logps(
 
 
 def _noise_tensors(noise_head: Head, lm_weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    try:
-        weight, bias = checks.head_tensors(noise_head)
-    except ValueError as error:
-        raise ValueError(str(error).replace("lm_head", "noise_head")) from None
+    weight, bias = _tensors(noise_head, "noise_head")
     if weight.shape != lm_weight.shape:
         raise ValueError(
             f"noise_head: got a weight of shape {tuple(weight.shape)}, need {tuple(lm_weight.shape)}, that of lm_head"
         )
     return weight, bias
+
+
+def _tensors(head: Head, name: str) -> tuple[Tensor, Tensor | None]:
+    resolved = resolve_head(head, name)
+    if not resolved.rows.is_plain:
+        checks.refuse(name, "a head with an adapter or of few bits", "a plain one: merge the adapter, dequantise it")
+    return resolved.rows.weight, resolved.bias
 
 
 def _load(backend: str) -> ModuleType:

@@ -3,16 +3,15 @@
 Checks, autocast's dtype, choice of backend, packing, and the primitive: what all public calls begin with.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from asft_kernels import checks
 from asft_kernels.backends import choose_backend
 from asft_kernels.backends.plan import default_cache_bytes
 from asft_kernels.batch import TokenBatch, pack
+from asft_kernels.heads import Head, resolve_head
 from asft_kernels.linear_logps import linear_logps
-from asft_kernels.options import Options, as_autocast
-
-Head = nn.Linear | Tensor | tuple[Tensor, Tensor | None]
+from asft_kernels.options import Options
 
 
 def token_logps(
@@ -26,26 +25,23 @@ def token_logps(
 ) -> tuple[Tensor, TokenBatch, str]:
     """All checks, then the primitive: logps (N,) of the compacted tokens, where they stand, the backend."""
     o = options
-    weight, bias = checks.head_tensors(lm_head)
+    checks.no_transform()
+    head = resolve_head(lm_head)
     checks.hidden_layout(hidden)
-    checks.hidden_size(hidden, weight)
+    checks.hidden_size(hidden, head.rows.size[0], head.rows.columns)
     checks.label_layout(hidden, labels, o.cu_seqlens)
-    checks.same_place(
-        hidden=hidden, **{"lm_head weight": weight, "lm_head bias": bias}, labels=labels, cu_seqlens=o.cu_seqlens
-    )  # fmt: skip
+    checks.same_place(hidden=hidden, **head.tensors(), labels=labels, cu_seqlens=o.cu_seqlens)
     if paired:
         checks.even_rows(hidden, o.cu_seqlens)
-    hidden, weight = as_autocast(hidden), as_autocast(weight)
-    bias = None if bias is None else as_autocast(bias)
-    checks.same_dtype(hidden, weight, bias)
+    hidden, rows, bias = head.for_product(hidden)
     backend = choose_backend(o.backend, hidden.device, hidden.dtype)
 
     batch = pack(
-        labels, vocab=weight.shape[0], cu_seqlens=o.cu_seqlens, shift=o.shift, ignore_index=o.ignore_index,
+        labels, vocab=rows.size[0], cu_seqlens=o.cu_seqlens, shift=o.shift, ignore_index=o.ignore_index,
         num_valid=o.num_valid, extra_labels=nll_labels,
     )  # fmt: skip
     logps = linear_logps(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, batch.rows, batch.labels, backend=backend,
+        hidden.reshape(-1, hidden.shape[-1]), rows, bias, batch.rows, batch.labels, backend=backend,
         logits=o.logits, chunk_size=o.chunk_size, padded=batch.padded,
         cache_bytes=default_cache_bytes(hidden.device.type) if o.cache_bytes is None else o.cache_bytes,
     )  # fmt: skip

@@ -104,13 +104,47 @@ def test_forward_mode_is_refused():
             fused_asft_loss(dual, case.weight, case.labels)
 
 
+def _transforms():
+    case = make_case()
+    h = case.hidden.detach()
+
+    def loss(hidden):
+        return fused_asft_loss(hidden, case.weight, case.labels)
+
+    def batched_rows():
+        logps = fused_linear_logps(case.hidden, case.weight, case.labels)
+        return torch.func.vmap(lambda g: torch.autograd.grad(logps, case.hidden, g)[0])(torch.ones(2, *logps.shape))
+
+    def batched_gradients():
+        logps = fused_linear_logps(case.hidden, case.weight, case.labels)
+        return torch.autograd.grad(logps, case.hidden, torch.ones(2, *logps.shape), is_grads_batched=True)
+
+    return {
+        "grad": lambda: torch.func.grad(loss)(h),
+        "vmap": lambda: torch.func.vmap(loss)(torch.stack([h, h])),
+        "jvp": lambda: torch.func.jvp(loss, (h,), (h,)),
+        "jacrev": lambda: torch.func.jacrev(loss)(h),
+        "forward over reverse": lambda: torch.func.jvp(torch.func.grad(loss), (h,), (h,)),
+        "vmap of a gradient": batched_rows,
+        "is_grads_batched": batched_gradients,
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*performance drop")
+@pytest.mark.parametrize("name", list(_transforms()))
+def test_functional_transforms_are_refused(name):
+    with pytest.raises(RuntimeError, match=r"asft_kernels: torch.func transforms and vmap .* use loss.backward\(\)"):
+        _transforms()[name]()
+
+
 def test_nothing_but_the_logps_is_differentiable():
     """What backward needs is an output of the operator; autograd must not carry gradients of E's size for it."""
     case = make_case()
     rows, labels = torch.arange(8), torch.arange(8)
     *_, exps = outputs = torch.ops.asft_kernels.linear_logps(
-        case.hidden.view(-1, 24), case.weight, None, rows, labels, "torch", 1.0, None, None, 2**20, False, True, True
-    )
+        case.hidden.view(-1, 24), case.weight, None, None, "", [], rows, labels, "torch", 1.0, None, None, 2**20, False,
+        True, True,
+    )  # fmt: skip
     assert outputs[0].requires_grad
     assert exps
     assert not any(x.requires_grad for x in (*outputs[1:5], *exps))

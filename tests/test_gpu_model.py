@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from asft_kernels.backends import Logits, triton_fused
+from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan
 from asft_kernels.kernels import configs, label_gradient, logit_strips
 from asft_kernels.kernels.configs import FORMS, WHOLE, Strips, tiles
@@ -85,14 +86,14 @@ def test_launches_are_the_backend_s(work, form, tile, monkeypatch, device):
     monkeypatch.setattr(triton_fused, "rounded_product", recorder.counted("product", triton_fused.rounded_product))
     hidden, weight = (torch.randn(n, call.D, device=device).bfloat16() for n in (call.N, call.V))
     labels = torch.randint(call.V, (call.N,), device=device)
-    inputs = (hidden, weight, None, torch.arange(call.N, device=device), labels)
+    inputs = (hidden, HeadRows(weight), None, torch.arange(call.N, device=device), labels)
     needs = {"needs_acc": work != NO_GRADIENT, "needs_exps": work == TRAINABLE}
     with recorder:
         saved = triton_fused.forward(*inputs, Logits(), call.plan, **needs)
         if work != NO_GRADIENT:
             triton_fused.backward(
                 torch.ones(call.N, device=device), *inputs, saved, Logits(), call.plan,
-                needs_hidden=True, needs_weight=work == TRAINABLE, needs_bias=False,
+                needs_hidden=True, needs_weight=work == TRAINABLE, needs_low_rank=False, needs_bias=False,
             )  # fmt: skip
     assert recorder.seen == Counter(step.name for step in schedule(call, tile))
 

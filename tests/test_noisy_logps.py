@@ -349,7 +349,7 @@ def test_autocast_leaves_the_noise_head_in_fp32():
         ({"seed": 1.0}, "seed: got 1.0, need an integer"),
         ({"seed": 2**63}, "seed: got 9223372036854775808, need"),
         ({"noise_head": torch.zeros(96, 24)}, r"noise_head: got a weight of shape \(96, 24\), need \(97, 24\)"),
-        ({"noise_head": nn.Embedding(97, 24)}, "noise_head: got torch.nn.modules.sparse.Embedding, need an nn.Linear"),
+        ({"noise_head": nn.Conv1d(97, 24, 1)}, "noise_head: got torch.nn.modules.conv.Conv1d, need an nn.Linear"),
         ({"noise_head": (torch.zeros(97, 24), torch.zeros(4))}, r"noise_head: got a bias of shape \(4,\)"),
         ({"lm_head": torch.zeros(97, 24, dtype=torch.bfloat16)}, "lm_head weight: got torch.bfloat16, need"),
         ({"chunk_size": 0}, "chunk_size: got 0, need an integer >= 1"),

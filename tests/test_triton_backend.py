@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from asft_kernels.backends import Logits, triton_fused, triton_runs_on_cpu
+from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan
 from bounds import fp32_bound, relative_error, rounded_once
 from test_kernels import both
@@ -47,17 +48,18 @@ class Problem:
 
     @property
     def inputs(self):
-        return self.hidden, self.weight, self.bias, self.rows, self.labels
+        return self.hidden, HeadRows(self.weight), self.bias, self.rows, self.labels
 
     def forward(self, plan, needs_acc=True, needs_exps=True):
         return triton_fused.forward(*self.inputs, self.logits, plan, needs_acc=needs_acc, needs_exps=needs_exps)
 
     def backward(self, saved, plan, hidden=True, weight=True, bias=None):
         bias = self.bias is not None if bias is None else bias
-        return triton_fused.backward(
+        grads = triton_fused.backward(
             self.g, *self.inputs, saved, self.logits, plan,
-            needs_hidden=hidden, needs_weight=weight, needs_bias=bias,
+            needs_hidden=hidden, needs_weight=weight, needs_low_rank=False, needs_bias=bias,
         )  # fmt: skip
+        return grads.hidden, grads.weight, grads.bias
 
     def exact(self):
         """(logps, gradients, max|z|) in float64 by autograd over the whole logits."""
@@ -199,7 +201,8 @@ def test_references_moved_in_the_problem(dtype, device):
     problem = Problem(dtype, device)
     plan = Plan(251, 64, 4)
     saved = problem.forward(plan)
-    z_y = triton_fused.label_logits(*problem.inputs, scale=1.0, softcap=None)
+    hidden, weight, *others = problem.inputs
+    z_y = triton_fused.label_logits(hidden, weight.weight, *others, scale=1.0, softcap=None)
     gap = (saved.ref - z_y).cpu()
     assert (gap[:3] > 30).all()
     assert gap[2] > 150
@@ -304,7 +307,7 @@ def test_backward_changes_nothing_and_repeats(dtype, D, device):
     problem = Problem(dtype, device, bias=True, D=D)
     plan = Plan(251, 64, 2)
     saved = problem.forward(plan)
-    watched = [x for x in (*saved[:5], *saved.exps, *problem.inputs, problem.g)]
+    watched = [x for x in (*saved[:5], *saved.exps, problem.hidden, problem.weight, problem.bias, problem.g)]
     before = [x.clone() for x in watched]
     first = problem.backward(saved, plan)
     again = problem.forward(plan)
@@ -358,12 +361,13 @@ def test_the_operators_and_their_fakes_agree(V, device):
     """Shapes, strides (E's rows have room to a multiple of 16) and dtypes, which torch.compile relies on."""
     problem = Problem(torch.bfloat16, device, N=7, V=V, D=16, rivals=False)
     options = ("triton", 1.0, None, 20, 2**20, False)
-    inputs = [*problem.inputs, *options, True, True]
+    tensors = [problem.hidden, problem.weight, None, problem.bias, "", [], problem.rows, problem.labels]
+    inputs = [*tensors, *options, True, True]
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.asft_kernels.linear_logps.default, inputs, test_utils=checks)
     *stats, exps = torch.ops.asft_kernels.linear_logps(*inputs)
     torch.library.opcheck(
         torch.ops.asft_kernels.linear_logps_backward.default,
-        [problem.g, *problem.inputs, *stats, exps, *options, True, True, False],
+        [problem.g, *tensors, *stats, exps, *options, True, True, False, False],
         test_utils=checks,
     )

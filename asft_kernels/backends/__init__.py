@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan
 
 HAS_TRITON = find_spec("triton") is not None  # here, as torch 2.11's Dynamo refuses to trace find_spec
@@ -34,14 +35,23 @@ class Saved(NamedTuple):
     inv_total: Tensor  # (N,) 1 / sum_v exp(z_v - ref)
     ref: Tensor  # (N,) the reference that E, acc and inv_total are relative to, in the backend's unit of logits
     acc: Tensor  # (N, D) fp32: O = sum_{v != y} exp(z_v - ref) * c_v * W_v, or (0,)
-    exps: list[Tensor]  # plan.cached chunks (N, rows) of E' = exp(z - ref) * c
+    exps: list[Tensor]  # plan.cached chunks (N, rows) of E' = exp(z - ref) * c; the label's entry is the backend's own
+
+
+class Gradients(NamedTuple):
+    """Each in its tensor's shape and dtype, None where not asked for; hidden's is 0 outside rows."""
+
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    low_rank: Tensor | None = None
+    bias: Tensor | None = None
 
 
 class Backend(Protocol):
     def forward(
         self,
-        hidden: Tensor,  # (M, D)
-        weight: Tensor,  # (V, D)
+        hidden: Tensor,  # (M, D + r)
+        weight: HeadRows,  # (V, D + r)
         bias: Tensor | None,  # (V,)
         rows: Tensor,  # (N,) int64, distinct: the rows of hidden that carry loss
         labels: Tensor,  # (N,) int64 in [0, V)
@@ -56,7 +66,7 @@ class Backend(Protocol):
         self,
         grad_logps: Tensor,  # (N,)
         hidden: Tensor,
-        weight: Tensor,
+        weight: HeadRows,
         bias: Tensor | None,
         rows: Tensor,
         labels: Tensor,
@@ -66,10 +76,9 @@ class Backend(Protocol):
         *,
         needs_hidden: bool,
         needs_weight: bool,
+        needs_low_rank: bool,
         needs_bias: bool,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(dH (M, D) with zeros outside rows, dW (V, D), db (V,)), each in its tensor's dtype."""
-        ...
+    ) -> Gradients: ...
 
 
 def exp_dtype(backend: str, dtype: torch.dtype) -> torch.dtype:

@@ -30,7 +30,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from asft_kernels.backends import Logits, Saved
+from asft_kernels.backends import Gradients, Logits, Saved
+from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan, token_blocks
 from asft_kernels.backends.processor import INTEL
 
@@ -56,7 +57,7 @@ UNIT = NAT if INTEL else BIT
 
 def forward(
     hidden: Tensor,
-    weight: Tensor,
+    weight: HeadRows,
     bias: Tensor | None,
     rows: Tensor,
     labels: Tensor,
@@ -176,7 +177,7 @@ def _accumulate(acc: Tensor | None, E: Tensor, slope: Tensor | None, weight_k: T
 def backward(
     grad_logps: Tensor,
     hidden: Tensor,
-    weight: Tensor,
+    weight: HeadRows,
     bias: Tensor | None,
     rows: Tensor,
     labels: Tensor,
@@ -186,8 +187,9 @@ def backward(
     *,
     needs_hidden: bool,
     needs_weight: bool,
+    needs_low_rank: bool,
     needs_bias: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     H = _rows(hidden, rows)
     not_p = saved.one_minus_p
     if logits.softcap is not None:
@@ -198,26 +200,31 @@ def backward(
     grad_hidden = None
     if needs_hidden:
         pull = g * not_p
-        grad_rows = weight.index_select(0, labels).to(H.dtype).mul_(pull[:, None])
+        grad_rows = _label_rows(weight, labels, H.dtype).mul_(pull[:, None])
         grad_rows.addcmul_(saved.acc, coef[:, None], value=-1)
         grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
         grad_hidden.index_copy_(0, rows, grad_rows.to(hidden.dtype))
         del grad_rows
-    if not (needs_weight or needs_bias):
-        return grad_hidden, None, None
+    if not (needs_weight or needs_low_rank or needs_bias):
+        return Gradients(grad_hidden)
 
-    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
+    grad_weight, grad_low_rank = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and needed else None
+        for x, needed in ((weight.weight, needs_weight), (weight.low_rank, needs_low_rank))
+    )
     grad_bias = torch.empty_like(bias) if needs_bias and bias is not None else None
     minus_coef = -coef[:, None]
-    scaled = H * minus_coef if needs_weight else H
-    rounds = needs_weight and weight.dtype != H.dtype
+    scaled = H * minus_coef if needs_weight or needs_low_rank else H
+    own, further = scaled[:, : weight.columns], scaled[:, weight.columns :]
+    rounds = needs_weight and weight.weight.dtype != H.dtype
     head = _Head(weight, bias, logits, plan, H)
     workspace = H.new_empty(len(H) * plan.chunk if len(saved.exps) < len(plan.slices) else 0)
     label_entries = _LabelEntries(labels, plan)
     label_entry = -not_p / saved.inv_total
     minus_ref = -saved.ref[:, None]
-    weight_parts = None if grad_weight is None else grad_weight.split(plan.chunk)
-    bias_parts = None if grad_bias is None else grad_bias.split(plan.chunk)
+    weight_parts, low_rank_parts, bias_parts = (
+        None if grad is None else grad.split(plan.chunk) for grad in (grad_weight, grad_low_rank, grad_bias)
+    )
     for k, E in enumerate([*saved.exps, *head.views(workspace, len(H), len(saved.exps))]):
         if k >= len(saved.exps):
             for b in head.blocks:
@@ -228,35 +235,38 @@ def backward(
             label_entries.set(E, k, label_entry)
         if weight_parts is not None:
             # E is done with the chunk's upcast rows: their buffer takes the product.
-            product = torch.mm(E.T, scaled, out=head.upcast[: E.shape[1]] if rounds else weight_parts[k])
+            product = torch.mm(E.T, own, out=head.upcast[: E.shape[1], : own.shape[1]] if rounds else weight_parts[k])
             if rounds:
                 weight_parts[k].copy_(product)  # the one rounding
+        if low_rank_parts is not None:
+            low_rank_parts[k].copy_(E.T @ further)
         if bias_parts is not None:
             # A sum, not a matrix-vector product: BLAS adds the tokens one by one, sum() pairwise.
             sums = [(E[b] * minus_coef[b]).sum(dim=0) for b in head.blocks]
             bias_parts[k].copy_(torch.stack(sums).sum(dim=0))
-    return grad_hidden, grad_weight, grad_bias
+    return Gradients(grad_hidden, grad_weight, grad_low_rank, grad_bias)
 
 
 class _Head:
     """Logits of a block of tokens in one vocabulary chunk, with buffers that live for one phase."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, logits: Logits, plan: Plan, H: Tensor) -> None:
+    def __init__(self, weight: HeadRows, bias: Tensor | None, logits: Logits, plan: Plan, H: Tensor) -> None:
         self.weight, self.bias, self.transform, self.plan = weight, bias, logits, plan
         # Views are made here, all at once: between products each costs several times as much (docs/algorithm.md).
-        self.rows = weight.split(plan.chunk)
+        self.rows = weight.weight.split(plan.chunk)
         self.columns = [rows.T for rows in self.rows]
         self.biases = None if bias is None else bias.split(plan.chunk)
         self.blocks = token_blocks(len(H), H.device.type)
         self.block_size = max(b.stop - b.start for b in self.blocks)
         self.slope = H.new_empty(self.block_size * plan.chunk if logits.softcap is not None else 0)
-        self.upcast = H.new_empty(plan.chunk if weight.dtype != H.dtype else 0, H.shape[1])
+        self.as_it_is = weight.is_plain and weight.weight.dtype == H.dtype
+        self.upcast = H.new_empty(0 if self.as_it_is else plan.chunk, H.shape[1])
 
     def logits(self, H: Tensor, k: int, minus_ref: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
         """out (n, rows) becomes z - ref; returns (W_k (rows, D), c (n, rows) or None). H (n, D), minus_ref (n, 1)."""
         weight_k, columns = self.rows[k], self.columns[k]
-        if weight_k.dtype != H.dtype:
-            weight_k = self.upcast[: len(weight_k)].copy_(weight_k)
+        if not self.as_it_is:
+            weight_k = self.weight.chunk(*self.plan.slices[k], out=self.upcast)
             columns = weight_k.T
         factor = _product_factor(self.transform)
         bias_k = None if self.biases is None else self.biases[k].to(out.dtype) * factor
@@ -294,11 +304,16 @@ def _rows(hidden: Tensor, rows: Tensor) -> Tensor:
     return H if H.dtype == torch.float64 else H.float()
 
 
+def _label_rows(weight: HeadRows, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, D + r), a tensor of its own."""
+    return weight.weight.index_select(0, labels).to(dtype) if weight.is_plain else weight.take(labels, dtype)
+
+
 def _label_logits(
-    H: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logits: Logits
+    H: Tensor, weight: HeadRows, bias: Tensor | None, labels: Tensor, logits: Logits
 ) -> tuple[Tensor, Tensor | None]:
     """(z_y, c_y or None without a softcap)."""
-    z = torch.linalg.vecdot(H, weight.index_select(0, labels).to(H.dtype))
+    z = torch.linalg.vecdot(H, _label_rows(weight, labels, H.dtype))
     if bias is not None:
         z += bias.index_select(0, labels)
     z *= _product_factor(logits)

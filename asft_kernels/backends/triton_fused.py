@@ -22,7 +22,8 @@ the head is upcast. No host reads, no atomics, nothing kept between calls.
 import torch
 from torch import Tensor
 
-from asft_kernels.backends import Logits, Saved, exp_dtype
+from asft_kernels.backends import Gradients, Logits, Saved, exp_dtype
+from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan, weight_slice
 from asft_kernels.kernels.configs import SLICES, WHOLE, Strips, Tile
 from asft_kernels.kernels.exp_epilogue import empty_exps
@@ -41,7 +42,7 @@ from asft_kernels.kernels.tile_choice import Problem, best_form, best_tile
 
 def forward(
     hidden: Tensor,
-    weight: Tensor,
+    weight: HeadRows,
     bias: Tensor | None,
     rows: Tensor,
     labels: Tensor,
@@ -62,14 +63,15 @@ def forward(
 
     transform = {"scale": logits.scale, "softcap": logits.softcap}
     with torch.cuda.device_of(hidden):
-        z_y = label_logits(hidden, weight, bias, rows, labels, **transform)
+        head = _Head(weight, bias, labels, hidden, plan)
+        z_y = label_logits(hidden, head.labels_weight, head.labels_bias, rows, head.labels, **transform)
         ref, others = z_y, torch.zeros_like(z_y)
         kept_refs: list[Tensor] = []
-        tile = _tile(hidden, weight, rows, logits)
+        tile = _tile(hidden, head.aligned, rows, logits)
         tokens = operand_rows(hidden, rows, tile)
         workspace = None
         for k, (start, stop) in enumerate(plan.slices):
-            weight_k = _row_major(weight[start:stop])
+            weight_k = head.rows(start, stop)
             E = None
             if needs_exps and k < plan.cached:
                 E = _exps(hidden, N, stop - start)
@@ -97,7 +99,7 @@ def forward(
 def backward(
     grad_logps: Tensor,
     hidden: Tensor,
-    weight: Tensor,
+    weight: HeadRows,
     bias: Tensor | None,
     rows: Tensor,
     labels: Tensor,
@@ -107,35 +109,44 @@ def backward(
     *,
     needs_hidden: bool,
     needs_weight: bool,
+    needs_low_rank: bool,
     needs_bias: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     N = rows.shape[0]
-    dH = dW = db = None
     if N == 0:
-        dH = _zeros_for(hidden) if needs_hidden else None
-        dW = _zeros_for(weight) if needs_weight else None
-        db = _zeros_for(bias) if needs_bias and bias is not None else None
-        return dH, dW, db
+        tensors = (hidden, weight.weight, weight.low_rank, bias)
+        needs = (needs_hidden, needs_weight, needs_low_rank, needs_bias)
+        return Gradients(
+            *(_zeros_for(x) if x is not None and need else None for x, need in zip(tensors, needs, strict=True))
+        )
+    dH = db = None
 
     hidden, bias = _row_major(hidden), None if bias is None else bias.contiguous()
     transform = {"scale": logits.scale, "softcap": logits.softcap}
     with torch.cuda.device_of(hidden):
+        head = _Head(weight, bias, labels, hidden, plan)
+        of_labels = head.labels_weight, head.labels_bias, rows, head.labels
         c_y = None
         if logits.softcap is not None:
-            c_y = label_logits(hidden, weight, bias, rows, labels, slope=True, **transform)
+            c_y = label_logits(hidden, *of_labels, slope=True, **transform)
         g = grad_logps.float().contiguous()
         pull, push = row_factors(g, saved.one_minus_p, saved.inv_total, c_y, scale=logits.scale)
         if needs_hidden:
-            dH = grad_hidden(hidden, saved.acc, weight, rows, labels, pull, push)
-        if not (needs_weight or needs_bias):
-            return dH, None, None
+            dH = grad_hidden(hidden, saved.acc, head.labels_weight, rows, head.labels, pull, push)
+        if not (needs_weight or needs_low_rank or needs_bias):
+            return Gradients(dH)
 
-        scaled = scaled_hidden(hidden, rows, push, dtype=exp_dtype("triton", hidden.dtype)) if needs_weight else None
-        tile = _tile(hidden, weight, rows, logits)
-        workspace = tokens = dW = None
-        if scaled is not None:
+        tile = _tile(hidden, head.aligned, rows, logits)
+        workspace = tokens = dW = dL = None
+        if needs_weight or needs_low_rank:
+            scaled = scaled_hidden(hidden, rows, push, dtype=exp_dtype("triton", hidden.dtype))
             form = best_form(hidden.device, _problem(hidden, rows, logits), aligned=_aligned(hidden))
-            dW = GRADIENTS[form](weight, plan, hidden, rows, labels, pull, scaled)
+            D = weight.columns
+            if needs_weight:
+                dW = GRADIENTS[form](weight.weight, plan, hidden[:, :D], rows, labels, pull, scaled[:, :D])
+            if needs_low_rank and weight.low_rank is not None:
+                further = scaled[:, D:].contiguous()
+                dL = SlicedGradient(weight.low_rank, plan, hidden[:, D:], rows, labels, pull, further)
         if needs_bias and bias is not None:
             db = torch.empty_like(bias)
         for k, (start, stop) in enumerate(plan.slices):
@@ -146,15 +157,38 @@ def backward(
                 E = workspace[:, : stop - start]
                 tokens = operand_rows(hidden, rows, tile) if tokens is None else tokens
                 logits_exp(
-                    E, tokens, _row_major(weight[start:stop]),
+                    E, tokens, head.rows(start, stop),
                     None if bias is None else bias[start:stop], rows, labels, saved.ref,
                     first=start, sums=False, tile=tile, **transform,
                 )  # fmt: skip
-            if dW is not None:
-                dW.add(k, E)
+            for gradient in (dW, dL):
+                if gradient is not None:
+                    gradient.add(k, E)
             if db is not None:
                 grad_bias(db[start:stop], E, labels, pull, push, first=start)
-    return dH, None if dW is None else dW.finish(), db
+    dW, dL = (None if gradient is None else gradient.finish() for gradient in (dW, dL))
+    return Gradients(dH, dW, dL, db)
+
+
+class _Head:
+    """The head's rows in hidden's dtype: views of a plain weight; else a buffer a chunk, and a row for each label."""
+
+    def __init__(self, weight: HeadRows, bias: Tensor | None, labels: Tensor, hidden: Tensor, plan: Plan) -> None:
+        self.weight = weight
+        if weight.is_plain:
+            self.labels_weight, self.labels_bias, self.labels = weight.weight, bias, labels
+            self.aligned = weight.weight.stride(1) != 1 or _aligned(weight.weight)  # a transposed head is copied
+            return
+        self.labels_weight = weight.take(labels, hidden.dtype)
+        self.labels_bias = None if bias is None else bias.index_select(0, labels)
+        self.labels = torch.arange(len(labels), device=labels.device)
+        self.buffer = hidden.new_empty(plan.chunk, weight.size[1])
+        self.aligned = _aligned(self.buffer)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        if self.weight.is_plain:
+            return _row_major(self.weight.weight[start:stop])
+        return self.weight.chunk(start, stop, out=self.buffer)
 
 
 class WholeGradient:
@@ -224,9 +258,8 @@ def _problem(hidden: Tensor, rows: Tensor, logits: Logits) -> Problem:
     return Problem(hidden.dtype, hidden.shape[1], rows.shape[0], logits.softcap is not None)
 
 
-def _tile(hidden: Tensor, weight: Tensor, rows: Tensor, logits: Logits) -> Tile | Strips:
-    of_weight = weight.stride(1) != 1 or _aligned(weight)  # chunks of a transposed head are copied
-    return best_tile(hidden.device, _problem(hidden, rows, logits), aligned=_aligned(hidden) and of_weight)
+def _tile(hidden: Tensor, aligned: bool, rows: Tensor, logits: Logits) -> Tile | Strips:
+    return best_tile(hidden.device, _problem(hidden, rows, logits), aligned=_aligned(hidden) and aligned)
 
 
 def _aligned(x: Tensor) -> bool:

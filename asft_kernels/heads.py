@@ -1,0 +1,200 @@
+"""What an output head amounts to: rows, bias and what goes into the low-rank columns; refused if it is something else.
+
+    head                                            rows                                  large products
+    nn.Linear, nn.Embedding, tensors                W                                     as ever
+    PEFT LoRA, rsLoRA (one or several adapters)     [W | s B], hidden [h ; A drop(h)]     those of a frozen W
+    PEFT DoRA                                       m / |W + s B A| (W + s B A), whole    those of a trainable W
+    PEFT modules_to_save                            the active copy, or the original      as ever
+    PEFT trainable_token_indices                    W with the trained rows, whole        those of a trainable W
+    bitsandbytes 4 and 8 bits, with LoRA or not     codes, read chunk by chunk            those of a frozen W
+    DTensor                                         gathered; gradients are averaged      as ever
+    ZeRO-3 in GatheredParameters                    W                                     as ever
+
+Adapters are looked up at each call, so `disable_adapter()` and `set_adapter()` work. PEFT and bitsandbytes are
+recognised by the modules that they make, and never imported before one is there.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from asft_kernels import checks
+from asft_kernels.backends.head_rows import EIGHT_BITS, FOUR_BITS, HeadRows, codes_text
+from asft_kernels.options import as_autocast
+
+Head = nn.Module | Tensor | tuple[Tensor, Tensor | None]
+ALIGNED = 16  # the fast products and loads want multiples of 16 columns
+
+
+@dataclass(frozen=True)
+class ResolvedHead:
+    """rows of (V, D + r), bias (V,) or None; project: hidden (..., D) -> (..., r), None without low-rank columns."""
+
+    rows: HeadRows
+    bias: Tensor | None = None
+    project: Callable[[Tensor], Tensor] | None = None
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """By the names that messages use."""
+        return {"lm_head weight": self.rows.weight, "lm_head bias": self.bias}
+
+    def for_product(self, hidden: Tensor) -> tuple[Tensor, HeadRows, Tensor | None]:
+        """(hidden, rows, bias) as they go into the product: autocast's dtype, low-rank columns on both sides."""
+        rows, bias = self.rows, self.bias
+        further = None if self.project is None else self.project(hidden)
+        hidden = as_autocast(hidden)
+        if not rows.codes:
+            rows = rows._replace(weight=as_autocast(rows.weight))
+            if rows.weight.dtype == torch.float32 and hidden.dtype in (torch.float16, torch.bfloat16):
+                hidden = hidden.float()  # an fp32 head over a body of fewer bits: exact
+            checks.same_dtype(hidden, rows.weight)
+        bias = None if bias is None else bias.to(hidden.dtype)
+        if further is not None and rows.low_rank is not None:
+            pad = -rows.low_rank.shape[1] % ALIGNED
+            hidden = torch.cat([hidden, F.pad(further.to(hidden.dtype), (0, pad))], dim=-1)
+            low_rank = rows.low_rank.to(hidden.dtype) if hidden.dtype == torch.float64 else rows.low_rank
+            rows = rows._replace(low_rank=F.pad(low_rank, (0, pad)))
+        return hidden, rows, bias
+
+
+def resolve_head(lm_head: Head, name: str = "lm_head") -> ResolvedHead:
+    """Reads a head; ValueError that names it, says what is not understood and what to do."""
+    if isinstance(lm_head, nn.Module):
+        return _of_module(lm_head, name)
+    weight, bias = checks.head_pair(lm_head, name)
+    return _plain(weight, bias, name)
+
+
+def _of_module(module: Any, name: str) -> ResolvedHead:
+    package = type(module).__module__.partition(".")[0]
+    if package == "peft":
+        return _of_peft(module, name)
+    if package == "bitsandbytes":
+        return _of_bitsandbytes(module, name)
+    checks.plain_module(module, name)
+    return _plain(module.weight, getattr(module, "bias", None), name)
+
+
+def _plain(weight: Tensor, bias: Tensor | None, name: str) -> ResolvedHead:
+    weight, bias = gathered(weight), None if bias is None else gathered(bias)
+    checks.head_tensors(weight, bias, name)
+    return ResolvedHead(HeadRows(weight), bias)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """A DTensor whole on each rank, its gradient averaged over the ranks as FSDP2 does; any other tensor as it is.
+
+    Without grad_placements each rank would keep its own slice of its own gradient, and the others' would be lost.
+    """
+    if not torch.distributed.is_available():
+        return tensor
+    from torch.distributed.tensor import DTensor, Partial
+
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
+
+
+def _of_peft(module: Any, name: str) -> ResolvedHead:
+    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+
+    if isinstance(module, ModulesToSaveWrapper):
+        active = not module.disable_adapters and module.active_adapters
+        inner = module.modules_to_save[module.active_adapters[0]] if active else module.original_module
+        return resolve_head(inner, name)
+    if isinstance(module, TrainableTokensWrapper):
+        module = module.token_adapter
+    if isinstance(module, (LoraLayer, TrainableTokensLayer)):
+        if module.merged and module.disable_adapters:
+            module.unmerge()
+        base = resolve_head(module.get_base_layer(), name)
+        if module.merged or module.disable_adapters or not module.active_adapters:
+            return base
+        if isinstance(module, TrainableTokensLayer):
+            # Its own product has no bias.
+            return _plain(module.get_merged_weights(module.active_adapters), None, name)
+        return _with_lora(module, base, name)
+    return checks.refuse(
+        name, checks.class_of(module),
+        "an nn.Linear, or one with PEFT's LoRA, DoRA, modules_to_save or trainable_token_indices; merge the adapter "
+        "or leave the head out of its target modules",
+    )  # fmt: skip
+
+
+def _with_lora(module: Any, base: ResolvedHead, name: str) -> ResolvedHead:
+    active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
+    for adapter in active:
+        variant = module.lora_variant.get(adapter)
+        if variant is not None:
+            kind = getattr(variant, "__name__", type(variant).__name__)
+            if kind == "DoraLinearVariant" and len(active) == 1:
+                return _with_dora(module, base, adapter, name)
+            checks.refuse(
+                name, f"LoRA's {kind} in {adapter!r}", "plain LoRA or rsLoRA, or DoRA alone; merge the others"
+            )
+    if not active:
+        return base
+    bias, low_rank = base.bias, []
+    for adapter in active:
+        B, scaling = module.lora_B[adapter], module.scaling[adapter]
+        low_rank.append(B.weight * scaling)
+        if B.bias is not None:
+            bias = B.bias * scaling if bias is None else bias + B.bias * scaling
+
+    def project(hidden: Tensor) -> Tensor:
+        parts = []
+        for adapter in active:
+            A = module.lora_A[adapter]
+            parts.append(A(module.lora_dropout[adapter](hidden.to(A.weight.dtype))))
+        return torch.cat(parts, dim=-1)
+
+    return ResolvedHead(base.rows._replace(low_rank=torch.cat(low_rank, dim=1)), bias, project)
+
+
+def _with_dora(module: Any, base: ResolvedHead, adapter: str, name: str) -> ResolvedHead:
+    """m / |W + s B A| (W + s B A) as a weight of its own; the norm is a constant (arXiv 2402.09353, section 4.3)."""
+    if base.rows.codes:
+        checks.refuse(name, "DoRA on a quantised head", "LoRA there, or the head not quantised")
+    if module.training and isinstance(module.lora_dropout[adapter], nn.Dropout):
+        checks.refuse(name, f"DoRA in {adapter!r} with dropout", "lora_dropout=0: a dropped h has no merged weight")
+    A, B, scaling = module.lora_A[adapter].weight, module.lora_B[adapter].weight, module.scaling[adapter]
+    whole = base.rows.weight + (scaling * B @ A).to(base.rows.weight.dtype)
+    magnitude = module.lora_magnitude_vector[adapter].weight
+    factor = magnitude / torch.linalg.vector_norm(whole.detach(), dim=1)
+    return ResolvedHead(HeadRows((whole * factor[:, None]).to(whole.dtype)), base.bias)
+
+
+def _of_bitsandbytes(module: Any, name: str) -> ResolvedHead:
+    weight, bias = module.weight, module.bias
+    kind = type(module).__name__
+    if kind == "Linear4bit":
+        state = weight.quant_state
+        if state is None:
+            checks.refuse(name, "a Linear4bit that is not quantised yet", "one on its device: call .to(device) first")
+        of_block = state.absmax
+        if state.nested:
+            from bitsandbytes.functional import dequantize_blockwise
+
+            of_block = dequantize_blockwise(state.absmax, state.state2) + state.offset
+        V, D = state.shape
+        if D % 2:
+            checks.refuse(name, f"a Linear4bit of {D} columns", "an even number: a byte holds two entries")
+        codes = codes_text(FOUR_BITS, state.blocksize, state.dtype)
+        byte = torch.arange(256, device=weight.device)
+        table = state.code.float()[torch.stack([byte >> 4, byte & 15], dim=1)]
+        rows = HeadRows(weight.data.view(torch.uint8).view(V, D // 2), None, codes, (of_block.float(), table))
+        return ResolvedHead(rows, bias)
+    if kind == "Linear8bitLt":
+        values, scale = (getattr(weight, x, None) for x in ("CB", "SCB"))
+        values, scale = (module.state.CB, module.state.SCB) if scale is None else (values, scale)
+        if values is None or scale is None:
+            checks.refuse(name, "a Linear8bitLt that is not quantised yet", "one on its device: call .to(device) first")
+        rows = HeadRows(values, None, codes_text(EIGHT_BITS, 0, torch.float32), (scale.float().view(-1) / 127,))
+        return ResolvedHead(rows, bias)
+    return checks.refuse(name, checks.class_of(module), "Linear4bit, Linear8bitLt or a plain head; dequantise it")
