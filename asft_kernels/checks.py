@@ -90,8 +90,8 @@ def _plain_tensor(name: str, tensor: Tensor) -> None:
 
 
 NO_TRANSFORM = (
-    "asft_kernels: torch.func transforms and vmap (grad, vmap, jacrev, jvp, is_grads_batched=True) are not supported by "
-    "the fused log-probabilities; use loss.backward() or torch.autograd.grad, more rows in place of vmap, or "
+    "asft_kernels: torch.func transforms and vmap (grad, vmap, jacrev, jvp, is_grads_batched=True) are not supported "
+    "by the fused log-probabilities; use loss.backward() or torch.autograd.grad, more rows in place of vmap, or "
     "asft_kernels.reference, which is plain torch"
 )
 

@@ -1,4 +1,4 @@
-"""Heads that are more than a matrix, against their own forward: PEFT's adapters, bitsandbytes' codes, sharded weights."""
+"""Heads that are more than a matrix, against their own forward: adapters, quantised and sharded weights."""
 
 import pytest
 import torch

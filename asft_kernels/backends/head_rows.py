@@ -19,7 +19,7 @@ FOUR_BITS, EIGHT_BITS = "4bit", "8bit"
 
 
 def codes_text(kind: str, block: int, dtype: torch.dtype) -> str:
-    """How a quantised weight is read, as an operator takes it: kind, entries a scale, dtype that entries are rounded to."""
+    """How a quantised weight is read, as an operator takes it: kind, entries a scale, dtype of what is read."""
     return f"{kind}/{block}/{str(dtype).removeprefix('torch.')}"
 
 
