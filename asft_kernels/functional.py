@@ -39,7 +39,7 @@ def fused_linear_logps(
 
     Args:
         hidden: Hidden states (R, T, D), or packed (M, D) with cu_seqlens; fp32, bf16, fp16 or fp64.
-        lm_head: nn.Linear, weight (V, D) or (weight, bias), in hidden's dtype (under autocast: cast to it).
+        lm_head: {lm_head}
         labels: (R, T) or (M,) integers, aligned with input_ids.
         {keywords}
 
@@ -109,7 +109,7 @@ def fused_asft_loss(
     Args:
         hidden: Hidden states (2B, T, D), chosen rows first, row B+i rejected for row i; or packed (M, D) with
             cu_seqlens (2B+1,). fp32, bf16, fp16 or fp64.
-        lm_head: nn.Linear, weight (V, D) or (weight, bias), in hidden's dtype (under autocast: cast to it).
+        lm_head: {lm_head}
         labels: (2B, T) or (M,) integers, aligned with input_ids; ignore_index at prompts and padding.
         lam: Weight of the alignment term, >= 0; default 1.0.
         beta: Temperature on the log-odds, > 0; default 1.0.
@@ -174,7 +174,7 @@ def fused_preference_loss(
     Args:
         hidden: Hidden states (R, T, D), or packed (M, D) with cu_seqlens. Paired objectives take R = 2B rows, chosen
             rows first, row B+i rejected for row i; unpaired ones (sft, poft, kto) any number.
-        lm_head: nn.Linear, weight (V, D) or (weight, bias), in hidden's dtype (under autocast: cast to it).
+        lm_head: {lm_head}
         labels: (R, T) or (M,) integers, aligned with input_ids; ignore_index at prompts and padding.
         objective: A name (`asft_kernels.objectives.OBJECTIVES`: the paper's defaults), a sum of names
             ("dpo + 0.005 sft"), or an object (`get_objective(name, ...)`, or your own: `Objective`).

@@ -20,7 +20,10 @@ OF_THE_BATCH = ("cu_seqlens", "num_valid")
 class FusedASFTLoss(nn.Module):
     """Holds the keywords of `fused_asft_loss`: same names, defaults, returns and errors.
 
-    cu_seqlens and num_valid come with each batch, to forward.
+    Args:
+        lam, beta, sft_weight: As there.
+        reduction, return_outputs: As there.
+        **options: The other keywords; cu_seqlens and num_valid come with each batch, to forward.
 
     >>> import torch
     >>> loss_fn, head = FusedASFTLoss(lam=0.5), nn.Linear(16, 50)

@@ -1,6 +1,6 @@
 """The keywords that all public calls share: checked when made, explained once.
 
-`KEYWORDS` is their text in every docstring (`explained` puts it there) and on the API page.
+`KEYWORDS` is their text, and `LM_HEAD` the head's, in every docstring (`explained` puts them there) and on docs/api.md.
 """
 
 import difflib
@@ -14,6 +14,10 @@ from torch import Tensor
 from asft_kernels import checks
 from asft_kernels.backends import Logits
 
+LM_HEAD = """\
+nn.Linear, nn.Embedding (tied), weight (V, D) or (weight, bias); or a head with PEFT's LoRA, rsLoRA, DoRA,
+    modules_to_save or trainable_token_indices, bitsandbytes' 4 or 8 bits, a DTensor, a gathered ZeRO-3 parameter
+    (`asft_kernels.heads`). In hidden's dtype or fp32; under autocast cast to its dtype."""
 KEYWORDS = """\
 cu_seqlens: (R+1,) int32 or int64, borders of R packed sequences, from 0 to M; None (default): padded rows.
 shift: True (default): labels stand as input_ids do and position t predicts label t+1, as in Hugging Face's
@@ -89,9 +93,10 @@ def make_options(call: str, keywords: Keywords, others: tuple[str, ...] = (), wi
 
 
 def explained(call: Call) -> Call:
-    """Puts KEYWORDS in the place of {keywords} in a docstring, so that help() tells all."""
+    """Puts KEYWORDS and LM_HEAD in the places of {keywords} and {lm_head} in a docstring, so that help() tells all."""
     if call.__doc__:  # python -OO drops it
-        call.__doc__ = call.__doc__.replace("{keywords}", KEYWORDS.replace("\n", "\n        "))
+        for place, text in (("{keywords}", KEYWORDS), ("{lm_head}", LM_HEAD)):
+            call.__doc__ = call.__doc__.replace(place, text.replace("\n", "\n        "))
     return call
 
 

@@ -12,16 +12,19 @@ from asft_kernels.sequence import Logps
 
 @dataclass(frozen=True)
 class PreferenceOutputs:
-    """Figures of a paired batch, detached, fp32 (float64 for float64 input); entries of empty sequences are 0.
+    """Holds the figures of a paired batch, detached, fp32 (fp64 for fp64 hidden); those of empty sequences are 0.
 
-    chosen_logps, rejected_logps: (B,) sums of log-probabilities over the valid tokens.
-    chosen_avg_logps, rejected_avg_logps: (B,) means per token.
-    chosen_log_odds, rejected_log_odds: (B,) f = log(p / (1 - p)), p = exp(avg floored at -1e-6), without beta.
-    margins: (B,) chosen - rejected log-odds, 0 for pairs that do not count.
-    chosen_lengths, rejected_lengths: (B,) int64 valid tokens.
-    accuracy, sft_loss, align_loss: scalars over the pairs that count: share with the chosen avg above the
-        rejected, mean -avg of the chosen, mean unweighted alignment term. num_pairs: pairs that count.
-    metrics: the objective's own figures (rewards of DPO and its relatives), means over the pairs that count.
+    Attributes:
+        chosen_logps, rejected_logps: (B,) sums of log-probabilities over the labels that carry loss.
+        chosen_avg_logps, rejected_avg_logps: (B,) means per token.
+        chosen_log_odds, rejected_log_odds: (B,) f = log(p / (1 - p)), p = exp(avg floored at -1e-6), without beta.
+        margins: (B,) chosen - rejected log-odds, 0 for pairs that do not count.
+        chosen_lengths, rejected_lengths: (B,) int64, labels that carry loss.
+        accuracy: Share of the pairs that count with the chosen avg above the rejected.
+        sft_loss: Mean -avg of the chosen over the pairs that count.
+        align_loss: Mean unweighted alignment term over the pairs that count.
+        num_pairs: Pairs that count: with a label that carries loss on both sides.
+        metrics: The objective's own figures by name (DPO's rewards, ...), means over the pairs that count.
     """
 
     chosen_logps: Tensor
@@ -42,9 +45,15 @@ class PreferenceOutputs:
 
 @dataclass(frozen=True)
 class SequenceOutputs:
-    """Figures of an unpaired batch, as above.
+    """Holds the figures of an unpaired batch, as `PreferenceOutputs` does.
 
-    logps, avg_logps, lengths: (R,). sft_loss, num_sequences: scalars over the rows that count. metrics: as above.
+    Attributes:
+        logps: (R,) sums of log-probabilities over the labels that carry loss.
+        avg_logps: (R,) means per token.
+        lengths: (R,) int64, labels that carry loss.
+        sft_loss: Mean -avg over the rows that count.
+        num_sequences: Rows that count: with a label that carries loss.
+        metrics: The objective's own figures by name, means over the rows that count.
     """
 
     logps: Tensor

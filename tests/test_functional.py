@@ -432,7 +432,7 @@ def test_signatures_agree():
 def test_help_explains_every_argument(call):
     assert textwrap.indent(KEYWORDS, 8 * " ") in call.__doc__
     text = call.__doc__[call.__doc__.index("Args:") : call.__doc__.index("Returns:")]
-    named = [name for line in re.findall(r"^        ([\w, ]+):", text, re.MULTILINE) for name in line.split(", ")]
+    named = [name for line in re.findall(r"^        ([\w, *]+):", text, re.MULTILINE) for name in line.split(", ")]
     own = [name for name, p in inspect.signature(call).parameters.items() if p.kind is not p.VAR_KEYWORD]
     assert sorted(named) == sorted({*own, *Keywords.__annotations__})
 

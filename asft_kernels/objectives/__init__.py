@@ -46,10 +46,18 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
 
 
 def get_objective(name: str, **parameters) -> Objective:
-    """The objective called `name`, with its paper's defaults where a parameter is not given.
+    """Makes the objective called `name`, with its paper's defaults where a parameter is not given.
 
-    A weighted sum of names with their defaults is one too: "dpo + 0.005 sft", "0.5 dpo" (then without parameters;
-    `WeightedSum` takes objects).
+    Args:
+        name: One of `OBJECTIVES`, or a weighted sum of them with their defaults: "dpo + 0.005 sft", "0.5 dpo" (then
+            without parameters; `WeightedSum` takes objects).
+        **parameters: The objective's own, as on docs/api.md.
+
+    Returns:
+        An `Objective`, for `fused_preference_loss`.
+
+    Raises:
+        ValueError: A name or parameter that does not exist, or a value that is not allowed.
     """
     if not isinstance(name, str):
         raise ValueError(f"objective: got {name!r}, need a name, such as 'dpo', or a sum of names")

@@ -1,0 +1,115 @@
+"""Draws docs/api.md from signatures and docstrings: `python docs/api.py` prints it, `--write` writes it."""
+
+import importlib
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from asft_kernels.objectives import OBJECTIVES
+from asft_kernels.options import Keywords, Options
+
+PAGE = Path(__file__).with_name("api.md")
+MODULES = {
+    "asft_kernels": "The calls",
+}
+SECTIONS = ("Args", "Attributes", "Returns", "Raises")
+INTRO = """# API
+
+Every public name, from its docstring (`python docs/api.py --write` draws this page). Shapes: R rows of T positions, of
+pairs 2B = R rows (chosen first), M packed positions, N labels that carry loss, D hidden size, V vocabulary.
+`asft_kernels.reference` has the same calls in plain torch, for tests and double backward.
+"""
+
+
+def page() -> str:
+    parts = [INTRO]
+    for module, title in MODULES.items():
+        loaded = importlib.import_module(module)
+        parts.append(f"## {title}: `{module}`\n")
+        parts += [entry(f"{name}", getattr(loaded, name)) for name in loaded.__all__]
+    parts.append(objectives())
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def entry(name: str, thing: Any) -> str:
+    """A name with its signature, and its docstring: arguments as a table, the rest as text."""
+    text, sections = split(inspect.getdoc(thing) or "")
+    lines = [f"### `{name}`\n"]
+    if "Attributes" not in sections:
+        lines.append(f"```python\n{name}{signature(thing)}\n```\n")
+    lines.append(prose(text))
+    for title, heading in (("Args", "argument"), ("Attributes", "attribute")):
+        if title in sections:
+            lines.append(f"| {heading} | meaning |\n| --- | --- |")
+            lines += [f"| `{arg}` | {cell(meaning)} |" for arg, meaning in items(sections[title])]
+            lines.append("")
+    for title in SECTIONS[2:]:
+        if title in sections:
+            lines.append(f"**{title}** {cell(sections[title])}\n")
+    return "\n".join(lines)
+
+
+def signature(thing: Any) -> str:
+    """Names and defaults without annotations, which the table explains; of the shared keywords each."""
+    shown = []
+    for p in inspect.signature(thing).parameters.values():
+        if p.kind is p.VAR_KEYWORD and "\n    num_valid:" in (inspect.getdoc(thing) or ""):
+            defaults = Options()
+            shown += [f"{name}={getattr(defaults, name)!r}" for name in Keywords.__annotations__]
+        else:
+            shown.append(str(p.replace(annotation=p.empty)))
+        if p.kind is p.KEYWORD_ONLY and "*" not in shown and not any(x.startswith("*") for x in shown):
+            shown.insert(-1, "*")
+    joined = ", ".join(shown)
+    return f"({joined})" if len(joined) < 90 else "(\n    " + ",\n    ".join(shown) + ",\n)"
+
+
+def split(doc: str) -> tuple[str, dict[str, str]]:
+    """The text before the first section, and the sections by title; doctests and what follows a section go to text."""
+    parts = re.split(rf"^({'|'.join(SECTIONS)}):\n", doc, flags=re.MULTILINE)
+    text, sections = parts[0], {}
+    for title, body in zip(parts[1::2], parts[2::2], strict=True):
+        lines = body.splitlines()
+        end = next((i for i, line in enumerate(lines) if line and not line.startswith("    ")), len(lines))
+        sections[title] = inspect.cleandoc("\n".join(lines[:end]))
+        text += "\n\n" + "\n".join(lines[end:])
+    return text.strip(), sections
+
+
+def items(section: str) -> list[tuple[str, str]]:
+    """("name", "meaning") of the entries of a section."""
+    found = re.split(r"^(\*{0,2}[\w, ]+): ", section, flags=re.MULTILINE)
+    return list(zip(found[1::2], found[2::2], strict=True))
+
+
+def cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def prose(text: str) -> str:
+    """Indented and doctest blocks as code, the rest as it is."""
+    blocks = []
+    for block in re.split(r"\n\s*\n", text):
+        code = block.startswith(("    ", ">>>")) or all(x.startswith("    ") for x in block.splitlines())
+        blocks.append(f"```\n{inspect.cleandoc(block) if code else block}\n```" if code else block)
+    return "\n\n".join(blocks) + "\n"
+
+
+def objectives() -> str:
+    lines = ["## Objectives: `asft_kernels.objectives`\n", "| name | parameters | what it is |\n| --- | --- | --- |"]
+    for name, make in OBJECTIVES.items():
+        given = inspect.signature(make).parameters.values()
+        parameters = ", ".join(f"`{p.replace(annotation=p.empty)}`" for p in given)
+        first = (inspect.getdoc(make) or "").partition("\n\n")[0]
+        lines.append(f"| `{name}` | {parameters or '–'} | {cell(first)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    PAGE.write_text(page()) if "--write" in sys.argv[1:] else print(page(), end="")
+
+
+if __name__ == "__main__":
+    main()
