@@ -1,22 +1,33 @@
 """The public calls: log-probabilities, objective, reduction."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from asft_kernels import checks
+from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, Wanted
 from asft_kernels.objectives import ASFT, Objective, get_objective
 from asft_kernels.objectives.base import counting, counting_rows, reduce_loss
-from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, summarize
+from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, TokenStats, summarize
 from asft_kernels.sequence import Logps, reduce
-from asft_kernels.token_logps import Head, Keywords, Options, token_logps
+from asft_kernels.token_logps import Head, Keywords, Options, token_logps, token_stats
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@overload
+def fused_linear_logps(
+    hidden: Tensor, lm_head: Head, labels: Tensor, *, return_stats: Literal[False] = False,
+    differentiable: Collection[str] = ..., **options: "Unpack[Keywords]",
+) -> Tensor: ...  # fmt: skip
+@overload
+def fused_linear_logps(
+    hidden: Tensor, lm_head: Head, labels: Tensor, *, return_stats: Literal[True] | Collection[str],
+    differentiable: Collection[str] = ..., **options: "Unpack[Keywords]",
+) -> TokenStats: ...  # fmt: skip
 def fused_linear_logps(
     hidden: Tensor,
     lm_head: Head,
@@ -31,14 +42,21 @@ def fused_linear_logps(
     cache_bytes: int | None = None,
     chunk_size: int | None = None,
     num_valid: int | None = None,
-) -> Tensor:
+    return_stats: bool | Collection[str] = False,
+    differentiable: Collection[str] = ("lse",),
+) -> Tensor | TokenStats:
     """Log-probability of every label, without the logits: the primitive, for your own loss.
 
     hidden: (R, T, D), or packed (M, D) with cu_seqlens; fp32, bf16, fp16 or fp64.
     lm_head: nn.Linear, weight (V, D) or (weight, bias), in hidden's dtype (under autocast: cast to it).
-    labels: (R, T) or (M,) integers. Keywords: `asft_kernels.token_logps.Options`.
+    labels: (R, T) or (M,) integers. Keywords: `asft_kernels.token_logps.Options`, and
+    return_stats: True for all figures of `TokenStats`, or the names of some; False (default) for none.
+    differentiable: those of return_stats that gradients go through: "lse" (default) at no further matrix product,
+        "entropy" at one more, "mean_logits" at none, with a softcap at one; docs/algorithm.md counts them. The others
+        are detached.
     Returns logps in the shape of labels, fp32 (fp64 for fp64 input), 0 at masked places, differentiable in
-    hidden, weight and bias. With shift=True label t+1's logp stands at index t; each last index is 0.
+    hidden, weight and bias; with return_stats a `TokenStats`, which has them too. With shift=True label t+1's logp
+    stands at index t; each last index is 0.
     Raises ValueError that names the argument, what it was and what it must be.
 
     >>> hidden, head = torch.randn(2, 5, 8), torch.nn.Linear(8, 32)
@@ -56,8 +74,12 @@ def fused_linear_logps(
         chunk_size=chunk_size,
         num_valid=num_valid,
     )
-    logps, batch, _ = token_logps(hidden, lm_head, labels, options)
-    return batch.spread(logps)
+    if return_stats is False:
+        logps, batch, _ = token_logps(hidden, lm_head, labels, options)
+        return batch.spread(logps)
+    names, grads = checks.stat_names(return_stats, differentiable, NAMES, DIFFERENTIABLE)
+    logps, stats, batch, _ = token_stats(hidden, lm_head, labels, options, Wanted(names, grads))
+    return TokenStats(batch.spread(logps), **{name: batch.spread(x) for name, x in stats.items()})
 
 
 @overload

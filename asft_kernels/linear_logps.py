@@ -15,6 +15,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from asft_kernels.backends import Logits, Saved, exp_columns, exp_dtype, load_backend
 from asft_kernels.backends.plan import Plan, make_plan, traced_chunk
+from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, Stats, StatsGrads, Wanted, stat_dtype
 from asft_kernels.kernels.configs import multiprocessors
 
 
@@ -30,13 +31,16 @@ def linear_logps(
     chunk_size: int | None,
     cache_bytes: int,
     padded: bool,
-) -> Tensor:
-    """log p(labels[t] | hidden[rows[t]]), (N,), differentiable in hidden, weight and bias.
+    wanted: Wanted | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """log p(labels[t] | hidden[rows[t]]), (N,), differentiable in hidden, weight and bias, and the wanted figures.
 
     hidden (M, D), weight (V, D), bias (V,) or None share one floating dtype. rows (N,) int64 are
     distinct, labels (N,) int64 in [0, V); with padded=True a label of -1 marks a slot that carries no
     token: its logp is 0, and nothing that stands in its row is looked at.
     fp32 result, fp64 for fp64 input. GEMMs: 1 without gradients, 2 for hidden alone, 3 or 4 with weight.
+    wanted: figures of each token (backends/token_stats.py), returned by name: (N,) in the dtype of the logps, is_top1
+    bool; 0 or False in slots without a token. docs/algorithm.md has what they and their gradients cost.
     """
     if torch.compiler.is_compiling():
         if chunk_size is None:
@@ -50,60 +54,82 @@ def linear_logps(
     grad = torch.is_grad_enabled()
     needs_acc = grad and hidden.requires_grad
     needs_exps = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    return _phase1(
+    names, differentiable = [], []
+    if wanted is not None:
+        names = [name for name in NAMES if name in wanted.names]
+        differentiable = [name for name in DIFFERENTIABLE if name in wanted.differentiable]
+    outputs = _phase1(
         hidden, weight, bias, rows, labels, backend, logits.scale, logits.softcap, chunk_size, cache_bytes,
-        padded, needs_acc, needs_exps,
-    )[0]  # fmt: skip
+        padded, needs_acc, needs_exps, " ".join(names), " ".join(differentiable if needs_acc or needs_exps else []),
+    )  # fmt: skip
+    return outputs[0], {name: outputs[-1][NAMES.index(name)] for name in names}
 
 
 @torch.library.custom_op("asft_kernels::linear_logps", mutates_args=())
 def _phase1(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor, backend: str,
     scale: float, softcap: float | None, chunk_size: int | None, cache_bytes: int, padded: bool,
-    needs_acc: bool, needs_exps: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    plan = _plan(hidden, weight, rows, backend, chunk_size, cache_bytes)
+    needs_acc: bool, needs_exps: bool, names: str = "", differentiable: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    wanted = Wanted.parse(names, differentiable)
+    plan = _plan(hidden, weight, rows, backend, chunk_size, cache_bytes, keeps=not wanted.recomputes(softcap))
     with exact_products(hidden.device.type):
         inputs = _without_padding(hidden, rows, labels) if padded else (hidden, rows, labels)
         saved = load_backend(backend).forward(
             inputs[0], weight, bias, *inputs[1:], Logits(scale, softcap), plan,
-            needs_acc=needs_acc, needs_exps=needs_exps,
+            needs_acc=needs_acc, needs_exps=needs_exps, wanted=wanted if names else None,
         )  # fmt: skip
+        stats = [] if saved.stats is None else list(saved.stats)
         if padded:
-            saved = saved._replace(logps=saved.logps.masked_fill(labels < 0, 0.0))
-    return saved.logps, saved.one_minus_p, saved.inv_total, saved.ref, saved.acc, saved.exps
+            masked = labels < 0
+            saved = saved._replace(logps=saved.logps.masked_fill(masked, 0.0))
+            figures = len(NAMES)
+            stats[:figures] = [x.masked_fill(masked, 0) if len(x) else x for x in stats[:figures]]
+    return saved.logps, saved.one_minus_p, saved.inv_total, saved.ref, saved.acc, saved.exps, stats
 
 
 @_phase1.register_fake
 def _(hidden, weight, bias, rows, labels, backend, scale, softcap, chunk_size, cache_bytes, padded,
-      needs_acc, needs_exps):  # fmt: skip
-    plan = _plan(hidden, weight, rows, backend, chunk_size, cache_bytes)
+      needs_acc, needs_exps, names="", differentiable=""):  # fmt: skip
+    wanted = Wanted.parse(names, differentiable)
+    plan = _plan(hidden, weight, rows, backend, chunk_size, cache_bytes, keeps=not wanted.recomputes(softcap))
     n, dtype = rows.shape[0], _stats_dtype(hidden)
     widths = [stop - start for start, stop in plan.slices[: plan.cached]] if needs_exps else []
     stats = [hidden.new_empty(n, dtype=dtype) for _ in range(4)]
     acc = hidden.new_empty((n, hidden.shape[1]) if needs_acc else (0,), dtype=dtype)
     room = [(n, exp_columns(backend, width)) for width in widths]
     exps = [hidden.new_empty(shape, dtype=exp_dtype(backend, hidden.dtype)) for shape in room]
-    return *stats, acc, [x[:, :width] for x, width in zip(exps, widths, strict=True)]
+    of_tokens = []
+    if names:
+        of_tokens = [hidden.new_empty(n if x in wanted.names else 0, dtype=stat_dtype(x, dtype)) for x in NAMES]
+        D, differentiable = hidden.shape[1], wanted.differentiable
+        logs = (n, D) if needs_acc and "entropy" in differentiable else (0,)
+        slopes = (1 if softcap is None else n, D) if needs_acc and "mean_logits" in differentiable else (0,)
+        of_tokens += [hidden.new_empty(shape, dtype=dtype) for shape in (logs, slopes)]
+    return *stats, acc, [x[:, :width] for x, width in zip(exps, widths, strict=True)], of_tokens
 
 
 @torch.library.custom_op("asft_kernels::linear_logps_backward", mutates_args=())
 def _phase2(
     grad_logps: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor,
     logps: Tensor, one_minus_p: Tensor, inv_total: Tensor, ref: Tensor, acc: Tensor, exps: list[Tensor],
-    backend: str, scale: float, softcap: float | None, chunk_size: int | None, cache_bytes: int,
-    padded: bool, needs_hidden: bool, needs_weight: bool, needs_bias: bool,
+    stats: list[Tensor], backend: str, scale: float, softcap: float | None, chunk_size: int | None,
+    cache_bytes: int, padded: bool, needs_hidden: bool, needs_weight: bool, needs_bias: bool,
+    grad_lse: Tensor | None = None, grad_mean_logits: Tensor | None = None, grad_entropy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     plan = _plan(hidden, weight, rows, backend, chunk_size, cache_bytes)
-    saved = Saved(logps, one_minus_p, inv_total, ref, acc, exps)
+    saved = Saved(logps, one_minus_p, inv_total, ref, acc, exps, Stats(*stats) if stats else None)
+    grads = (grad_logps, grad_lse, grad_mean_logits, grad_entropy)
     with exact_products(hidden.device.type):
         inputs = (hidden, rows, labels)
         if padded:
             inputs = _without_padding(*inputs)
-            grad_logps = grad_logps.masked_fill(labels < 0, 0.0)
+            grads = tuple(None if g is None else g.masked_fill(labels < 0, 0.0) for g in grads)
+        grad_logps, *of_stats = (None if g is None else g.contiguous() for g in grads)
         grad_hidden, grad_weight, grad_bias = load_backend(backend).backward(
-            grad_logps.contiguous(), inputs[0], weight, bias, *inputs[1:], saved, Logits(scale, softcap), plan,
+            grad_logps, inputs[0], weight, bias, *inputs[1:], saved, Logits(scale, softcap), plan,
             needs_hidden=needs_hidden, needs_weight=needs_weight, needs_bias=needs_bias,
+            stats_grads=None if all(g is None for g in of_stats) else StatsGrads(*of_stats),
         )  # fmt: skip
         if padded and grad_hidden is not None:
             spread = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
@@ -114,8 +140,9 @@ def _phase2(
 
 
 @_phase2.register_fake
-def _(grad_logps, hidden, weight, bias, rows, labels, logps, one_minus_p, inv_total, ref, acc, exps,
-      backend, scale, softcap, chunk_size, cache_bytes, padded, needs_hidden, needs_weight, needs_bias):  # fmt: skip
+def _(grad_logps, hidden, weight, bias, rows, labels, logps, one_minus_p, inv_total, ref, acc, exps, stats,
+      backend, scale, softcap, chunk_size, cache_bytes, padded, needs_hidden, needs_weight, needs_bias,
+      grad_lse=None, grad_mean_logits=None, grad_entropy=None):  # fmt: skip
     asked = ((hidden, needs_hidden), (weight, needs_weight), (bias, needs_bias))
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) if needed else hidden.new_empty(0)
@@ -124,23 +151,27 @@ def _(grad_logps, hidden, weight, bias, rows, labels, logps, one_minus_p, inv_to
 
 
 def _save_for_phase2(ctx, inputs, output):
-    hidden, weight, bias, rows, labels, *ctx.options = inputs
-    *stats, exps = output
+    hidden, weight, bias, rows, labels, *ctx.options, differentiable = inputs
+    *of_rows, exps, stats = output
     ctx.set_materialize_grads(False)  # else backward receives zeros of the size of E
-    ctx.mark_non_differentiable(*stats[1:], *exps)
-    ctx.save_for_backward(hidden, weight, bias, rows, labels, *stats, *exps)
+    fixed = [x for i, x in enumerate(stats) if i >= len(NAMES) or NAMES[i] not in differentiable.split()]
+    ctx.mark_non_differentiable(*of_rows[1:], *exps, *fixed)
+    ctx.kept = len(exps)
+    ctx.save_for_backward(hidden, weight, bias, rows, labels, *of_rows, *exps, *stats)
 
 
-def _gradients(ctx, grad_logps, *_):
-    nothing = (None,) * 13
-    if grad_logps is None:
+def _gradients(ctx, grad_logps, *others):
+    nothing = (None,) * 15
+    grad_stats = (others[-1] or (None,) * len(NAMES))[: len(DIFFERENTIABLE)]
+    if grad_logps is None and all(g is None for g in grad_stats):
         return nothing
-    hidden, weight, bias, rows, labels, logps, one_minus_p, inv_total, ref, acc, *exps = ctx.saved_tensors
-    backend, scale, softcap, chunk_size, cache_bytes, padded, _, _ = ctx.options
+    hidden, weight, bias, rows, labels, logps, one_minus_p, inv_total, ref, acc, *lists = ctx.saved_tensors
+    backend, scale, softcap, chunk_size, cache_bytes, padded, *_ = ctx.options
     needs = ctx.needs_input_grad[:3]
     grads = _phase2(
-        grad_logps, hidden, weight, bias, rows, labels, logps, one_minus_p, inv_total, ref, acc, exps,
-        backend, scale, softcap, chunk_size, cache_bytes, padded, *needs,
+        torch.zeros_like(logps) if grad_logps is None else grad_logps, hidden, weight, bias, rows, labels, logps,
+        one_minus_p, inv_total, ref, acc, lists[: ctx.kept], lists[ctx.kept :],
+        backend, scale, softcap, chunk_size, cache_bytes, padded, *needs, *grad_stats,
     )  # fmt: skip
     return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *nothing[3:]
 
@@ -156,10 +187,10 @@ torch.library.register_autograd(_phase1, _gradients, setup_context=_save_for_pha
 torch.library.register_autograd(_phase2, _refuse, setup_context=lambda ctx, inputs, output: None)
 
 
-def _plan(hidden, weight, rows, backend, chunk_size, cache_bytes) -> Plan:
+def _plan(hidden, weight, rows, backend, chunk_size, cache_bytes, *, keeps: bool = True) -> Plan:
     return make_plan(
         rows.shape[0], *weight.shape, exp_bytes=exp_dtype(backend, hidden.dtype).itemsize,
-        chunk_size=chunk_size, cache_bytes=cache_bytes, device_type=hidden.device.type,
+        chunk_size=chunk_size, cache_bytes=cache_bytes if keeps else 0, device_type=hidden.device.type,
         multiprocessors=multiprocessors(hidden.device) if chunk_size is None else 0,
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from asft_kernels import checks
 from asft_kernels.backends import Logits, choose_backend
 from asft_kernels.backends.plan import default_cache_bytes
+from asft_kernels.backends.token_stats import Wanted
 from asft_kernels.batch import TokenBatch, pack
 from asft_kernels.linear_logps import linear_logps
 
@@ -71,6 +72,24 @@ def token_logps(
     nll_labels: Tensor | None = None,
 ) -> tuple[Tensor, TokenBatch, str]:
     """All checks, then the primitive: logps (N,) of the compacted tokens, where they stand, the backend."""
+    logps, _, batch, backend = token_stats(
+        hidden, lm_head, labels, options, None, reduction=reduction, paired=paired, nll_labels=nll_labels
+    )
+    return logps, batch, backend
+
+
+def token_stats(
+    hidden: Tensor,
+    lm_head: Head,
+    labels: Tensor,
+    options: Options,
+    wanted: Wanted | None,
+    *,
+    reduction: str = "mean",
+    paired: bool = False,
+    nll_labels: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor], TokenBatch, str]:
+    """The same with the wanted figures of each token by name, (N,) as logps."""
     o = options
     checks.options(
         reduction=reduction, shift=o.shift, logit_scale=o.logit_scale, softcap=o.softcap, cache_bytes=o.cache_bytes,
@@ -94,13 +113,14 @@ def token_logps(
         labels, vocab=weight.shape[0], cu_seqlens=o.cu_seqlens, shift=o.shift, ignore_index=o.ignore_index,
         num_valid=o.num_valid, extra_labels=nll_labels,
     )  # fmt: skip
-    logps = linear_logps(
+    logps, stats = linear_logps(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, batch.rows, batch.labels, backend=backend,
         logits=Logits(float(o.logit_scale), None if o.softcap is None else float(o.softcap)),
         chunk_size=o.chunk_size, padded=batch.padded,
         cache_bytes=default_cache_bytes(hidden.device.type) if o.cache_bytes is None else o.cache_bytes,
+        wanted=wanted,
     )  # fmt: skip
-    return logps, batch, backend
+    return logps, stats, batch, backend
 
 
 def as_autocast(tensor: Tensor) -> Tensor:

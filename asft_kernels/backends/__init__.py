@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from asft_kernels.backends.plan import Plan
+from asft_kernels.backends.token_stats import Stats, StatsGrads, Wanted
 
 NAMES = ("torch", "triton")
 HAS_TRITON = find_spec("triton") is not None  # here, as torch 2.11's Dynamo refuses to trace find_spec
@@ -36,6 +37,7 @@ class Saved(NamedTuple):
     ref: Tensor  # (N,) the reference that E, acc and inv_total are relative to, in the backend's unit of logits
     acc: Tensor  # (N, D) fp32: O = sum_{v != y} exp(z_v - ref) * c_v * W_v, or (0,)
     exps: list[Tensor]  # plan.cached chunks (N, rows) of E' = exp(z - ref) * c
+    stats: Stats | None = None  # where figures were asked for
 
 
 class Backend(Protocol):
@@ -51,6 +53,7 @@ class Backend(Protocol):
         *,
         needs_acc: bool,  # a gradient to hidden is wanted
         needs_exps: bool,  # a gradient to weight or bias is wanted
+        wanted: Wanted | None = None,  # figures beside the log-probabilities
     ) -> Saved: ...
 
     def backward(
@@ -68,6 +71,7 @@ class Backend(Protocol):
         needs_hidden: bool,
         needs_weight: bool,
         needs_bias: bool,
+        stats_grads: StatsGrads | None = None,  # where a gradient has come to one of them
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dH (M, D) with zeros outside rows, dW (V, D), db (V,)), each in its tensor's dtype."""
         ...
