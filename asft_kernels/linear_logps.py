@@ -69,7 +69,7 @@ def linear_logps(
 def _phase1(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor, backend: str,
     scale: float, softcap: float | None, chunk_size: int | None, cache_bytes: int, padded: bool,
-    needs_acc: bool, needs_exps: bool, names: str = "", differentiable: str = "",
+    needs_acc: bool, needs_exps: bool, names: str, differentiable: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     wanted = Wanted.parse(names, differentiable)
     plan = _plan(hidden, weight, rows, backend, chunk_size, cache_bytes, keeps=not wanted.recomputes(softcap))
@@ -90,7 +90,7 @@ def _phase1(
 
 @_phase1.register_fake
 def _(hidden, weight, bias, rows, labels, backend, scale, softcap, chunk_size, cache_bytes, padded,
-      needs_acc, needs_exps, names="", differentiable=""):  # fmt: skip
+      needs_acc, needs_exps, names, differentiable):  # fmt: skip
     wanted = Wanted.parse(names, differentiable)
     plan = _plan(hidden, weight, rows, backend, chunk_size, cache_bytes, keeps=not wanted.recomputes(softcap))
     n, dtype = rows.shape[0], _stats_dtype(hidden)

@@ -72,3 +72,46 @@ def test_values(backend, kind, options):
             assert value.dtype == torch.float32
             print(name, relative_error(value, exact[name]), fp32_bound(largest))
             assert relative_error(value, exact[name]) <= 2 * fp32_bound(largest)
+
+
+WEIGHTS = {"logps": 1.0, "lse": 0.3, "mean_logits": 4.0, "entropy": -0.7}  # of each figure's part of a loss
+
+
+def loss_of(figures, names) -> Tensor:
+    """Each token's figures with factors of their own, so that no two rows are treated alike."""
+    total = 0.0
+    for name in names:
+        x = figures[name] if isinstance(figures, dict) else getattr(figures, name)
+        gen = torch.Generator().manual_seed(len(name))
+        total = total + WEIGHTS[name] * (x * torch.randn(x.shape, generator=gen).to(x)).sum()
+    return total
+
+
+def subsets(names):
+    return [part for size in range(1, len(names) + 1) for part in combinations(names, size)]
+
+
+def exact_gradients(case: Case, names, **options) -> tuple[list[Tensor], float]:
+    figures, largest = oracle(case, **options)
+    return list(torch.autograd.grad(loss_of(figures, names), case.exact.leaves)), largest
+
+
+def gradients(case: Case, names, **options) -> list[Tensor]:
+    asked = [name for name in names if name != "logps"]
+    stats = fused_linear_logps(
+        case.hidden, case.head, case.labels, return_stats=asked or True, differentiable=asked, **options
+    )
+    return list(torch.autograd.grad(loss_of(stats, names), case.leaves))
+
+
+@pytest.mark.parametrize("cache_bytes", [None, 0, 40_000], ids=["cached", "recomputed", "some cached"])
+@pytest.mark.parametrize("options", [{}, CAPPED], ids=["plain", "capped"])
+@pytest.mark.parametrize("names", subsets(("logps", *DIFFERENTIABLE)), ids="+".join)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients(backend, names, options, cache_bytes):
+    case = make_case(rows=2, T=40, D=43, V=251, bias=True)
+    exact, largest = exact_gradients(case, names, **options)
+    got = gradients(case, names, backend=backend, chunk_size=100, cache_bytes=cache_bytes, **options)
+    for g, want in zip(got, exact, strict=True):
+        print(relative_error(g, want))
+        assert relative_error(g, want) <= 2 * fp32_bound(largest)
