@@ -115,3 +115,106 @@ def test_gradients(backend, names, options, cache_bytes):
     for g, want in zip(got, exact, strict=True):
         print(relative_error(g, want))
         assert relative_error(g, want) <= 2 * fp32_bound(largest)
+
+
+ALL = ("logps", *DIFFERENTIABLE)
+
+
+@pytest.mark.parametrize("options", [{}, CAPPED], ids=["plain", "capped"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_peaked_rows(backend, options):
+    """Logits of 60 nats, for the label and against it. Exponents relative to the label's logit meet ln(total), of the
+    same size, in the entropy's gradient: beside the logits' error, that of those exponents, as large."""
+    case = make_case(rows=3, T=30, D=32, V=130, bias=True, peaked=True, spread=2.0)
+    exact, largest = exact_gradients(case, ALL, **options)
+    got = gradients(case, ALL, backend=backend, chunk_size=40, cache_bytes=20_000, **options)
+    for g, want in zip(got, exact, strict=True):
+        print(relative_error(g, want), fp32_bound(largest))
+        assert relative_error(g, want) <= 2 * fp32_bound(largest)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["looks", "without a look"])
+@pytest.mark.parametrize(("gap", "high"), [(20.0, 130), (45.9, 299), (60.0, 130), (200.0, 290)])
+def test_a_label_far_below(gap, high, on_gpu, request):
+    """20: nothing moves; one logit of 45.9: E = 9e19, whose square passes fp32's range; then the reference moves."""
+    if on_gpu:
+        request.getfixturevalue("as_on_a_gpu")
+    case = one_label_far_below(make_case(rows=4, T=17, D=32, V=300), gap, torch.arange(high, 300))
+    exact, largest = oracle(case)
+    got = stats_of(case, chunk_size=25)
+    for name in ("logps", "lse", "mean_logits", "entropy", "log_sum_sq_probs"):
+        print(name, relative_error(getattr(got, name), exact[name]), fp32_bound(largest))
+        assert relative_error(getattr(got, name), exact[name]) <= 2 * fp32_bound(largest)
+    assert torch.equal(got.is_top1, exact["is_top1"])
+    for g, want in zip(gradients(case, ALL, chunk_size=25), exact_gradients(case, ALL)[0], strict=True):
+        print(relative_error(g, want), fp32_bound(largest))
+        assert relative_error(g, want) <= 2 * fp32_bound(largest)
+
+
+@pytest.mark.parametrize("options", [{}, CAPPED], ids=["plain", "capped"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_low_precision(backend, dtype, options):
+    """Values are fp32's; gradients are rounded once on the torch backend. Triton keeps E and du in bf16 for bf16: each
+    is rounded once beside the result, as for logp alone (tests/test_triton_backend.py). For dH it keeps E L, too, a
+    factor of max |L| larger, which an entropy's gradient cancels against ln(total) E: of random signs over the
+    vocabulary, so a share of what its terms sum to without signs."""
+    case = make_case(rows=2, T=40, D=48, V=251, bias=True, dtype=dtype)
+    exact, largest = oracle(case, **options)
+    got = stats_of(case, backend=backend, chunk_size=100, **options)
+    for name in ("logps", "lse", "mean_logits", "entropy", "log_sum_sq_probs"):
+        assert relative_error(getattr(got, name), exact[name]) <= 2 * fp32_bound(largest)
+    got = gradients(case, ALL, backend=backend, chunk_size=100, **options)
+    factors = [1.1] * 3 if backend == "torch" or dtype == torch.float16 else [4.0, 1.9, 1.9]
+    for g, want, factor in zip(got, exact_gradients(case, ALL, **options)[0], factors, strict=True):
+        assert g.dtype == dtype
+        print(relative_error(g, want), rounded_once(want, dtype))
+        assert relative_error(g, want) <= factor * rounded_once(want, dtype)
+
+
+@pytest.mark.parametrize("options", [{}, CAPPED], ids=["plain", "capped"])
+def test_gradcheck(options):
+    """Against differences, in float64, for all three at once and with num_valid, where slots carry no token."""
+    case = make_case(rows=2, T=6, D=5, V=11, bias=True, dtype=torch.float64)
+
+    def call(hidden, weight, bias):
+        stats = fused_linear_logps(
+            hidden, (weight, bias), case.labels, return_stats=True, differentiable=DIFFERENTIABLE, chunk_size=4,
+            num_valid=9, **options,
+        )  # fmt: skip
+        return tuple(getattr(stats, name) for name in ALL)
+
+    assert torch.autograd.gradcheck(call, case.leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_slots_without_a_token(backend):
+    """The same figures and gradients when a bound on the number of tokens leaves slots over."""
+    case = make_case(bias=True)
+    results = []
+    for num_valid in (None, 40):
+        stats = stats_of(case, backend=backend, num_valid=num_valid, differentiable=DIFFERENTIABLE)
+        results.append([*vars(stats).values(), *torch.autograd.grad(loss_of(stats, ALL), case.leaves)])
+    for exact, padded in zip(*results, strict=True):
+        assert relative_error(padded, exact) <= 2 * fp32_bound(1)
+        assert torch.equal(padded == 0, exact == 0)
+
+
+@pytest.mark.parametrize("options", [{}, CAPPED], ids=["plain", "capped"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_of_minus_infinity(backend, options):
+    """Masked vocabulary, labels elsewhere: without a softcap they have probability 0 and make the mean -inf."""
+    case = make_case(rows=2, T=30, D=24, V=97, bias=True)
+    with torch.no_grad():
+        case.bias[:45] = case.bias[70] = -torch.inf
+        case.labels[(case.labels != IGNORE) & (case.bias[case.labels.clamp(min=0)] == -torch.inf)] = 50
+    exact, largest = oracle(case, **options)
+    got = stats_of(case, backend=backend, chunk_size=20, **options)
+    for name in ("logps", "lse", "entropy", "log_sum_sq_probs"):
+        assert relative_error(getattr(got, name), exact[name]) <= 2 * fp32_bound(largest)
+    assert torch.equal(got.is_top1, exact["is_top1"])
+    assert torch.equal(got.mean_logits == -torch.inf, exact["mean_logits"] == -torch.inf)
+    names = ("logps", "lse", "entropy")
+    grads = gradients(case, names, backend=backend, chunk_size=20, **options)
+    for g, want in zip(grads, exact_gradients(case, names, **options)[0], strict=True):
+        assert relative_error(g, want) <= 2 * fp32_bound(largest)
