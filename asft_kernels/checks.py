@@ -274,7 +274,7 @@ def stat_names(
 ) -> tuple[frozenset[str], frozenset[str]]:
     """What a call wants of `names`, and what of that gradients go through."""
     known = ", ".join(map(repr, names))
-    asked = names if return_stats is True else return_stats
+    asked = (names if return_stats else ()) if isinstance(return_stats, bool) else return_stats
     if isinstance(asked, str) or not isinstance(asked, Collection):
         need = f"True, False or a list of names out of {known}"
         _refuse("return_stats", repr(asked), need + (f"; write [{asked!r}]" if asked in names else ""))

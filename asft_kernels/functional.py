@@ -74,10 +74,10 @@ def fused_linear_logps(
         chunk_size=chunk_size,
         num_valid=num_valid,
     )
+    names, grads = checks.stat_names(return_stats, differentiable, NAMES, DIFFERENTIABLE)
     if return_stats is False:
         logps, batch, _ = token_logps(hidden, lm_head, labels, options)
         return batch.spread(logps)
-    names, grads = checks.stat_names(return_stats, differentiable, NAMES, DIFFERENTIABLE)
     logps, stats, batch, _ = token_stats(hidden, lm_head, labels, options, Wanted(names, grads))
     return TokenStats(batch.spread(logps), **{name: batch.spread(x) for name, x in stats.items()})
 

@@ -218,3 +218,147 @@ def test_logits_of_minus_infinity(backend, options):
     grads = gradients(case, names, backend=backend, chunk_size=20, **options)
     for g, want in zip(grads, exact_gradients(case, names, **options)[0], strict=True):
         assert relative_error(g, want) <= 2 * fp32_bound(largest)
+
+
+@pytest.mark.parametrize(
+    ("differentiable", "softcap", "frozen_head", "cached", "recomputed"),
+    [
+        ((), None, 2, 3, 4),
+        (("lse",), None, 2, 3, 4),
+        (("mean_logits",), None, 2, 3, 4),
+        (("entropy",), None, 3, 4, 5),
+        (DIFFERENTIABLE, None, 3, 4, 5),
+        (("lse",), 20.0, 2, 3, 4),
+        (("mean_logits",), 20.0, 3, 5, 5),  # c W, and for the head c anew
+        (("entropy",), 20.0, 3, 5, 5),
+        (DIFFERENTIABLE, 20.0, 4, 6, 6),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_products(backend, differentiable, softcap, frozen_head, cached, recomputed):
+    """All figures are asked for each time: their values cost no product."""
+    case = make_case(rows=4, T=17, D=32, V=192)
+    n = int((case.labels[:, 1:] != IGNORE).sum())
+
+    def call(cache_bytes=None):
+        stats = stats_of(
+            case, backend=backend, differentiable=differentiable, softcap=softcap, chunk_size=32,
+            cache_bytes=cache_bytes,
+        )  # fmt: skip
+        loss_of(stats, ("logps", *differentiable)).backward()
+
+    def count(*args):
+        # In the interpreter the products of z are NumPy's: one a phase 1, one for each chunk that phase 2 recomputes.
+        unseen = (
+            0
+            if backend == "torch"
+            else 2
+            if args or (softcap and {"entropy", "mean_logits"} & {*differentiable})
+            else 1
+        )
+        return gemms(lambda: call(*args), n, 192, 32) + unseen
+
+    assert count() == pytest.approx(cached, rel=1e-9)
+    assert count(0) == pytest.approx(recomputed, rel=1e-9)
+    case.weight.requires_grad_(False)
+    unseen = 0 if backend == "torch" else 1
+    assert gemms(call, n, 192, 32) + unseen == pytest.approx(frozen_head, rel=1e-9)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_one_product_without_gradients(mode):
+    case = make_case(rows=4, T=17, D=16, V=256)
+    n = int((case.labels[:, 1:] != IGNORE).sum())
+    with mode():
+        products = gemms(lambda: stats_of(case, differentiable=DIFFERENTIABLE, softcap=9.0), n, 256, 16)
+    assert products == pytest.approx(1, rel=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_what_is_asked_for(backend):
+    """Names alone, detached but for lse, and log-probabilities as a call without figures gives them, to the bit."""
+    case = make_case(bias=True)
+    plain = fused_linear_logps(case.hidden, case.head, case.labels, backend=backend)
+    everything = stats_of(case, backend=backend)
+    for name in NAMES:
+        one = fused_linear_logps(case.hidden, case.head, case.labels, backend=backend, return_stats=[name])
+        assert [key for key, value in vars(one).items() if value is not None] == ["logps", name]
+        assert torch.equal(getattr(one, name), getattr(everything, name))
+        assert getattr(one, name).requires_grad == (name == "lse")
+        assert torch.equal(one.logps, plain)
+    detached = stats_of(case, backend=backend, differentiable=[])
+    assert [name for name in ALL if getattr(detached, name).requires_grad] == ["logps"]
+
+
+def test_equal_logits_are_a_tie():
+    """Rows of the head that are the label's own, and a head of zeros: the label is no worse than any."""
+    case = make_case(rows=2, T=20, D=24, V=60, valid=1.0)
+    with torch.no_grad():
+        case.weight[30:] = case.weight[:30]
+    exact, _ = oracle(case)
+    assert 0 < exact["is_top1"].sum() < 38
+    assert torch.equal(stats_of(case, chunk_size=7).is_top1, exact["is_top1"])
+    with torch.no_grad():
+        case.weight.zero_()
+    assert stats_of(case).is_top1[:, :-1].all()
+    assert not stats_of(case).is_top1[:, -1].any()
+
+
+def test_no_tokens():
+    case = make_case(valid=0.0)
+    stats = stats_of(case, differentiable=DIFFERENTIABLE)
+    assert all((value == 0).all() for value in vars(stats).values())
+    assert all((g == 0).all() for g in torch.autograd.grad(loss_of(stats, ALL), case.leaves))
+
+
+@pytest.mark.parametrize("options", [{}, CAPPED], ids=["plain", "capped"])
+def test_traced(options):
+    """torch.compile keeps the operators whole, whose fakes say what comes out."""
+    case = make_case(bias=True)
+
+    def call(hidden, head, labels):
+        stats = fused_linear_logps(
+            hidden, head, labels, return_stats=True, differentiable=DIFFERENTIABLE, chunk_size=30, **options
+        )
+        return [getattr(stats, name) for name in ("logps", *NAMES)]
+
+    traced = torch.compile(call, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (call, traced):
+        figures = dict(zip(("logps", *NAMES), run(case.hidden, case.head, case.labels), strict=True))
+        results.append([*figures.values(), *torch.autograd.grad(loss_of(figures, ALL), case.leaves)])
+    for eager, compiled in zip(*results, strict=True):
+        assert relative_error(compiled, eager) <= 2 * fp32_bound(1)
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_operators_and_their_fakes_agree(backend, softcap):
+    case = make_case(rows=1, T=9, D=16, V=37, valid=1.0)
+    inputs = (case.hidden[0].detach(), case.weight.detach(), None, torch.arange(9), case.labels[0].clamp(min=0))
+    options = (backend, 1.0, softcap, 20, 2**20, False)
+    utils = {"test_utils": ("test_schema", "test_faketensor")}
+    arguments = [*inputs, *options, True, True, " ".join(NAMES), " ".join(DIFFERENTIABLE)]
+    torch.library.opcheck(torch.ops.asft_kernels.linear_logps.default, arguments, **utils)
+    *of_rows, exps, stats = torch.ops.asft_kernels.linear_logps(*arguments)
+    g = torch.randn(9)
+    arguments = [g, *inputs, *of_rows, exps, stats, *options, True, True, False, g, g, g]
+    torch.library.opcheck(torch.ops.asft_kernels.linear_logps_backward.default, arguments, **utils)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"return_stats": "entropy"}, r"return_stats: got 'entropy', need .* write \['entropy'\]"),
+        ({"return_stats": 1}, "return_stats: got 1, need True, False or a list of names"),
+        ({"return_stats": ["entrop"]}, "return_stats: got the name 'entrop', need names out of 'lse'"),
+        ({"return_stats": True, "differentiable": "lse"}, "differentiable: got 'lse', need a list"),
+        ({"return_stats": True, "differentiable": ["is_top1"]}, "differentiable: got the name 'is_top1'"),
+        ({"return_stats": ["lse"], "differentiable": ["entropy"]}, "differentiable: got the name 'entropy', need one"),
+        ({"differentiable": ["entropy"]}, "differentiable: got the name 'entropy', need one"),
+    ],
+)
+def test_refusals(options, message):
+    case = make_case()
+    with pytest.raises(ValueError, match=message):
+        fused_linear_logps(case.hidden, case.head, case.labels, **options)
