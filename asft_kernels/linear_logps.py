@@ -119,17 +119,17 @@ def _phase2(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     plan = _plan(hidden, weight, rows, backend, chunk_size, cache_bytes)
     saved = Saved(logps, one_minus_p, inv_total, ref, acc, exps, Stats(*stats) if stats else None)
-    grads = (grad_logps, grad_lse, grad_mean_logits, grad_entropy)
+    of_stats = (grad_lse, grad_mean_logits, grad_entropy)
     with exact_products(hidden.device.type):
         inputs = (hidden, rows, labels)
         if padded:
             inputs = _without_padding(*inputs)
-            grads = tuple(None if g is None else g.masked_fill(labels < 0, 0.0) for g in grads)
-        grad_logps, *of_stats = (None if g is None else g.contiguous() for g in grads)
+            grad_logps = grad_logps.masked_fill(labels < 0, 0.0)
+            of_stats = [None if g is None else g.masked_fill(labels < 0, 0.0) for g in of_stats]
         grad_hidden, grad_weight, grad_bias = load_backend(backend).backward(
-            grad_logps, inputs[0], weight, bias, *inputs[1:], saved, Logits(scale, softcap), plan,
+            grad_logps.contiguous(), inputs[0], weight, bias, *inputs[1:], saved, Logits(scale, softcap), plan,
             needs_hidden=needs_hidden, needs_weight=needs_weight, needs_bias=needs_bias,
-            stats_grads=None if all(g is None for g in of_stats) else StatsGrads(*of_stats),
+            stats_grads=None if all(g is None for g in of_stats) else StatsGrads._make(of_stats),
         )  # fmt: skip
         if padded and grad_hidden is not None:
             spread = torch.zeros_like(hidden, memory_format=torch.contiguous_format)

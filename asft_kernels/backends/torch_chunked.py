@@ -48,7 +48,7 @@ class Unit(NamedTuple):
     nats: float
     exp: Callable[[Tensor], Tensor]
     exp_: Callable[[Tensor], Tensor]
-    log: Callable[[Tensor], Tensor]
+    log: Callable[..., Tensor]
 
 
 NAT = Unit(1.0, torch.exp, Tensor.exp_, torch.log)
@@ -80,7 +80,7 @@ def forward(
         for b in head.blocks
     ]
     logps, one_minus_p, inv_total, ref, *figures = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-    stats = None if room is None else Stats(*figures, room.log_acc, room.slope_acc)
+    stats = None if room is None else Stats._make([*figures, room.log_acc, room.slope_acc])
     return Saved(logps, one_minus_p, inv_total, ref, acc, exps, stats)
 
 
