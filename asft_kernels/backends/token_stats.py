@@ -68,9 +68,9 @@ class StatsGrads(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What the chunks say of each token, (N,) each, relative to r and in nats; None where nothing asks for it."""
+    """What the chunks say of each token, (N,) each, in nats; None where nothing asks for it."""
 
-    logits: Tensor | None = None  # sum of L, label included
+    mean_logits: Tensor | None = None
     logs: Tensor | None = None  # sum of E L
     squares: Tensor | None = None  # sum of (E / total)^2
     is_top1: Tensor | None = None
@@ -78,13 +78,13 @@ class Sums(NamedTuple):
 
 def close(
     wanted: Wanted, sums: Sums, *, ref: Tensor, log_total: Tensor, one_minus_p: Tensor,
-    inv_total: Tensor, logps: Tensor, vocab: int,
+    inv_total: Tensor, logps: Tensor,
 ) -> list[Tensor]:  # fmt: skip
     """The five figures of Stats, in order. ref and log_total = ln total in nats."""
     figures = {"lse": ref + log_total} if "lse" in wanted.names else {}
     p_y = logps.exp()
-    if sums.logits is not None:
-        figures["mean_logits"] = ref + sums.logits / vocab
+    if sums.mean_logits is not None:
+        figures["mean_logits"] = sums.mean_logits
     if sums.logs is not None:
         own = p_y * _finite(logps)
         # No entropy is below 0; the sums' roundings might be.

@@ -115,7 +115,7 @@ def _forward_block(
         return logps, one_minus_p, inv_total, ref
     figures = close(
         room.wanted, stats.sums(ref, total, UNIT.nats), ref=ref * UNIT.nats, log_total=UNIT.log(total) * UNIT.nats,
-        one_minus_p=one_minus_p, inv_total=inv_total, logps=logps, vocab=head.plan.vocab,
+        one_minus_p=one_minus_p, inv_total=inv_total, logps=logps,
     )  # fmt: skip
     return logps, one_minus_p, inv_total, ref, *figures
 
@@ -251,7 +251,8 @@ def backward(
         not_p = saved.one_minus_p if label_slope is None else saved.one_minus_p * label_slope
         label_entry = -not_p / saved.inv_total
     else:
-        weighing, row_factor = Weighing(factors, UNIT, H.new_empty(head.block_size * plan.chunk)), None
+        scratch = H.new_empty(0 if factors.log is None else head.block_size * plan.chunk)
+        weighing, row_factor = Weighing(factors, UNIT, scratch), None
         label_entry = factors.label_entry(label_slope)
     scaled = H * row_factor if needs_weight and row_factor is not None else H
     kept = 0 if weighing else len(saved.exps)

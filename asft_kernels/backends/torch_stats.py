@@ -108,7 +108,7 @@ class BlockStats:
     def sums(self, ref: Tensor, total: Tensor, nats: float) -> Sums:
         """nats: one unit of logits."""
         return Sums(
-            logits=self.sum * nats if "mean_logits" in self.names else None,
+            mean_logits=(ref + self.sum / self.entries) * nats if "mean_logits" in self.names else None,
             logs=self.logs * nats if "entropy" in self.names else None,
             squares=self.squares / (total * SHRINK).square() if "log_sum_sq_probs" in self.names else None,
             # A reference that has moved did so for a logit above the label's.
