@@ -8,13 +8,14 @@ from asft_kernels.functional import fused_asft_loss, fused_linear_logps, fused_p
 from asft_kernels.nn import FusedASFTLoss
 from asft_kernels.noisy_logps import fused_noisy_linear_logps
 from asft_kernels.objectives import get_objective
-from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs
+from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, TokenStats
 
 __version__ = "0.1.0"
 __all__ = [
     "FusedASFTLoss",
     "PreferenceOutputs",
     "SequenceOutputs",
+    "TokenStats",
     "fused_asft_loss",
     "fused_linear_logps",
     "fused_noisy_linear_logps",

@@ -1,6 +1,6 @@
 """Every ValueError about what a caller passed: the argument, what it was, what it must be, what to do."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import pairwise
 from math import inf
 from numbers import Integral, Real
@@ -98,7 +98,8 @@ NO_TRANSFORM = (
 
 def no_transform() -> None:
     """RuntimeError inside torch.func's grad, vmap, jvp and their like, whose own errors name nothing of ours."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    if not torch.compiler.is_compiling() and functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(NO_TRANSFORM)
 
 
@@ -295,3 +296,26 @@ def _real(value: object) -> bool:
 
 def _integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def stat_names(
+    return_stats: object, differentiable: object, names: Collection[str], can_be_differentiable: Collection[str]
+) -> tuple[frozenset[str], frozenset[str]]:
+    """What a call wants of `names`, and what of that gradients go through."""
+    known = ", ".join(map(repr, names))
+    asked = (names if return_stats else ()) if isinstance(return_stats, bool) else return_stats
+    if isinstance(asked, str) or not isinstance(asked, Collection):
+        need = f"True, False or a list of names out of {known}"
+        refuse("return_stats", repr(asked), need + (f"; write [{asked!r}]" if asked in names else ""))
+    for name in asked:
+        if name not in names:
+            refuse("return_stats", f"the name {name!r}", f"names out of {known}; drop it or correct its spelling")
+    if isinstance(differentiable, str) or not isinstance(differentiable, Collection):
+        refuse("differentiable", repr(differentiable), "a list of names; write ['lse'], or [] to detach all")
+    for name in differentiable:
+        if name not in can_be_differentiable:
+            need = f"names out of {', '.join(map(repr, can_be_differentiable))}; the other figures have no gradient"
+            refuse("differentiable", f"the name {name!r}", f"{need}, drop it")
+        if name not in asked and name != "lse":  # the default names it
+            refuse("differentiable", f"the name {name!r}", f"one that return_stats asks for; add {name!r} there")
+    return frozenset(asked), frozenset(differentiable) & frozenset(asked)

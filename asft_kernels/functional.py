@@ -1,17 +1,18 @@
 """The public calls: log-probabilities, objective, reduction."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from asft_kernels import checks
+from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, Wanted
 from asft_kernels.heads import Head
 from asft_kernels.objectives import ASFT, Objective, get_objective
 from asft_kernels.objectives.base import counting, counting_rows, reduce_loss
 from asft_kernels.options import Keywords, Options, explained, make_options
-from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, summarize
+from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, TokenStats, summarize
 from asft_kernels.sequence import Logps, reduce
 from asft_kernels.token_logps import token_logps
 
@@ -19,6 +20,16 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@overload
+def fused_linear_logps(
+    hidden: Tensor, lm_head: Head, labels: Tensor, *, return_stats: Literal[False] = False,
+    differentiable: Collection[str] = ..., **options: "Unpack[Keywords]",
+) -> Tensor: ...  # fmt: skip
+@overload
+def fused_linear_logps(
+    hidden: Tensor, lm_head: Head, labels: Tensor, *, return_stats: Literal[True] | Collection[str],
+    differentiable: Collection[str] = ..., **options: "Unpack[Keywords]",
+) -> TokenStats: ...  # fmt: skip
 @explained
 def fused_linear_logps(
     hidden: Tensor,
@@ -34,7 +45,9 @@ def fused_linear_logps(
     cache_bytes: int | None = None,
     chunk_size: int | None = None,
     num_valid: int | None = None,
-) -> Tensor:
+    return_stats: bool | Collection[str] = False,
+    differentiable: Collection[str] = ("lse",),
+) -> Tensor | TokenStats:
     """Computes the log-probability of every label without the logits: the primitive, for your own loss.
 
     Args:
@@ -42,10 +55,15 @@ def fused_linear_logps(
         lm_head: {lm_head}
         labels: (R, T) or (M,) integers, aligned with input_ids.
         {keywords}
+        return_stats: True for all figures of `TokenStats`, or the names of some; False (default) for none.
+        differentiable: Those of return_stats that gradients go through: "lse" (default) at no further matrix product,
+            "entropy" at one more, "mean_logits" at none, with a softcap at one; docs/algorithm.md counts them. The
+            others are detached.
 
     Returns:
         Log-probabilities in the shape of labels, fp32 (fp64 for fp64 hidden), 0 where no loss is, differentiable in
-        hidden, weight and bias. With shift=True label t+1's stands at index t; each row's last is 0.
+        hidden, weight and bias; with return_stats a `TokenStats`, which has them too. With shift=True label t+1's
+        stands at index t; each row's last is 0.
 
     Raises:
         ValueError: What the caller got wrong: the argument, what it was, what it must be.
@@ -66,8 +84,12 @@ def fused_linear_logps(
         chunk_size=chunk_size,
         num_valid=num_valid,
     )
-    logps, batch, _ = token_logps(hidden, lm_head, labels, options)
-    return batch.spread(logps)
+    names, grads = checks.stat_names(return_stats, differentiable, NAMES, DIFFERENTIABLE)
+    wanted = Wanted(names, grads) if return_stats is not False else None
+    logps, stats, batch, _ = token_logps(hidden, lm_head, labels, options, wanted=wanted)
+    if wanted is None:
+        return batch.spread(logps)
+    return TokenStats(batch.spread(logps), **{name: batch.spread(x) for name, x in stats.items()})
 
 
 @overload
@@ -244,7 +266,7 @@ def _preference_loss(
         nll_labels = torch.cat([nll_labels, torch.full_like(nll_labels, options.ignore_index)])
     inputs = checks.objective_inputs(objective, objective_inputs)
     checks.same_place(hidden=hidden, ref_logps=ref_logps, token_weights=token_weights, nll_labels=nll_labels, **inputs)
-    logps, batch, backend = token_logps(
+    logps, _, batch, backend = token_logps(
         hidden, lm_head, labels, options, paired=objective.paired, nll_labels=nll_labels
     )
 

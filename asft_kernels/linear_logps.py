@@ -7,6 +7,7 @@ double backward return a wrong partial result in silence; this one refuses.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from threading import Lock
 
 import torch
@@ -17,6 +18,7 @@ from asft_kernels import checks
 from asft_kernels.backends import Logits, Saved, exp_columns, exp_dtype, load_backend
 from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan, make_plan, traced_chunk
+from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, Stats, StatsGrads, Wanted, stat_dtype
 from asft_kernels.kernels.configs import multiprocessors
 
 
@@ -32,14 +34,17 @@ def linear_logps(
     chunk_size: int | None,
     cache_bytes: int,
     padded: bool,
-) -> Tensor:
-    """log p(labels[t] | hidden[rows[t]]), (N,), differentiable in hidden, bias and what weight is made of.
+    wanted: Wanted | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """log p(labels[t] | hidden[rows[t]]), (N,), differentiable in hidden, bias and what weight is made of; and figures.
 
     hidden (M, D + r), weight (V, D + r), bias (V,) or None share one floating dtype (low-rank columns may be fp32).
     rows (N,) int64 are distinct, labels (N,) int64 in [0, V); with padded=True a label of -1 marks a slot that carries
     no token: its logp is 0, and nothing that stands in its row is looked at.
     fp32 result, fp64 for fp64 input. GEMMs: 1 without gradients, 2 for hidden alone, 3 or 4 with weight; a gradient to
     the low-rank columns alone is a product of r columns, and no further one of D while E is kept.
+    wanted: figures of each token (backends/token_stats.py), returned by name: (N,) in the dtype of the logps, is_top1
+    bool; 0 or False in slots without a token. docs/algorithm.md has what they and their gradients cost.
     """
     tensors = (weight.weight, weight.low_rank)
     if torch.compiler.is_compiling():
@@ -54,64 +59,87 @@ def linear_logps(
     grad = torch.is_grad_enabled()
     needs_acc = grad and hidden.requires_grad
     needs_exps = grad and any(x is not None and x.requires_grad for x in (*tensors, bias))
-    return _phase1(
+    names, differentiable = [], []
+    if wanted is not None:
+        names = [name for name in NAMES if name in wanted.names]
+        differentiable = [name for name in DIFFERENTIABLE if name in wanted.differentiable]
+    outputs = _phase1(
         hidden, *tensors, bias, weight.codes, list(weight.scales), rows, labels, backend, logits.scale,
         logits.softcap, chunk_size, cache_bytes, padded, needs_acc, needs_exps,
-    )[0]  # fmt: skip
+        " ".join(names), " ".join(differentiable if needs_acc or needs_exps else []),
+    )  # fmt: skip
+    return outputs[0], {name: outputs[-1][NAMES.index(name)] for name in names}
 
 
 @torch.library.custom_op("asft_kernels::linear_logps", mutates_args=())
 def _phase1(
     hidden: Tensor, weight: Tensor, low_rank: Tensor | None, bias: Tensor | None, codes: str, scales: list[Tensor],
     rows: Tensor, labels: Tensor, backend: str, scale: float, softcap: float | None, chunk_size: int | None,
-    cache_bytes: int, padded: bool, needs_acc: bool, needs_exps: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    cache_bytes: int, padded: bool, needs_acc: bool, needs_exps: bool, names: str, differentiable: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    wanted = Wanted.parse(names, differentiable)
     head = HeadRows(weight, low_rank, codes, tuple(scales))
-    plan = _plan(hidden, head, rows, backend, chunk_size, cache_bytes)
+    plan = _plan(hidden, head, rows, backend, chunk_size, cache_bytes, keeps=not wanted.recomputes(softcap))
     with exact_products(hidden.device.type):
         inputs = _without_padding(hidden, rows, labels) if padded else (hidden, rows, labels)
         saved = load_backend(backend).forward(
             inputs[0], head, bias, *inputs[1:], Logits(scale, softcap), plan,
-            needs_acc=needs_acc, needs_exps=needs_exps,
+            needs_acc=needs_acc, needs_exps=needs_exps, wanted=wanted if names else None,
         )  # fmt: skip
+        stats = [] if saved.stats is None else list(saved.stats)
         if padded:
-            saved = saved._replace(logps=saved.logps.masked_fill(labels < 0, 0.0))
-    return saved.logps, saved.one_minus_p, saved.inv_total, saved.ref, saved.acc, saved.exps
+            masked = labels < 0
+            saved = saved._replace(logps=saved.logps.masked_fill(masked, 0.0))
+            figures = len(NAMES)
+            stats[:figures] = [x.masked_fill(masked, 0) if len(x) else x for x in stats[:figures]]
+    return saved.logps, saved.one_minus_p, saved.inv_total, saved.ref, saved.acc, saved.exps, stats
 
 
 @_phase1.register_fake
 def _(hidden, weight, low_rank, bias, codes, scales, rows, labels, backend, scale, softcap, chunk_size, cache_bytes,
-      padded, needs_acc, needs_exps):  # fmt: skip
+      padded, needs_acc, needs_exps, names, differentiable):  # fmt: skip
+    wanted = Wanted.parse(names, differentiable)
     head = HeadRows(weight, low_rank, codes, tuple(scales))
-    plan = _plan(hidden, head, rows, backend, chunk_size, cache_bytes)
+    plan = _plan(hidden, head, rows, backend, chunk_size, cache_bytes, keeps=not wanted.recomputes(softcap))
     n, dtype = rows.shape[0], _stats_dtype(hidden)
     widths = [stop - start for start, stop in plan.slices[: plan.cached]] if needs_exps else []
     stats = [hidden.new_empty(n, dtype=dtype) for _ in range(4)]
     acc = hidden.new_empty((n, hidden.shape[1]) if needs_acc else (0,), dtype=dtype)
     room = [(n, exp_columns(backend, width)) for width in widths]
     exps = [hidden.new_empty(shape, dtype=exp_dtype(backend, hidden.dtype)) for shape in room]
-    return *stats, acc, [x[:, :width] for x, width in zip(exps, widths, strict=True)]
+    of_tokens = []
+    if names:
+        of_tokens = [hidden.new_empty(n if x in wanted.names else 0, dtype=stat_dtype(x, dtype)) for x in NAMES]
+        D, differentiable = hidden.shape[1], wanted.differentiable
+        logs = (n, D) if needs_acc and "entropy" in differentiable else (0,)
+        slopes = (1 if softcap is None else n, D) if needs_acc and "mean_logits" in differentiable else (0,)
+        of_tokens += [hidden.new_empty(shape, dtype=dtype) for shape in (logs, slopes)]
+    return *stats, acc, [x[:, :width] for x, width in zip(exps, widths, strict=True)], of_tokens
 
 
 @torch.library.custom_op("asft_kernels::linear_logps_backward", mutates_args=())
 def _phase2(
     grad_logps: Tensor, hidden: Tensor, weight: Tensor, low_rank: Tensor | None, bias: Tensor | None, codes: str,
     scales: list[Tensor], rows: Tensor, labels: Tensor, logps: Tensor, one_minus_p: Tensor, inv_total: Tensor,
-    ref: Tensor, acc: Tensor, exps: list[Tensor], backend: str, scale: float, softcap: float | None,
-    chunk_size: int | None, cache_bytes: int, padded: bool, needs_hidden: bool, needs_weight: bool,
-    needs_low_rank: bool, needs_bias: bool,
+    ref: Tensor, acc: Tensor, exps: list[Tensor], stats: list[Tensor], backend: str, scale: float,
+    softcap: float | None, chunk_size: int | None, cache_bytes: int, padded: bool, needs_hidden: bool,
+    needs_weight: bool, needs_low_rank: bool, needs_bias: bool,
+    grad_lse: Tensor | None = None, grad_mean_logits: Tensor | None = None, grad_entropy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     head = HeadRows(weight, low_rank, codes, tuple(scales))
     plan = _plan(hidden, head, rows, backend, chunk_size, cache_bytes)
-    saved = Saved(logps, one_minus_p, inv_total, ref, acc, exps)
+    saved = Saved(logps, one_minus_p, inv_total, ref, acc, exps, Stats(*stats) if stats else None)
+    of_stats = (grad_lse, grad_mean_logits, grad_entropy)
     with exact_products(hidden.device.type):
         inputs = (hidden, rows, labels)
         if padded:
             inputs = _without_padding(*inputs)
             grad_logps = grad_logps.masked_fill(labels < 0, 0.0)
+            of_stats = [None if g is None else g.masked_fill(labels < 0, 0.0) for g in of_stats]
         grads = load_backend(backend).backward(
             grad_logps.contiguous(), inputs[0], head, bias, *inputs[1:], saved, Logits(scale, softcap), plan,
             needs_hidden=needs_hidden, needs_weight=needs_weight, needs_low_rank=needs_low_rank, needs_bias=needs_bias,
+            stats_grads=None if all(g is None for g in of_stats) else StatsGrads._make(of_stats),
         )  # fmt: skip
         if padded and grads.hidden is not None:
             spread = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
@@ -123,8 +151,8 @@ def _phase2(
 
 @_phase2.register_fake
 def _(grad_logps, hidden, weight, low_rank, bias, codes, scales, rows, labels, logps, one_minus_p, inv_total, ref, acc,
-      exps, backend, scale, softcap, chunk_size, cache_bytes, padded, needs_hidden, needs_weight, needs_low_rank,
-      needs_bias):  # fmt: skip
+      exps, stats, backend, scale, softcap, chunk_size, cache_bytes, padded, needs_hidden, needs_weight,
+      needs_low_rank, needs_bias, grad_lse=None, grad_mean_logits=None, grad_entropy=None):  # fmt: skip
     asked = ((hidden, needs_hidden), (weight, needs_weight), (low_rank, needs_low_rank), (bias, needs_bias))
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) if needed else hidden.new_empty(0)
@@ -134,30 +162,32 @@ def _(grad_logps, hidden, weight, low_rank, bias, codes, scales, rows, labels, l
 
 def _save_for_phase2(ctx, inputs, output):
     *tensors, ctx.codes, scales, rows, labels = inputs[:8]
-    ctx.options = inputs[8:]
-    *stats, exps = output
+    *ctx.options, differentiable = inputs[8:]
+    *of_rows, exps, stats = output
     ctx.set_materialize_grads(False)  # else backward receives zeros of the size of E
-    ctx.mark_non_differentiable(*stats[1:], *exps)
-    ctx.scales = len(scales)
-    ctx.save_for_backward(*tensors, *scales, rows, labels, *stats, *exps)
+    fixed = [x for i, x in enumerate(stats) if i >= len(NAMES) or NAMES[i] not in differentiable.split()]
+    ctx.mark_non_differentiable(*of_rows[1:], *exps, *fixed)
+    ctx.lengths = len(tensors), len(scales), 2 + len(of_rows), len(exps), len(stats)
+    ctx.save_for_backward(*tensors, *scales, rows, labels, *of_rows, *exps, *stats)
 
 
-def _gradients(ctx, grad_logps, *_):
-    nothing = (None, [None] * ctx.scales, *(None,) * 10)  # of codes, scales and what follows them
-    if grad_logps is None:
+def _gradients(ctx, grad_logps, *others):
+    nothing = (None, [None] * ctx.lengths[1], *(None,) * 12)  # of codes, scales and what follows them
+    grad_stats = (others[-1] or (None,) * len(NAMES))[: len(DIFFERENTIABLE)]
+    if grad_logps is None and all(g is None for g in grad_stats):
         return *(None,) * 4, *nothing
-    if torch._C._functorch.is_legacy_batchedtensor(grad_logps):  # is_grads_batched, past _refuse_vmap
-        raise RuntimeError(checks.NO_TRANSFORM)
-    saved = ctx.saved_tensors  # once: under checkpointing a second look is an error
-    tensors, rest = saved[:4], saved[4:]
-    scales, (rows, labels, *stats, acc), exps = (
-        rest[: ctx.scales], rest[ctx.scales : ctx.scales + 7], rest[ctx.scales + 7 :]
-    )  # fmt: skip
-    backend, scale, softcap, chunk_size, cache_bytes, padded, _, _ = ctx.options
+    saved = iter(ctx.saved_tensors)  # once: under checkpointing a second look is an error
+    tensors, scales, of_rows, exps, stats = (list(islice(saved, n)) for n in ctx.lengths)
+    if grad_logps is None:
+        grad_logps = torch.zeros_like(of_rows[2])
+    batched = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
+    if any(g is not None and batched(g) for g in (grad_logps, *grad_stats)):
+        raise RuntimeError(checks.NO_TRANSFORM)  # is_grads_batched, past _refuse_vmap
+    backend, scale, softcap, chunk_size, cache_bytes, padded, *_ = ctx.options
     needs = ctx.needs_input_grad[:4]
     grads = _phase2(
-        grad_logps, *tensors, ctx.codes, list(scales), rows, labels, *stats, acc, list(exps),
-        backend, scale, softcap, chunk_size, cache_bytes, padded, *needs,
+        grad_logps, *tensors, ctx.codes, scales, *of_rows, exps, stats,
+        backend, scale, softcap, chunk_size, cache_bytes, padded, *needs, *grad_stats,
     )  # fmt: skip
     return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *nothing
 
@@ -179,10 +209,10 @@ torch.library.register_autograd(_phase1, _gradients, setup_context=_save_for_pha
 torch.library.register_autograd(_phase2, _refuse, setup_context=lambda ctx, inputs, output: None)
 
 
-def _plan(hidden, weight: HeadRows, rows, backend, chunk_size, cache_bytes) -> Plan:
+def _plan(hidden, weight: HeadRows, rows, backend, chunk_size, cache_bytes, *, keeps: bool = True) -> Plan:
     return make_plan(
         rows.shape[0], *weight.size, exp_bytes=exp_dtype(backend, hidden.dtype).itemsize,
-        chunk_size=chunk_size, cache_bytes=cache_bytes, device_type=hidden.device.type,
+        chunk_size=chunk_size, cache_bytes=cache_bytes if keeps else 0, device_type=hidden.device.type,
         multiprocessors=multiprocessors(hidden.device) if chunk_size is None else 0,
     )  # fmt: skip
 

@@ -64,6 +64,29 @@ class SequenceOutputs:
     metrics: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class TokenStats:
+    """Holds figures of every token in the shape of the labels: 0 or False where no loss is, None if not asked for.
+
+    All logits z are those after scale and softcap.
+
+    Attributes:
+        logps: Log-probability of the label, differentiable.
+        lse: log sum_v exp(z_v), which z-loss squares.
+        mean_logits: Mean of z over the vocabulary; -inf where a logit is.
+        entropy: -sum_v p_v log p_v in nats; a logit of -inf adds nothing.
+        is_top1: bool, whether no logit is above the label's; a tie counts.
+        log_sum_sq_probs: log sum_v p_v^2, by which WPO (arXiv 2406.11827) divides its weights of sampled answers.
+    """
+
+    logps: Tensor
+    lse: Tensor | None = None
+    mean_logits: Tensor | None = None
+    entropy: Tensor | None = None
+    is_top1: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+
+
 @torch.no_grad()
 def summarize(
     policy: Logps, terms: LossTerms, *, paired: bool, dtype: torch.dtype

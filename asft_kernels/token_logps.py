@@ -8,6 +8,7 @@ from torch import Tensor
 from asft_kernels import checks
 from asft_kernels.backends import choose_backend
 from asft_kernels.backends.plan import default_cache_bytes
+from asft_kernels.backends.token_stats import Wanted
 from asft_kernels.batch import TokenBatch, pack
 from asft_kernels.heads import Head, resolve_head
 from asft_kernels.linear_logps import linear_logps
@@ -20,10 +21,11 @@ def token_logps(
     labels: Tensor,
     options: Options,
     *,
+    wanted: Wanted | None = None,
     paired: bool = False,
     nll_labels: Tensor | None = None,
-) -> tuple[Tensor, TokenBatch, str]:
-    """All checks, then the primitive: logps (N,) of the compacted tokens, where they stand, the backend."""
+) -> tuple[Tensor, dict[str, Tensor], TokenBatch, str]:
+    """All checks, then the primitive: logps (N,) of the compacted tokens, wanted figures, where they stand, backend."""
     o = options
     checks.no_transform()
     head = resolve_head(lm_head)
@@ -40,9 +42,10 @@ def token_logps(
         labels, vocab=rows.size[0], cu_seqlens=o.cu_seqlens, shift=o.shift, ignore_index=o.ignore_index,
         num_valid=o.num_valid, extra_labels=nll_labels,
     )  # fmt: skip
-    logps = linear_logps(
+    logps, stats = linear_logps(
         hidden.reshape(-1, hidden.shape[-1]), rows, bias, batch.rows, batch.labels, backend=backend,
         logits=o.logits, chunk_size=o.chunk_size, padded=batch.padded,
         cache_bytes=default_cache_bytes(hidden.device.type) if o.cache_bytes is None else o.cache_bytes,
+        wanted=wanted,
     )  # fmt: skip
-    return logps, batch, backend
+    return logps, stats, batch, backend

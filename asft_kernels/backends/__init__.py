@@ -15,6 +15,7 @@ from torch import Tensor
 
 from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan
+from asft_kernels.backends.token_stats import Stats, StatsGrads, Wanted
 
 HAS_TRITON = find_spec("triton") is not None  # here, as torch 2.11's Dynamo refuses to trace find_spec
 
@@ -36,6 +37,7 @@ class Saved(NamedTuple):
     ref: Tensor  # (N,) the reference that E, acc and inv_total are relative to, in the backend's unit of logits
     acc: Tensor  # (N, D) fp32: O = sum_{v != y} exp(z_v - ref) * c_v * W_v, or (0,)
     exps: list[Tensor]  # plan.cached chunks (N, rows) of E' = exp(z - ref) * c; the label's entry is the backend's own
+    stats: Stats | None = None  # where figures were asked for
 
 
 class Gradients(NamedTuple):
@@ -60,6 +62,7 @@ class Backend(Protocol):
         *,
         needs_acc: bool,  # a gradient to hidden is wanted
         needs_exps: bool,  # a gradient to weight or bias is wanted
+        wanted: Wanted | None = None,  # figures beside the log-probabilities
     ) -> Saved: ...
 
     def backward(
@@ -78,6 +81,7 @@ class Backend(Protocol):
         needs_weight: bool,
         needs_low_rank: bool,
         needs_bias: bool,
+        stats_grads: StatsGrads | None = None,  # where a gradient has come to one of them
     ) -> Gradients: ...
 
 

@@ -34,11 +34,13 @@ from asft_kernels.backends import Gradients, Logits, Saved
 from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan, token_blocks
 from asft_kernels.backends.processor import INTEL
+from asft_kernels.backends.token_stats import Stats, StatsGrads, Wanted, close, row_factors
+from asft_kernels.backends.torch_products import accumulate
+from asft_kernels.backends.torch_stats import BlockStats, StatsRoom, Weighing
 
 ROOM = 1e20  # sums of exp(z - r) up to here: O and g / total keep 18 decades to the ends of fp32's range
 LOOK = 16  # chunks between looks at the sums
 MOVE = 30.0  # nats; exp(30) = 1e13: room for 1e25 such entries in fp32, and 13 digits below the reference
-FEW = 16  # tokens: for fewer, BLAS may add a chunk's entries to O one by one, and O loses a digit over many chunks
 
 
 class Unit(NamedTuple):
@@ -47,7 +49,7 @@ class Unit(NamedTuple):
     nats: float
     exp: Callable[[Tensor], Tensor]
     exp_: Callable[[Tensor], Tensor]
-    log: Callable[[Tensor], Tensor]
+    log: Callable[..., Tensor]
 
 
 NAT = Unit(1.0, torch.exp, Tensor.exp_, torch.log)
@@ -66,26 +68,35 @@ def forward(
     *,
     needs_acc: bool,
     needs_exps: bool,
+    wanted: Wanted | None = None,
 ) -> Saved:
     H = _rows(hidden, rows)
     acc = H.new_empty(H.shape if needs_acc else 0)
     exps = [H.new_empty(len(H), stop - start) for start, stop in plan.slices[: plan.cached if needs_exps else 0]]
     head = _Head(weight, bias, logits, plan, H)
     workspace = H.new_empty(head.block_size * plan.chunk if len(exps) < len(plan.slices) else 0)
+    room = None if wanted is None else StatsRoom(wanted, H, head.block_size * plan.chunk, logits, needs_acc=needs_acc)
     blocks = [
-        _forward_block(head, H[b], labels[b], acc[b], [E[b] for E in exps], workspace, needs_acc=needs_acc)
+        _forward_block(head, H[b], labels[b], acc[b], [E[b] for E in exps], workspace, room, b, needs_acc=needs_acc)
         for b in head.blocks
     ]
-    logps, one_minus_p, inv_total, ref = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-    return Saved(logps, one_minus_p, inv_total, ref, acc, exps)
+    logps, one_minus_p, inv_total, ref, *figures = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    stats = None if room is None else Stats._make([*figures, room.log_acc, room.slope_acc])
+    return Saved(logps, one_minus_p, inv_total, ref, acc, exps, stats)
 
 
 def _forward_block(
-    head: "_Head", H: Tensor, labels: Tensor, acc: Tensor, exps: list[Tensor], workspace: Tensor, *, needs_acc: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logps, one_minus_p, inv_total and ref of a block of tokens; writes its rows of acc and of the cached chunks."""
+    head: "_Head", H: Tensor, labels: Tensor, acc: Tensor, exps: list[Tensor], workspace: Tensor,
+    room: StatsRoom | None, tokens: slice, *, needs_acc: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """logps, one_minus_p, inv_total and ref of a block of tokens, then the figures wanted beside them.
+
+    Writes the block's rows of acc, of the cached chunks and of room's accumulators.
+    """
     z_y, label_slope = _label_logits(H, head.weight, head.bias, labels, head.transform)
-    block = _Block(H, [*exps, *head.views(workspace, len(H), len(exps))], _LabelEntries(labels, head.plan))
+    entries = _LabelEntries(labels, head.plan)
+    stats = None if room is None else room.block(tokens, z_y, entries)
+    block = _Block(H, [*exps, *head.views(workspace, len(H), len(exps))], entries, stats)
     acc_or_none = acc if needs_acc else None
     ref, others = z_y, _exponentials(head, block, z_y, acc_or_none) if looking_is_free(z_y) else None
     refs = [ref] * len(exps)
@@ -100,15 +111,24 @@ def _forward_block(
         if refs[k] is not ref:
             E.mul_(UNIT.exp((refs[k] - ref).clamp_(max=0))[:, None])  # as for shrink
         block.label_entries.set(E, k, label_entry)
-    return logps, others / total, total.reciprocal(), ref
+    one_minus_p, inv_total = others / total, total.reciprocal()
+    if room is None or stats is None:
+        return logps, one_minus_p, inv_total, ref
+    figures = close(
+        room.wanted, stats.sums(ref, total, UNIT.nats), ref=ref * UNIT.nats, log_total=UNIT.log(total) * UNIT.nats,
+        one_minus_p=one_minus_p, inv_total=inv_total, logps=logps,
+    )  # fmt: skip
+    return logps, one_minus_p, inv_total, ref, *figures
 
 
 class _Block(NamedTuple):
-    """A block of tokens: H (n, D), a place (n, rows) for each vocabulary chunk's E, and where the labels stand."""
+    """A block of tokens: H (n, D), a place (n, rows) for each vocabulary chunk's E, where the labels stand, and what
+    else is summed of its logits."""
 
     H: Tensor
     chunks: list[Tensor]
     label_entries: "_LabelEntries"
+    stats: BlockStats | None
 
 
 def _exponentials(head: "_Head", block: _Block, ref: Tensor, acc: Tensor | None) -> Tensor | None:
@@ -126,8 +146,12 @@ def _exponentials(head: "_Head", block: _Block, ref: Tensor, acc: Tensor | None)
         for k, place in zip(range(start, stop), places, strict=False):
             E = block.chunks[k]
             weight_k, slope = head.logits(block.H, k, minus_ref, out=E)
+            if block.stats is not None:
+                block.stats.logits(E, k)
             block.label_entries.set(E, k, -torch.inf)
             torch.sum(UNIT.exp_(E), dim=1, out=place)
+            if block.stats is not None:
+                block.stats.exponentials(E, slope, weight_k, k)
             _accumulate(acc, E, slope, weight_k, k)
         others += sums[: stop - start].sum(dim=0)
         # Only where looking_is_free, so no device waits.
@@ -145,8 +169,12 @@ def _exponentials_moving(
     limit = torch.where(z_y == -torch.inf, -torch.inf, move)  # how far above ref a logit may be
     others = torch.zeros_like(z_y)
     refs: list[Tensor] = []
+    if block.stats is not None:
+        block.stats.restart()
     for k, z in enumerate(block.chunks):
         weight_k, slope = head.logits(block.H, k, -ref[:, None], out=z)
+        if block.stats is not None:
+            block.stats.logits(z, k)
         block.label_entries.set(z, k, -torch.inf)
         highest = z.amax(dim=1)
         moves = highest > limit
@@ -154,11 +182,15 @@ def _exponentials_moving(
         moved = torch.where(moves, ref + highest, ref)
         shrink = UNIT.exp((ref - moved).clamp_(max=0))  # a first finite logit may lie below 0
         z.sub_((moved - ref)[:, None])
+        if block.stats is not None:
+            block.stats.move(moved - ref, shrink, others, acc if k else None)
         others.mul_(shrink)
         if acc is not None and k:
             acc.mul_(shrink[:, None])
         ref = moved
         others.add_(UNIT.exp_(z).sum(dim=1))
+        if block.stats is not None:
+            block.stats.exponentials(z, slope, weight_k, k)
         _accumulate(acc, z, slope, weight_k, k)
         refs.append(ref)
     return ref, others, refs
@@ -168,10 +200,8 @@ def _accumulate(acc: Tensor | None, E: Tensor, slope: Tensor | None, weight_k: T
     """E becomes E'; acc += E' W_k, and for the first chunk acc = E' W_k."""
     if slope is not None:
         E.mul_(slope)
-    if acc is not None and k and len(E) < FEW:
-        acc.add_(E @ weight_k)
-    elif acc is not None:
-        torch.addmm(acc, E, weight_k, beta=min(k, 1), out=acc)  # beta 0 does not read acc
+    if acc is not None:
+        accumulate(acc, E, weight_k, k)
 
 
 def backward(
@@ -189,19 +219,25 @@ def backward(
     needs_weight: bool,
     needs_low_rank: bool,
     needs_bias: bool,
+    stats_grads: StatsGrads | None = None,
 ) -> Gradients:
     H = _rows(hidden, rows)
-    not_p = saved.one_minus_p
+    label_slope = None
     if logits.softcap is not None:
         _, label_slope = _label_logits(H, weight, bias, labels, logits)
-        not_p = not_p if label_slope is None else not_p * label_slope
-    g = logits.scale * grad_logps.to(H.dtype)
-    coef = g * saved.inv_total
+    factors = row_factors(
+        grad_logps, stats_grads, logps=saved.logps, one_minus_p=saved.one_minus_p, inv_total=saved.inv_total,
+        entropy=None if saved.stats is None else saved.stats.entropy, label_slope=label_slope, scale=logits.scale,
+        vocab=plan.vocab,
+    )  # fmt: skip
     grad_hidden = None
     if needs_hidden:
-        pull = g * not_p
-        grad_rows = _label_rows(weight, labels, H.dtype).mul_(pull[:, None])
-        grad_rows.addcmul_(saved.acc, coef[:, None], value=-1)
+        grad_rows = _label_rows(weight, labels, H.dtype).mul_(factors.label[:, None])
+        grad_rows.addcmul_(saved.acc, factors.linear[:, None])
+        if saved.stats is not None and factors.log is not None:
+            grad_rows.addcmul_(saved.stats.log_acc, factors.log[:, None], value=UNIT.nats)
+        if saved.stats is not None and factors.uniform is not None:
+            grad_rows.addcmul_(saved.stats.slope_acc, factors.uniform[:, None])
         grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
         grad_hidden.index_copy_(0, rows, grad_rows.to(hidden.dtype))
         del grad_rows
@@ -213,22 +249,35 @@ def backward(
         for x, needed in ((weight.weight, needs_weight), (weight.low_rank, needs_low_rank))
     )
     grad_bias = torch.empty_like(bias) if needs_bias and bias is not None else None
-    minus_coef = -coef[:, None]
-    scaled = H * minus_coef if needs_weight or needs_low_rank else H
-    own, further = scaled[:, : weight.columns], scaled[:, weight.columns :]
     rounds = needs_weight and weight.weight.dtype != H.dtype
     head = _Head(weight, bias, logits, plan, H)
-    workspace = H.new_empty(len(H) * plan.chunk if len(saved.exps) < len(plan.slices) else 0)
+    if stats_grads is None:  # E's rows have one factor each: it is H's
+        weighing, row_factor = None, factors.linear[:, None]
+        not_p = saved.one_minus_p if label_slope is None else saved.one_minus_p * label_slope
+        label_entry = -not_p / saved.inv_total
+    else:
+        scratch = H.new_empty(0 if factors.log is None else head.block_size * plan.chunk)
+        weighing, row_factor = Weighing(factors, UNIT, scratch), None
+        label_entry = factors.label_entry(label_slope)
+    scaled = H * row_factor if (needs_weight or needs_low_rank) and row_factor is not None else H
+    own, further = scaled[:, : weight.columns], scaled[:, weight.columns :]
+    kept = 0 if weighing else len(saved.exps)
+    workspace = H.new_empty(len(H) * plan.chunk if kept < len(plan.slices) else 0)
     label_entries = _LabelEntries(labels, plan)
-    label_entry = -not_p / saved.inv_total
     minus_ref = -saved.ref[:, None]
     weight_parts, low_rank_parts, bias_parts = (
         None if grad is None else grad.split(plan.chunk) for grad in (grad_weight, grad_low_rank, grad_bias)
     )
-    for k, E in enumerate([*saved.exps, *head.views(workspace, len(H), len(saved.exps))]):
-        if k >= len(saved.exps):
+    for k, E in enumerate([*saved.exps[:kept], *head.views(workspace, len(H), kept)]):
+        if k >= kept:
             for b in head.blocks:
+                if k < len(saved.exps) and weighing is not None:
+                    weighing.cached(saved.exps[k][b], b, out=E[b])
+                    continue
                 _, slope = head.logits(H[b], k, minus_ref[b], out=E[b])
+                if weighing is not None:
+                    weighing.recomputed(E[b], b, slope)
+                    continue
                 UNIT.exp_(E[b])
                 if slope is not None:
                     E[b].mul_(slope)
@@ -242,7 +291,7 @@ def backward(
             low_rank_parts[k].copy_(E.T @ further)
         if bias_parts is not None:
             # A sum, not a matrix-vector product: BLAS adds the tokens one by one, sum() pairwise.
-            sums = [(E[b] * minus_coef[b]).sum(dim=0) for b in head.blocks]
+            sums = [(E[b] if row_factor is None else E[b] * row_factor[b]).sum(dim=0) for b in head.blocks]
             bias_parts[k].copy_(torch.stack(sums).sum(dim=0))
     return Gradients(grad_hidden, grad_weight, grad_low_rank, grad_bias)
 
@@ -369,3 +418,14 @@ class _LabelEntries:
         inside = (self.labels >= start) & (self.labels < stop)
         own = E.gather(1, column)[:, 0]
         E.scatter_(1, column, torch.where(inside, value, own)[:, None])
+
+    def take(self, E: Tensor, k: int, out: Tensor) -> None:
+        """out[t] = E[t, y_t - start] for the labels inside chunk k."""
+        if self.groups is not None:
+            tokens, places = self.groups[k]
+            out.index_copy_(0, tokens, E.view(-1)[places])
+            return
+        start, stop = self.slices[k]
+        column = (self.labels - start).clamp_(0, stop - start - 1)[:, None]
+        inside = (self.labels >= start) & (self.labels < stop)
+        torch.where(inside, E.gather(1, column)[:, 0], out, out=out)

@@ -25,6 +25,8 @@ from torch import Tensor
 from asft_kernels.backends import Gradients, Logits, Saved, exp_dtype
 from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan, weight_slice
+from asft_kernels.backends.token_stats import StatsGrads, Wanted
+from asft_kernels.backends.triton_stats import RunningStats, Weighing, close_stats, strips_for
 from asft_kernels.kernels.configs import SLICES, WHOLE, Strips, Tile
 from asft_kernels.kernels.exp_epilogue import empty_exps
 from asft_kernels.kernels.grad_bias import grad_bias
@@ -51,15 +53,24 @@ def forward(
     *,
     needs_acc: bool,
     needs_exps: bool,
+    wanted: Wanted | None = None,
 ) -> Saved:
     N, D = rows.shape[0], hidden.shape[1]
     hidden, bias = _row_major(hidden), None if bias is None else bias.contiguous()
     acc = hidden.new_empty((N, D) if needs_acc else 0, dtype=torch.float32)
     exps: list[Tensor] = []
+    strips, stats = strips_for(wanted), None
+    if wanted is not None and strips is not None:
+        stats = RunningStats(wanted, hidden, N, plan, logits, needs_acc=needs_acc)
     if N == 0:
         logps, one_minus_p, inv_total, ref = (hidden.new_empty(0, dtype=torch.float32) for _ in range(4))
         exps = [_exps(hidden, 0, b - a) for a, b in plan.slices[: plan.cached] if needs_exps]
-        return Saved(logps, one_minus_p, inv_total, ref, acc, exps)
+        of_none = None
+        if wanted is not None:
+            of_none = close_stats(
+                wanted, stats, z_y=ref, ref=ref, logps=logps, one_minus_p=one_minus_p, inv_total=inv_total
+            )
+        return Saved(logps, one_minus_p, inv_total, ref, acc, exps, of_none)
 
     transform = {"scale": logits.scale, "softcap": logits.softcap}
     with torch.cuda.device_of(hidden):
@@ -67,7 +78,7 @@ def forward(
         z_y = label_logits(hidden, head.labels_weight, head.labels_bias, rows, head.labels, **transform)
         ref, others = z_y, torch.zeros_like(z_y)
         kept_refs: list[Tensor] = []
-        tile = _tile(hidden, head.aligned, rows, logits)
+        tile = _tile(hidden, head.aligned, rows, logits) if strips is None else strips
         tokens = operand_rows(hidden, rows, tile)
         workspace = None
         for k, (start, stop) in enumerate(plan.slices):
@@ -78,12 +89,17 @@ def forward(
             elif needs_acc:
                 workspace = _exps(hidden, N, plan.chunk) if workspace is None else workspace
                 E = workspace[:, : stop - start]
-            tiles = logits_exp(
-                E, tokens, weight_k, None if bias is None else bias[start:stop], rows, labels, ref,
-                first=start, sums=True, tile=tile, **transform,
-            )  # fmt: skip
-            assert tiles is not None, "backend bug: asked for sums"
+            bias_k = None if bias is None else bias[start:stop]
             earlier = acc if needs_acc and k > 0 else None
+            if stats is None or strips is None:
+                tiles = logits_exp(
+                    E, tokens, weight_k, bias_k, rows, labels, ref, first=start, sums=True, tile=tile, **transform
+                )
+                assert tiles is not None, "backend bug: asked for sums"
+            else:
+                tiles = stats.logits_exp(
+                    E, tokens, weight_k, bias_k, labels, ref, others, earlier, first=start, strips=strips
+                )
             ref = settle(tiles.sums, tiles.refs, ref, others, exps=E, acc=earlier, tile_width=tiles.width)
             if E is not None and needs_acc:
                 add_product(E, weight_k, out=acc, fresh=k == 0)
@@ -93,7 +109,12 @@ def forward(
         for E, written_at in zip(exps, kept_refs, strict=True):
             resettle(E, written_at, ref)
         logps, one_minus_p, inv_total = close_statistics(z_y, ref, others)
-    return Saved(logps, one_minus_p, inv_total, ref, acc, exps)
+        figures = None
+        if wanted is not None:
+            figures = close_stats(
+                wanted, stats, z_y=z_y, ref=ref, logps=logps, one_minus_p=one_minus_p, inv_total=inv_total
+            )
+    return Saved(logps, one_minus_p, inv_total, ref, acc, exps, figures)
 
 
 def backward(
@@ -111,6 +132,7 @@ def backward(
     needs_weight: bool,
     needs_low_rank: bool,
     needs_bias: bool,
+    stats_grads: StatsGrads | None = None,
 ) -> Gradients:
     N = rows.shape[0]
     if N == 0:
@@ -126,13 +148,18 @@ def backward(
     with torch.cuda.device_of(hidden):
         head = _Head(weight, bias, labels, hidden, plan)
         of_labels = head.labels_weight, head.labels_bias, rows, head.labels
-        c_y = None
+        c_y, weighing, acc = None, None, saved.acc
         if logits.softcap is not None:
             c_y = label_logits(hidden, *of_labels, slope=True, **transform)
-        g = grad_logps.float().contiguous()
-        pull, push = row_factors(g, saved.one_minus_p, saved.inv_total, c_y, scale=logits.scale)
+        if stats_grads is not None:
+            weighing = Weighing(grad_logps, stats_grads, saved, hidden, bias, rows, labels, c_y, logits, plan)
+            pull, push = weighing.pull, weighing.push
+            acc = weighing.acc() if needs_hidden else acc
+        else:
+            g = grad_logps.float().contiguous()
+            pull, push = row_factors(g, saved.one_minus_p, saved.inv_total, c_y, scale=logits.scale)
         if needs_hidden:
-            dH = grad_hidden(hidden, saved.acc, head.labels_weight, rows, head.labels, pull, push)
+            dH = grad_hidden(hidden, acc, head.labels_weight, rows, head.labels, pull, push)
         if not (needs_weight or needs_low_rank or needs_bias):
             return Gradients(dH)
 
@@ -150,11 +177,14 @@ def backward(
         if needs_bias and bias is not None:
             db = torch.empty_like(bias)
         for k, (start, stop) in enumerate(plan.slices):
-            if k < len(saved.exps):
+            if k < len(saved.exps) and weighing is None:
                 E = saved.exps[k]
             else:
                 workspace = _exps(hidden, N, plan.chunk) if workspace is None else workspace
                 E = workspace[:, : stop - start]
+            if weighing is not None:
+                weighing.chunk(k, head.rows(start, stop), E)
+            elif k >= len(saved.exps):
                 tokens = operand_rows(hidden, rows, tile) if tokens is None else tokens
                 logits_exp(
                     E, tokens, head.rows(start, stop),

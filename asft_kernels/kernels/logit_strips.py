@@ -6,6 +6,8 @@ Where the library's kernels are better than Triton's its product is faster than 
 and read once: 8*N*Vs bytes, of which L2 keeps a part as strips are a few ten MiB. The pass is bound by memory.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from asft_kernels.kernels.configs import Strips
 from asft_kernels.kernels.exp_epilogue import TileSums, row_stride, store_exponentials
+from asft_kernels.kernels.logit_stats import ChunkStats, stats_of_logits
 from asft_kernels.kernels.products import add_product
 
 
@@ -56,6 +59,18 @@ def exps_of_logits_kernel(
     )  # fmt: skip
 
 
+def products_in_strips(hidden: Tensor, weight: Tensor, strips: Strips) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the chunk's weight, strip by strip, and U = H W_s^T (N, their number) in fp32, valid until the next."""
+    (N, _), width = hidden.shape, weight.shape[0]
+    step = strips.rows(N, width)
+    products = torch.empty((N, triton.cdiv(step, 16) * 16), dtype=torch.float32, device=hidden.device)
+    for start in range(0, width, step):
+        part = slice(start, min(start + step, width))
+        U = products[:, : part.stop - start]
+        add_product(hidden, weight[part].t(), out=U, fresh=True)
+        yield part, U
+
+
 def logits_exp_in_strips(
     exps: Tensor | None,
     hidden: Tensor,
@@ -69,27 +84,29 @@ def logits_exp_in_strips(
     softcap: float | None,
     sums: bool,
     strips: Strips,
+    stats: ChunkStats | None = None,
 ) -> TileSums | None:
-    """As logits_exp; hidden (N, D) holds the tokens' rows in their order."""
+    """As logits_exp; hidden (N, D) holds the tokens' rows in their order. stats, with sums only, is filled, too."""
     (N, _), width = hidden.shape, weight.shape[0]
-    step = strips.rows(N, width)
-    products = torch.empty((N, triton.cdiv(step, 16) * 16), dtype=torch.float32, device=hidden.device)
     tile_sums = tile_refs = None
     if sums:
         tiles = triton.cdiv(width, strips.BLOCK_V)
         tile_sums, tile_refs = torch.empty((2, tiles, N), device=ref.device, dtype=torch.float32)
-    for start in range(0, width, step):
-        part = slice(start, min(start + step, width))
-        U = products[:, : part.stop - start]
-        add_product(hidden, weight[part].t(), out=U, fresh=True)
-        of_tiles = slice(start // strips.BLOCK_V, triton.cdiv(part.stop, strips.BLOCK_V))
+    for part, U in products_in_strips(hidden, weight, strips):
+        of_tiles = slice(part.start // strips.BLOCK_V, triton.cdiv(part.stop, strips.BLOCK_V))
         exps_of_logits_kernel[(triton.cdiv(N, strips.BLOCK_M) * (of_tiles.stop - of_tiles.start),)](
             None if exps is None else exps[:, part],
             *(None if x is None else x[of_tiles] for x in (tile_sums, tile_refs)),
             U, None if bias is None else bias[part], labels, ref,
-            N, U.shape[1], first + start, row_stride(exps), products.stride(0), float(scale), float(softcap or 0.0),
+            N, U.shape[1], first + part.start, row_stride(exps), U.stride(0), float(scale), float(softcap or 0.0),
             HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
             STORE_EXPS=exps is not None, STORE_SUMS=sums,
             BLOCK_M=strips.BLOCK_M, BLOCK_V=strips.BLOCK_V, num_warps=strips.num_warps,
         )  # fmt: skip
+        if stats is not None and tile_refs is not None:
+            stats_of_logits(
+                stats, U, None if bias is None else bias[part], labels, tile_refs[of_tiles], part=part,
+                tiles=of_tiles, first=first + part.start, scale=scale, softcap=softcap,
+                block=(strips.BLOCK_M, strips.BLOCK_V), num_warps=strips.num_warps,
+            )  # fmt: skip
     return TileSums(tile_sums, tile_refs, strips.BLOCK_V) if tile_sums is not None and tile_refs is not None else None

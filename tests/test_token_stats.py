@@ -1,0 +1,358 @@
+"""Figures beside the log-probabilities: values and gradients against float64 on whole logits, and what they cost."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+
+from asft_kernels import TokenStats, fused_linear_logps
+from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES
+from bounds import fp32_bound, relative_error, rounded_once
+from cases import IGNORE, Case, gemms, make_case, one_label_far_below
+
+BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.interpreter)]
+CAPPED = {"softcap": 20.0, "logit_scale": 0.5}
+
+
+def oracle(case: Case, *, softcap: float | None = None, logit_scale: float = 1.0) -> tuple[dict[str, Tensor], float]:
+    """The figures in float64, in the labels' shape with labels shifted, and the largest |z|."""
+    exact = case.to(torch.float64)
+    z = exact.hidden[:, :-1] @ exact.weight.T + (0 if exact.bias is None else exact.bias)
+    z = logit_scale * z
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    labels = case.labels[:, 1:]
+    valid = labels != IGNORE
+    logp = z.log_softmax(-1)
+    p = logp.exp()
+    own = labels.clamp(min=0)[..., None]
+    figures = {
+        "logps": logp.gather(-1, own)[..., 0],
+        "lse": z.logsumexp(-1),
+        "mean_logits": z.mean(-1),
+        "entropy": -(p * logp.clamp(min=-1e300)).sum(-1),
+        "is_top1": (z <= z.gather(-1, own)).all(-1),
+        "log_sum_sq_probs": p.square().sum(-1).log(),
+    }
+    case.exact = exact
+    padded = {k: torch.nn.functional.pad(x.masked_fill(~valid, 0), (0, 1)) for k, x in figures.items()}
+    return padded, z.detach().masked_fill(z.detach() == -torch.inf, 0).abs().max().item()
+
+
+def stats_of(case: Case, **options) -> TokenStats:
+    stats = fused_linear_logps(case.hidden, case.head, case.labels, return_stats=True, **options)
+    assert isinstance(stats, TokenStats)
+    return stats
+
+
+CASES = {
+    "plain": dict(),
+    "bias": dict(bias=True),
+    "odd": dict(rows=2, T=40, D=43, V=251, bias=True),
+    "peaked": dict(rows=3, T=30, D=32, V=130, peaked=True, spread=2.0),  # logits of 60 nats, for the label and others
+}
+
+
+@pytest.mark.parametrize("options", [{}, CAPPED, {"logit_scale": 1.7}], ids=["plain", "capped", "scaled"])
+@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values(backend, kind, options):
+    """fp32. The entropy is a sum of p ln p: an error dz of the logits makes at most 2 dz of it where all p are alike,
+    and log sum p^2 errs by 2 dz."""
+    case = make_case(**CASES[kind])
+    exact, largest = oracle(case, **options)
+    got = stats_of(case, backend=backend, chunk_size=40, **options)
+    for name in ("logps", *NAMES):
+        value = getattr(got, name)
+        assert value.shape == case.labels.shape
+        if name == "is_top1":
+            assert value.dtype == torch.bool
+            assert torch.equal(value, exact[name])
+        else:
+            assert value.dtype == torch.float32
+            print(name, relative_error(value, exact[name]), fp32_bound(largest))
+            assert relative_error(value, exact[name]) <= 2 * fp32_bound(largest)
+
+
+WEIGHTS = {"logps": 1.0, "lse": 0.3, "mean_logits": 4.0, "entropy": -0.7}  # of each figure's part of a loss
+
+
+def loss_of(figures, names) -> Tensor:
+    """Each token's figures with factors of their own, so that no two rows are treated alike."""
+    total = 0.0
+    for name in names:
+        x = figures[name] if isinstance(figures, dict) else getattr(figures, name)
+        gen = torch.Generator().manual_seed(len(name))
+        total = total + WEIGHTS[name] * (x * torch.randn(x.shape, generator=gen).to(x)).sum()
+    return total
+
+
+def subsets(names):
+    return [part for size in range(1, len(names) + 1) for part in combinations(names, size)]
+
+
+def exact_gradients(case: Case, names, **options) -> tuple[list[Tensor], float]:
+    figures, largest = oracle(case, **options)
+    return list(torch.autograd.grad(loss_of(figures, names), case.exact.leaves)), largest
+
+
+def gradients(case: Case, names, **options) -> list[Tensor]:
+    asked = [name for name in names if name != "logps"]
+    stats = fused_linear_logps(
+        case.hidden, case.head, case.labels, return_stats=asked or True, differentiable=asked, **options
+    )
+    return list(torch.autograd.grad(loss_of(stats, names), case.leaves))
+
+
+@pytest.mark.parametrize("cache_bytes", [None, 0, 40_000], ids=["cached", "recomputed", "some cached"])
+@pytest.mark.parametrize("options", [{}, CAPPED], ids=["plain", "capped"])
+@pytest.mark.parametrize("names", subsets(("logps", *DIFFERENTIABLE)), ids="+".join)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients(backend, names, options, cache_bytes):
+    case = make_case(rows=2, T=40, D=43, V=251, bias=True)
+    exact, largest = exact_gradients(case, names, **options)
+    got = gradients(case, names, backend=backend, chunk_size=100, cache_bytes=cache_bytes, **options)
+    for g, want in zip(got, exact, strict=True):
+        print(relative_error(g, want))
+        assert relative_error(g, want) <= 2 * fp32_bound(largest)
+
+
+ALL = ("logps", *DIFFERENTIABLE)
+
+
+@pytest.mark.parametrize("options", [{}, CAPPED], ids=["plain", "capped"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_peaked_rows(backend, options):
+    """Logits of 60 nats, for the label and against it. Exponents relative to the label's logit meet ln(total), of the
+    same size, in the entropy's gradient: beside the logits' error, that of those exponents, as large."""
+    case = make_case(rows=3, T=30, D=32, V=130, bias=True, peaked=True, spread=2.0)
+    exact, largest = exact_gradients(case, ALL, **options)
+    got = gradients(case, ALL, backend=backend, chunk_size=40, cache_bytes=20_000, **options)
+    for g, want in zip(got, exact, strict=True):
+        print(relative_error(g, want), fp32_bound(largest))
+        assert relative_error(g, want) <= 2 * fp32_bound(largest)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["looks", "without a look"])
+@pytest.mark.parametrize(("gap", "high"), [(20.0, 130), (45.9, 299), (60.0, 130), (200.0, 290)])
+def test_a_label_far_below(gap, high, on_gpu, request):
+    """20: nothing moves; one logit of 45.9: E = 9e19, whose square passes fp32's range; then the reference moves."""
+    if on_gpu:
+        request.getfixturevalue("as_on_a_gpu")
+    case = one_label_far_below(make_case(rows=4, T=17, D=32, V=300), gap, torch.arange(high, 300))
+    exact, largest = oracle(case)
+    got = stats_of(case, chunk_size=25)
+    for name in ("logps", "lse", "mean_logits", "entropy", "log_sum_sq_probs"):
+        print(name, relative_error(getattr(got, name), exact[name]), fp32_bound(largest))
+        assert relative_error(getattr(got, name), exact[name]) <= 2 * fp32_bound(largest)
+    assert torch.equal(got.is_top1, exact["is_top1"])
+    for g, want in zip(gradients(case, ALL, chunk_size=25), exact_gradients(case, ALL)[0], strict=True):
+        print(relative_error(g, want), fp32_bound(largest))
+        assert relative_error(g, want) <= 2 * fp32_bound(largest)
+
+
+@pytest.mark.parametrize("options", [{}, CAPPED], ids=["plain", "capped"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_low_precision(backend, dtype, options):
+    """Values are fp32's; gradients are rounded once on the torch backend. Triton keeps E and du in bf16 for bf16: each
+    is rounded once beside the result, as for logp alone (tests/test_triton_backend.py). For dH it keeps E L, too, a
+    factor of max |L| larger, which an entropy's gradient cancels against ln(total) E: of random signs over the
+    vocabulary, so a share of what its terms sum to without signs."""
+    case = make_case(rows=2, T=40, D=48, V=251, bias=True, dtype=dtype)
+    exact, largest = oracle(case, **options)
+    got = stats_of(case, backend=backend, chunk_size=100, **options)
+    for name in ("logps", "lse", "mean_logits", "entropy", "log_sum_sq_probs"):
+        assert relative_error(getattr(got, name), exact[name]) <= 2 * fp32_bound(largest)
+    got = gradients(case, ALL, backend=backend, chunk_size=100, **options)
+    factors = [1.1] * 3 if backend == "torch" or dtype == torch.float16 else [4.0, 1.9, 1.9]
+    for g, want, factor in zip(got, exact_gradients(case, ALL, **options)[0], factors, strict=True):
+        assert g.dtype == dtype
+        print(relative_error(g, want), rounded_once(want, dtype))
+        assert relative_error(g, want) <= factor * rounded_once(want, dtype)
+
+
+@pytest.mark.parametrize("options", [{}, CAPPED], ids=["plain", "capped"])
+def test_gradcheck(options):
+    """Against differences, in float64, for all three at once and with num_valid, where slots carry no token."""
+    case = make_case(rows=2, T=6, D=5, V=11, bias=True, dtype=torch.float64)
+
+    def call(hidden, weight, bias):
+        stats = fused_linear_logps(
+            hidden, (weight, bias), case.labels, return_stats=True, differentiable=DIFFERENTIABLE, chunk_size=4,
+            num_valid=9, **options,
+        )  # fmt: skip
+        return tuple(getattr(stats, name) for name in ALL)
+
+    assert torch.autograd.gradcheck(call, case.leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_slots_without_a_token(backend):
+    """The same figures and gradients when a bound on the number of tokens leaves slots over."""
+    case = make_case(bias=True)
+    results = []
+    for num_valid in (None, 40):
+        stats = stats_of(case, backend=backend, num_valid=num_valid, differentiable=DIFFERENTIABLE)
+        results.append([*vars(stats).values(), *torch.autograd.grad(loss_of(stats, ALL), case.leaves)])
+    for exact, padded in zip(*results, strict=True):
+        assert relative_error(padded, exact) <= 2 * fp32_bound(1)
+        assert torch.equal(padded == 0, exact == 0)
+
+
+@pytest.mark.parametrize("options", [{}, CAPPED], ids=["plain", "capped"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_of_minus_infinity(backend, options):
+    """Masked vocabulary, labels elsewhere: without a softcap they have probability 0 and make the mean -inf."""
+    case = make_case(rows=2, T=30, D=24, V=97, bias=True)
+    with torch.no_grad():
+        case.bias[:45] = case.bias[70] = -torch.inf
+        case.labels[(case.labels != IGNORE) & (case.bias[case.labels.clamp(min=0)] == -torch.inf)] = 50
+    exact, largest = oracle(case, **options)
+    got = stats_of(case, backend=backend, chunk_size=20, **options)
+    for name in ("logps", "lse", "entropy", "log_sum_sq_probs"):
+        assert relative_error(getattr(got, name), exact[name]) <= 2 * fp32_bound(largest)
+    assert torch.equal(got.is_top1, exact["is_top1"])
+    assert torch.equal(got.mean_logits == -torch.inf, exact["mean_logits"] == -torch.inf)
+    names = ("logps", "lse", "entropy")
+    grads = gradients(case, names, backend=backend, chunk_size=20, **options)
+    for g, want in zip(grads, exact_gradients(case, names, **options)[0], strict=True):
+        assert relative_error(g, want) <= 2 * fp32_bound(largest)
+
+
+@pytest.mark.parametrize(
+    ("differentiable", "softcap", "frozen_head", "cached", "recomputed"),
+    [
+        ((), None, 2, 3, 4),
+        (("lse",), None, 2, 3, 4),
+        (("mean_logits",), None, 2, 3, 4),
+        (("entropy",), None, 3, 4, 5),
+        (DIFFERENTIABLE, None, 3, 4, 5),
+        (("lse",), 20.0, 2, 3, 4),
+        (("mean_logits",), 20.0, 3, 5, 5),  # c W, and for the head c anew
+        (("entropy",), 20.0, 3, 5, 5),
+        (DIFFERENTIABLE, 20.0, 4, 6, 6),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_products(backend, differentiable, softcap, frozen_head, cached, recomputed):
+    """All figures are asked for each time: their values cost no product."""
+    case = make_case(rows=4, T=17, D=32, V=192)
+    n = int((case.labels[:, 1:] != IGNORE).sum())
+
+    def call(cache_bytes=None):
+        stats = stats_of(
+            case, backend=backend, differentiable=differentiable, softcap=softcap, chunk_size=32,
+            cache_bytes=cache_bytes,
+        )  # fmt: skip
+        loss_of(stats, ("logps", *differentiable)).backward()
+
+    def count(*args):
+        return gemms(lambda: call(*args), n, 192, 32)
+
+    if backend == "triton" and not differentiable:
+        recomputed -= 1  # by logits_exp, whose products are NumPy's in the interpreter: not counted
+    assert count() == pytest.approx(cached, rel=1e-9)
+    assert count(0) == pytest.approx(recomputed, rel=1e-9)
+    case.weight.requires_grad_(False)
+    assert count() == pytest.approx(frozen_head, rel=1e-9)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_one_product_without_gradients(mode):
+    case = make_case(rows=4, T=17, D=16, V=256)
+    n = int((case.labels[:, 1:] != IGNORE).sum())
+    with mode():
+        products = gemms(lambda: stats_of(case, differentiable=DIFFERENTIABLE, softcap=9.0), n, 256, 16)
+    assert products == pytest.approx(1, rel=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_what_is_asked_for(backend):
+    """Names alone, detached but for lse, and log-probabilities as a call without figures gives them, to the bit."""
+    case = make_case(bias=True)
+    plain = fused_linear_logps(case.hidden, case.head, case.labels, backend=backend)
+    everything = stats_of(case, backend=backend)
+    for name in NAMES:
+        one = fused_linear_logps(case.hidden, case.head, case.labels, backend=backend, return_stats=[name])
+        assert [key for key, value in vars(one).items() if value is not None] == ["logps", name]
+        assert torch.equal(getattr(one, name), getattr(everything, name))
+        assert getattr(one, name).requires_grad == (name == "lse")
+        assert torch.equal(one.logps, plain)
+    detached = stats_of(case, backend=backend, differentiable=[])
+    assert [name for name in ALL if getattr(detached, name).requires_grad] == ["logps"]
+
+
+def test_equal_logits_are_a_tie():
+    """Rows of the head that are the label's own, and a head of zeros: the label is no worse than any."""
+    case = make_case(rows=2, T=20, D=24, V=60, valid=1.0)
+    with torch.no_grad():
+        case.weight[30:] = case.weight[:30]
+    exact, _ = oracle(case)
+    assert 0 < exact["is_top1"].sum() < 38
+    assert torch.equal(stats_of(case, chunk_size=7).is_top1, exact["is_top1"])
+    with torch.no_grad():
+        case.weight.zero_()
+    assert stats_of(case).is_top1[:, :-1].all()
+    assert not stats_of(case).is_top1[:, -1].any()
+
+
+def test_no_tokens():
+    case = make_case(valid=0.0)
+    stats = stats_of(case, differentiable=DIFFERENTIABLE)
+    assert all((value == 0).all() for value in vars(stats).values())
+    assert all((g == 0).all() for g in torch.autograd.grad(loss_of(stats, ALL), case.leaves))
+
+
+@pytest.mark.parametrize("options", [{}, CAPPED], ids=["plain", "capped"])
+def test_traced(options):
+    """torch.compile keeps the operators whole, whose fakes say what comes out."""
+    case = make_case(bias=True)
+
+    def call(hidden, head, labels):
+        stats = fused_linear_logps(
+            hidden, head, labels, return_stats=True, differentiable=DIFFERENTIABLE, chunk_size=30, **options
+        )
+        return [getattr(stats, name) for name in ("logps", *NAMES)]
+
+    traced = torch.compile(call, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (call, traced):
+        figures = dict(zip(("logps", *NAMES), run(case.hidden, case.head, case.labels), strict=True))
+        results.append([*figures.values(), *torch.autograd.grad(loss_of(figures, ALL), case.leaves)])
+    for eager, compiled in zip(*results, strict=True):
+        assert relative_error(compiled, eager) <= 2 * fp32_bound(1)
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_operators_and_their_fakes_agree(backend, softcap):
+    case = make_case(rows=1, T=9, D=16, V=37, valid=1.0)
+    rows, labels = torch.arange(9), case.labels[0].clamp(min=0)
+    inputs = (case.hidden[0].detach(), case.weight.detach(), None, None, "", [], rows, labels)
+    options = (backend, 1.0, softcap, 20, 2**20, False)
+    utils = {"test_utils": ("test_schema", "test_faketensor")}
+    arguments = [*inputs, *options, True, True, " ".join(NAMES), " ".join(DIFFERENTIABLE)]
+    torch.library.opcheck(torch.ops.asft_kernels.linear_logps.default, arguments, **utils)
+    *of_rows, exps, stats = torch.ops.asft_kernels.linear_logps(*arguments)
+    g = torch.randn(9)
+    arguments = [g, *inputs, *of_rows, exps, stats, *options, True, True, False, False, g, g, g]
+    torch.library.opcheck(torch.ops.asft_kernels.linear_logps_backward.default, arguments, **utils)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"return_stats": "entropy"}, r"return_stats: got 'entropy', need .* write \['entropy'\]"),
+        ({"return_stats": 1}, "return_stats: got 1, need True, False or a list of names"),
+        ({"return_stats": ["entrop"]}, "return_stats: got the name 'entrop', need names out of 'lse'"),
+        ({"return_stats": True, "differentiable": "lse"}, "differentiable: got 'lse', need a list"),
+        ({"return_stats": True, "differentiable": ["is_top1"]}, "differentiable: got the name 'is_top1'"),
+        ({"return_stats": ["lse"], "differentiable": ["entropy"]}, "differentiable: got the name 'entropy', need one"),
+        ({"differentiable": ["entropy"]}, "differentiable: got the name 'entropy', need one"),
+    ],
+)
+def test_refusals(options, message):
+    case = make_case()
+    with pytest.raises(ValueError, match=message):
+        fused_linear_logps(case.hidden, case.head, case.labels, **options)
