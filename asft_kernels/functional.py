@@ -232,7 +232,7 @@ def _preference_loss(
     per_token = getattr(objective, "ref_per_token", False)
     checks.reference_logps(ref_logps, labels if per_token else rows, name, objective.needs_reference)
     weigh = getattr(objective, "weigh_tokens", None)
-    if token_weights is not None or weigh is not None:
+    if token_weights is not None or getattr(objective, "needs_token_weights", False):
         checks.weights_like_labels(token_weights, labels)
     if nll_labels is not None:
         checks.nll_layout(nll_labels, labels, options.cu_seqlens, name, objective.uses_nll_labels)
@@ -248,7 +248,7 @@ def _preference_loss(
     else:
         weights = None if token_weights is None else batch.take_at_labels(token_weights)
         if weigh is not None:
-            weights = weigh(logps.detach(), weights)
+            weights = weigh(logps.detach(), weights, batch.offsets)
         lengths, nll_sums, nll_lengths = batch.lengths, None, None
         if nll_labels is not None:
             # The batch holds the union of both label sets: each sum takes its own tokens.
