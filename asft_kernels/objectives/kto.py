@@ -49,9 +49,9 @@ class KTO(Objective):
         kl = inputs.get("kl", policy.sum.new_zeros(())).detach()
         if kl.dim() and kl.shape != policy.sum.shape:
             got, rows = tuple(kl.shape), len(policy.sum)
-            raise ValueError(f"kto: kl: got shape {got}, need a scalar, which kto_kl gives, or ({rows},), one a row")
+            raise ValueError(f"kto: kl: got shape {got}, need a scalar, as kto_kl gives it, or ({rows},)")
         if kl.device.type == "cpu" and not torch.compiler.is_compiling() and (kl < 0).any():
-            raise ValueError(f"kto: kl: got {kl.min().item():g}, need numbers >= 0; kto_kl gives one")
+            raise ValueError(f"kto: kl: got {kl.min().item():g}, need a number >= 0; kto_kl gives it")
         kl = kl.clamp(min=0)  # as TRL does; elsewhere than on a CPU a look at the value would wait for the device
         ratio = log_ratio("kto", policy, ref_logps)
         over = self.beta * torch.where(desirable, ratio - kl, kl - ratio)

@@ -38,5 +38,5 @@ class LDDPO(Around):
         tokens = torch.arange(len(logps), device=logps.device)
         row = torch.bucketize(tokens, offsets[1:-1], right=True)
         shared = tokens - offsets.index_select(0, row) < shorter.index_select(0, row)
-        weights = torch.where(shared, 1.0, self.ld_alpha).double()
+        weights = torch.ones_like(logps, dtype=torch.float64).where(shared, self.ld_alpha)
         return weights if token_weights is None else weights * token_weights
