@@ -64,7 +64,8 @@ def fused_preference_loss(hidden, lm_head, labels, objective, **options):
         if objective != name:
             parameters = {key: getattr(objective, key) for key in parameters}
         return _asft(hidden, lm_head, labels, **parameters, **options)
-    if name == "sft" and (objective == name or (objective.normalization == "sequence" and not objective.stats)):
+    plain = getattr(objective, "normalization", "sequence") == "sequence" and not getattr(objective, "stats", ())
+    if name == "sft" and plain:
         return _sft(hidden, lm_head, labels, **options)
     return _by_formula(hidden, lm_head, labels, objective, **options)
 
