@@ -40,6 +40,6 @@ class WPO(Around):
     def forward(self, policy: Logps, ref_logps: Tensor | None = None, **inputs: Tensor) -> LossTerms:
         terms = self.base(policy, ref_logps, **inputs)
         chosen, rejected = (policy.terms[ALIGNED] / policy.length.clamp(min=1)).exp().chunk(2)
-        weight = (chosen * rejected).detach()
+        weight = chosen * rejected
         metrics = {**terms.metrics, "pair_weight": weight}
         return LossTerms(weight * terms.loss, terms.sft, terms.align, metrics)
