@@ -112,6 +112,19 @@ def test_scores_go_on_as_a_straight_line_where_an_exponential_would_end_them():
     assert slope.tolist() == pytest.approx([math.exp(79), math.exp(80), math.exp(80), 0], rel=DOUBLE)
 
 
+OF_RATIOS = [objective for objective, _ in WORKED if objective.needs_reference]
+
+
+@pytest.mark.parametrize("objective", OF_RATIOS, ids=str)
+def test_margins_of_any_size_are_finite(objective):
+    """In either direction, with the gradient; no exponential is taken of a margin by itself."""
+    sums = tensor(-1e6, -1.0, -1e6, -1.0, -1e6, -1e6).requires_grad_()
+    loss = objective(Logps(sums, torch.ones(6).long()), tensor(-1, -1e6, -1e6, -1e6, -1, -1)).loss
+    (grad,) = torch.autograd.grad(loss.sum(), sums)
+    assert loss.isfinite().all()
+    assert grad.isfinite().all()
+
+
 # What a batch couples
 
 
