@@ -1,6 +1,8 @@
 """`asft_kernels.liger` against the classes whose names it has: losses, figures and gradients in fp32."""
 
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -325,3 +327,15 @@ def test_cross_entropy_with_smoothing_and_z_loss(case, reduction, softcap):
     expected = {"none": right}.get(reduction, right.sum() / (labels != IGNORE).sum())
     assert relative_error(got.token_accuracy, expected) <= 2**-23  # a quotient of integers, rounded once
     assert got.predicted_tokens is None
+
+
+def test_the_code_of_the_page(case):
+    page = (Path(__file__).parents[1] / "docs" / "liger.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    names = {"lin_weight": case.weight, "hidden": case.hidden, "target": case.labels, "bias": case.bias}
+    names.update(ref_hidden=case.hidden.detach(), ref_weight=case.weight.detach() * 0.9)
+    exec(code, names)
+    names["loss"].backward()
+    assert case.weight.grad.norm() > 0
+    assert names["chosen_logps"].shape == (3,)
+    assert len(names["figures"]) == 5

@@ -1,7 +1,9 @@
 """The losses that trainers know by name: numbers by hand, limits, what a batch couples, tokens' weights, figures."""
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -435,3 +437,19 @@ def test_the_default_divergence_is_the_log_ratio(objective):
     policy, ref = pairs()
     explicit = replace(objective, f_divergence_type="reverse_kl", f_alpha_divergence_coef=7.0)
     assert torch.equal(objective(policy, ref).loss, explicit(policy, ref).loss)
+
+
+def test_the_code_of_the_page(answers):
+    case, _ = answers
+    page = (Path(__file__).parents[1] / "docs" / "objectives" / "trainers.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    names = {"hidden": case.hidden, "lm_head": case.head, "labels": case.labels}
+    exec(code, {**names, "ref_hidden": case.hidden.detach(), "ref_lm_head": case.weight.detach()})
+    names = re.findall(r"^\| [^|]*\| `(\w+)`", page.split("What TRL does")[0], re.M)
+    assert len(names) == 13
+    assert all(get_objective(name) for name in names)
+
+
+def test_trls_sigmoid_is_dpo():
+    with pytest.raises(ValueError, match="objective: got 'sigmoid', need .*; did you mean 'dpo'?"):
+        get_objective("sigmoid")

@@ -81,7 +81,8 @@ def get_objective(name: str, **parameters) -> Objective:
             )
         return WeightedSum(tuple(_term(term) for term in re.split(r"(?<![\d.]e)\+", name)))  # but for that of 1e+3
     if name not in OBJECTIVES:
-        near = difflib.get_close_matches(name.lower(), OBJECTIVES, n=1)
+        trls = {"sigmoid": "dpo"}  # nearest in letters is sigmoid_norm, which is another loss
+        near = [trls[name]] if name in trls else difflib.get_close_matches(name.lower(), OBJECTIVES, n=1)
         raise ValueError(
             f"objective: got {name!r}, need one of {', '.join(map(repr, OBJECTIVES))}, a sum such as "
             "'asft + 0.1 sft', or an objective object (get_objective(name, beta=...) for other parameters)"
