@@ -451,5 +451,5 @@ def test_the_code_of_the_page(answers):
 
 
 def test_trls_sigmoid_is_dpo():
-    with pytest.raises(ValueError, match="objective: got 'sigmoid', need .*; did you mean 'dpo'?"):
+    with pytest.raises(ValueError, match=r"objective: got 'sigmoid', need .*; did you mean 'dpo'\?"):
         get_objective("sigmoid")
