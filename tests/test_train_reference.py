@@ -22,6 +22,7 @@ from asft_kernels.train import main
 from asft_kernels.train.arguments import JobArguments
 from asft_kernels.train.on_pairs import OnPairs, on_pairs
 from asft_kernels.train.reference import ObjectiveCollator, with_reference
+from objective_cases import FIGURES
 from tiny_lm import pairs, saved_sae, saved_tiny_model, tiny_model, tiny_tokenizer, write_lines
 
 LIMITS = ["--max-length", "64", "--max-prompt-length", "32"]
@@ -73,6 +74,24 @@ def test_ld_alpha_begins_at_log_2_and_goes_on_as_another_loss(files, tmp_path):
     ]
     assert losses[0][0] == pytest.approx(math.log(2), abs=1e-5)
     assert losses[0][1] != pytest.approx(losses[1][1], abs=1e-4)
+
+
+@pytest.mark.skipif(not FIGURES, reason="the primitive gives no figures per token yet")
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("dpo", ["use_weighting=True"]),
+        ("ipo", ["use_weighting=True", "ld_alpha=0.5"]),
+        ("sft", ["label_smoothing=0.1", "lse_square_scale=0.01"]),
+    ],
+)
+def test_losses_of_figures_per_token_train(files, tmp_path, name, arguments):
+    figures, plain = (
+        trained(files, tmp_path / str(i), "--objective", name, *(["--objective-args", *given] if given else []))
+        for i, given in enumerate((arguments, []))
+    )
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in figures)
+    assert figures[0]["loss"] != pytest.approx(plain[0]["loss"], rel=1e-3)
 
 
 def test_ld_alpha_takes_one_reference(files, tmp_path, capsys):
