@@ -8,6 +8,7 @@ from torch import Tensor
 
 from asft_kernels import checks
 from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, Wanted
+from asft_kernels.batch import TokenBatch
 from asft_kernels.heads import Head
 from asft_kernels.objectives import ASFT, Objective, get_objective
 from asft_kernels.objectives.base import counting, counting_rows, reduce_loss
@@ -259,16 +260,18 @@ def _preference_loss(
     per_token = getattr(objective, "ref_per_token", False)
     checks.reference_logps(ref_logps, labels if per_token else rows, name, objective.needs_reference)
     weigh = getattr(objective, "weigh_tokens", None)
-    if token_weights is not None or weigh is not None:
+    if token_weights is not None or getattr(objective, "needs_token_weights", False):
         checks.weights_like_labels(token_weights, labels)
     if nll_labels is not None:
         checks.nll_layout(nll_labels, labels, options.cu_seqlens, name, objective.uses_nll_labels)
         nll_labels = torch.cat([nll_labels, torch.full_like(nll_labels, options.ignore_index)])
     inputs = checks.objective_inputs(objective, objective_inputs)
     checks.same_place(hidden=hidden, ref_logps=ref_logps, token_weights=token_weights, nll_labels=nll_labels, **inputs)
-    logps, _, batch, backend = token_logps(
-        hidden, lm_head, labels, options, paired=objective.paired, nll_labels=nll_labels
-    )
+    names, with_grad = (frozenset(getattr(objective, key, ())) for key in ("stats", "stats_with_grad"))
+    logps, stats, batch, backend = token_logps(
+        hidden, lm_head, labels, options, wanted=Wanted(names, with_grad) if names else None, paired=objective.paired,
+        nll_labels=nll_labels,
+    )  # fmt: skip
 
     from_tokens = getattr(objective, "from_tokens", None)
     plain = token_weights is None and nll_labels is None
@@ -276,23 +279,22 @@ def _preference_loss(
     if at_once is not None:
         policy, terms = at_once
     else:
-        weights = None if token_weights is None else batch.take_at_labels(token_weights)
+        given = weights = None if token_weights is None else batch.take_at_labels(token_weights)
         if weigh is not None:
-            weights = weigh(logps.detach(), weights)
+            weights = weigh(logps.detach(), given, batch.offsets)
         lengths, nll_sums, nll_lengths = batch.lengths, None, None
         if nll_labels is not None:
             # The batch holds the union of both label sets: each sum takes its own tokens.
             own, nll = (batch.take_at_labels(x).ne(options.ignore_index) for x in (labels, nll_labels))
-            weights = own.double() if weights is None else weights.where(own, 0)
+            given, weights = (own.double() if x is None else x.where(own, 0) for x in (given, weights))
             lengths, nll_lengths = (reduce(x, batch).long() for x in (own, nll))
             nll_sums = reduce(logps, batch, nll)
         # Masked in the loss alone, a NaN of a row that does not count would come back in its gradient, as 0 * NaN.
         rows = counting_rows(lengths, objective.paired)
-        if weights is not None:
-            tokens = torch.arange(len(weights), device=weights.device)
-            row = torch.bucketize(tokens, batch.offsets[1:-1], right=True)
-            weights = weights.where(rows.index_select(0, row) | weights.isfinite(), 0)
-        policy = Logps(reduce(logps, batch, weights), lengths, nll_sums, nll_lengths)
+        given, weights = (_finite_weights(x, rows, batch) for x in (given, weights))
+        per_token_terms = objective.per_token(logps, stats) if stats else {}
+        terms_of_rows = {key: reduce(x, batch, given) for key, x in per_token_terms.items()}
+        policy = Logps(reduce(logps, batch, weights), lengths, nll_sums, nll_lengths, terms_of_rows)
         ref = None if ref_logps is None else ref_logps.detach()
         if per_token and ref is not None:
             ref = reduce(batch.take_at_rows(ref), batch, weights)
@@ -306,3 +308,12 @@ def _preference_loss(
     if not return_outputs:
         return loss
     return loss, summarize(policy, terms, paired=objective.paired, dtype=logps.dtype)
+
+
+def _finite_weights(weights: Tensor | None, counts: Tensor, batch: TokenBatch) -> Tensor | None:
+    """(N,) weights with 0 for what is not finite in rows that do not count (counts (R,) bool)."""
+    if weights is None:
+        return None
+    tokens = torch.arange(len(weights), device=weights.device)
+    row = torch.bucketize(tokens, batch.offsets[1:-1], right=True)
+    return weights.where(counts.index_select(0, row) | weights.isfinite(), 0)

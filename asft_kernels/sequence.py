@@ -1,7 +1,7 @@
 """Per-token log-probabilities -> sums, lengths and averages of each sequence."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,12 +15,14 @@ class Logps:
 
     sum: sum of logp over the valid tokens (token-weighted if weights were given), 0 for none.
     length: (R,) int64, valid tokens. nll_sum, nll_length: the same over nll_labels where given.
+    terms: sums over each sequence of what the objective's `per_token` gave, by its names.
     """
 
     sum: Tensor
     length: Tensor
     nll_sum: Tensor | None = None
     nll_length: Tensor | None = None
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def avg(self) -> Tensor:
@@ -49,7 +51,8 @@ class Logps:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Logps":
         nll_sum, nll_length = (None if x is None else change(x) for x in (self.nll_sum, self.nll_length))
-        return Logps(change(self.sum), change(self.length), nll_sum, nll_length)
+        terms = {name: change(x) for name, x in self.terms.items()}
+        return Logps(change(self.sum), change(self.length), nll_sum, nll_length, terms)
 
 
 def reduce(logps: Tensor, batch: TokenBatch, weights: Tensor | None = None) -> Tensor:

@@ -1,11 +1,39 @@
 """What each objective needs beside log-probabilities, made up at random for any batch."""
 
+import inspect
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from asft_kernels.objectives import BMC, CPO, DPO, KTO, LMPO, MRPO, ORPO, RPO, SFT, Robust, get_objective
+from asft_kernels import fused_linear_logps
+from asft_kernels.objectives import (
+    AOT,
+    BMC,
+    CPO,
+    DPO,
+    IPO,
+    KTO,
+    LDDPO,
+    LMPO,
+    MRPO,
+    ORPO,
+    RPO,
+    SFT,
+    WPO,
+    AOTUnpaired,
+    DiscoPOP,
+    ExoPair,
+    HingeNorm,
+    Robust,
+    SigmoidNorm,
+    SimPO,
+    get_objective,
+)
+from asft_kernels.sequence import Logps
+
+FIGURES = "return_stats" in inspect.signature(fused_linear_logps).parameters
 
 
 def lmpo_held() -> LMPO:
@@ -27,6 +55,26 @@ FORMS: dict[str, Any] = {
     "robust_at_0.3": lambda: Robust(label_smoothing=0.3),
     "orpo_tempered": lambda: ORPO(lam=0.7, beta=0.3),
     "cpo_align_only": lambda: CPO(alpha=0),
+    "cpo_token_nll": lambda: CPO(alpha=0.7, nll_normalization="token"),
+    "cpo_smoothed": lambda: CPO(label_smoothing=0.2),
+    "orpo_token_nll": lambda: ORPO(lam=0.7, nll_normalization="token"),
+    "simpo_smoothed": lambda: SimPO(label_smoothing=0.2),
+    "sft_smoothed": lambda: SFT("token", label_smoothing=0.1),
+    "sft_with_z_loss": lambda: SFT(lse_square_scale=1e-2, label_smoothing=0.1, token_accuracy=True),
+    "aot_smoothed": lambda: AOT(0.3, 0.2),
+    "aot_unpaired_smoothed": lambda: AOTUnpaired(0.3, 0.2),
+    "dpo_forward_kl": lambda: DPO(label_smoothing=0.1, f_divergence_type="forward_kl"),
+    "robust_js": lambda: Robust(0.3, 0.1, f_divergence_type="js_divergence"),
+    "ipo_alpha": lambda: IPO(0.3, f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.7),
+    "sigmoid_norm_js": lambda: SigmoidNorm(2.0, f_divergence_type="js_divergence"),
+    "hinge_norm_js": lambda: HingeNorm(f_divergence_type="js_divergence"),
+    "exo_pair_alpha": lambda: ExoPair(0.3, 0.1, f_divergence_type="alpha_divergence"),
+    "discopop_js": lambda: DiscoPOP(0.3, 0.5, f_divergence_type="js_divergence"),
+    "ld_dpo": lambda: get_objective("dpo", ld_alpha=0.3),
+    "ld_of_a_sum": lambda: LDDPO("ipo + 0.5 apo_zero", 0.0),
+    "wpo": lambda: get_objective("dpo", use_weighting=True),
+    "wpo_of_a_sum": lambda: WPO("simpo + 0.1 sft"),
+    "ld_wpo": lambda: get_objective("sigmoid_norm", use_weighting=True, ld_alpha=0.5),
     "kto_weighted": lambda: KTO(desirable_weight=0.7, undesirable_weight=1.3),
     "dpo + 0.005 sft": lambda: get_objective("dpo + 0.005 sft"),
     "asft + 0.5 ipo + kto": lambda: get_objective("asft + 0.5 ipo + kto"),
@@ -45,6 +93,20 @@ FORMS: dict[str, Any] = {
 
 def objective_of(name: str) -> Any:
     return FORMS[name]() if name in FORMS else get_objective(name)
+
+
+def skip_without_figures(objective: Any) -> None:
+    if objective.stats and not FIGURES:
+        pytest.skip("the primitive gives no figures per token yet")
+
+
+def policy_of(objective: Any, sums: Tensor, lengths: Tensor) -> Logps:
+    """With terms, if the objective has some: of figures made up at random, the same for each row of a length."""
+    g = torch.Generator().manual_seed(2)
+    table = 1 + torch.rand(int(lengths.max()) + 1, len(objective.stats), generator=g, dtype=torch.float64)
+    stats = dict(zip(objective.stats, table[lengths].unbind(dim=1), strict=True))
+    terms = objective.per_token(torch.zeros(len(sums), dtype=torch.float64), stats)
+    return Logps(sums, lengths, terms={name: values * lengths for name, values in terms.items()})
 
 
 def sums_like(lengths: Tensor, generator: torch.Generator, *lead: int) -> Tensor:
@@ -78,7 +140,7 @@ def call_inputs(objective: Any, labels: Tensor, seed: int = 0) -> dict[str, Any]
     if ref is not None:
         per_token = -3 * torch.rand(labels.shape, generator=g, dtype=torch.float64)
         call["ref_logps"] = per_token if objective.ref_per_token else ref
-    if hasattr(objective, "weigh_tokens"):
+    if objective.needs_token_weights:
         call["token_weights"] = (torch.rand(labels.shape, generator=g) < 0.5).float()
         if objective.uses_nll_labels:
             call["nll_labels"] = labels[: len(labels) // 2]  # a likelihood without weights, as the authors have it

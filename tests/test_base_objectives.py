@@ -321,6 +321,29 @@ def test_a_negative_reference_point_is_refused():
         KTO()(PAIR, PAIR_REF, desirable=torch.tensor([True, False]), kl=tensor(-5)[0])
 
 
+def test_a_reference_point_of_each_row():
+    """In each row that of a scalar; the metric is the mean over the rows that count."""
+    kl, desirable = tensor(3, 0.5), torch.tensor([True, False])
+    terms = KTO()(PAIR, PAIR_REF, desirable=desirable, kl=kl)
+    for row in (0, 1):
+        of_row = KTO()(PAIR, PAIR_REF, desirable=desirable, kl=kl[row])
+        assert terms.loss[row] == of_row.loss[row]
+    assert terms.metrics["kl"].tolist() == [3, 0.5]
+    with pytest.raises(ValueError, match="kto: kl: got -2, need a number >= 0"):
+        KTO()(PAIR, PAIR_REF, desirable=desirable, kl=tensor(1, -2))
+
+
+def test_reference_points_of_rows_through_the_call():
+    case = make_case(rows=5)
+    case.labels[3] = IGNORE
+    exact = case.to(torch.float64)
+    inputs = call_inputs(KTO(), case.labels)
+    inputs["objective_inputs"]["kl"] = tensor(2.5, 0, 1, float("nan"), 4)  # NaN where no token is
+    loss = fused_preference_loss(case.hidden, case.head, case.labels, "kto", **inputs)
+    truth = reference.fused_preference_loss(exact.hidden, exact.head, exact.labels, "kto", **inputs)
+    assert relative_error(loss, truth) <= fp32_bound(32)
+
+
 def test_a_negative_reference_point_that_cannot_be_looked_at_is_held_at_0():
     """On a GPU and under torch.compile; here the latter."""
     compiled = torch.compile(
@@ -417,7 +440,7 @@ def test_names_of_sums():
 
 def test_sums_compare_by_their_terms():
     assert len({get_objective("dpo + sft"), get_objective("dpo + sft"), get_objective("dpo + 2 sft")}) == 2
-    assert repr(get_objective("0.5 sft")) == "WeightedSum(terms=((0.5, SFT(normalization='sequence')),))"
+    assert repr(get_objective("0.5 asft")) == "WeightedSum(terms=((0.5, ASFT(lam=1.0, beta=1.0, sft_weight=1.0)),))"
     assert get_objective("0.5 sft") != get_objective("sft")
 
 
@@ -558,7 +581,7 @@ def test_several_references_are_not_for_one():
         ({}, r"objective_inputs: got no 'desirable', need desirable: \(R,\) bool, whether the row's answer is a good"),
         ({"desirable": torch.ones(2).bool()}, r"kto: desirable: got \(2,\), need a tensor \(4,\), one entry a row"),
         ({"desirable": torch.ones(4)}, "kto: desirable: got torch.float32, need torch.bool; compare, as in score > 0"),
-        ({"desirable": torch.ones(4).bool(), "kl": torch.zeros(4)}, r"kto: kl: got shape \(4,\), need a scalar; "),
+        ({"desirable": torch.ones(4).bool(), "kl": torch.zeros(3)}, r"kto: kl: got shape \(3,\), need a scalar, as"),
     ],
 )  # fmt: skip
 def test_inputs_of_kto(inputs, message):

@@ -6,10 +6,9 @@ import torch
 from asft_kernels import fused_preference_loss, reference
 from asft_kernels.objectives import OBJECTIVES
 from asft_kernels.objectives.base import counting, reduce_loss
-from asft_kernels.sequence import Logps
 from bounds import fp32_bound, relative_error, unit_roundoff
 from cases import IGNORE, gemms, make_case
-from objective_cases import FORMS, call_inputs, direct_inputs, objective_of
+from objective_cases import FORMS, call_inputs, direct_inputs, objective_of, policy_of, skip_without_figures
 
 NAMES = list(dict.fromkeys([*OBJECTIVES, *FORMS]))
 
@@ -21,6 +20,7 @@ def test_parity_with_the_reference(name, dtype):
     case.labels[1] = IGNORE
     exact = case.to(torch.float64)
     objective = objective_of(name)
+    skip_without_figures(objective)
     inputs = call_inputs(objective, case.labels)
     for reduction in ("mean", "none"):
         loss = fused_preference_loss(case.hidden, case.head, case.labels, objective, **inputs, reduction=reduction)
@@ -41,14 +41,14 @@ def test_gradcheck(name):
     avg = torch.tensor([-0.3, -2.0, -1e-3, -1.1], dtype=torch.float64, requires_grad=True)
     length = torch.tensor([3, 1, 2, 5])
     inputs = direct_inputs(objective, length)
-    assert torch.autograd.gradcheck(lambda x: objective(Logps(x * length, length), **inputs).loss, avg)
+    assert torch.autograd.gradcheck(lambda x: objective(policy_of(objective, x * length, length), **inputs).loss, avg)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_extremes_and_empty_sequences_stay_finite(name):
     objective = objective_of(name)
     sums = torch.tensor([-1e-8, -1e4, 0.0, -3.0, -1e30, 0.0], dtype=torch.float64, requires_grad=True)
-    policy = Logps(sums, torch.tensor([1, 3, 0, 2, 1, 4]))
+    policy = policy_of(objective, sums, torch.tensor([1, 3, 0, 2, 1, 4]))
     terms = objective(policy, **direct_inputs(objective, policy.length))
     loss = reduce_loss(terms.loss, counting(policy, objective.paired), "none")
     (grad,) = torch.autograd.grad(loss.sum(), sums)
@@ -66,8 +66,8 @@ def test_order_does_not_matter(name):
     both = torch.cat([order, order + 3])
     inputs = direct_inputs(objective, lengths)
     moved = {key: value[..., both] for key, value in inputs.items()}
-    loss = objective(Logps(sums, lengths), **inputs).loss
-    shuffled = objective_of(name)(Logps(sums[both], lengths[both]), **moved).loss
+    loss = objective(policy_of(objective, sums, lengths), **inputs).loss
+    shuffled = objective_of(name)(policy_of(objective, sums[both], lengths[both]), **moved).loss
     # Sums over the batch in another order: some float64 roundings of 1.1e-16.
     torch.testing.assert_close(shuffled, loss[order if objective.paired else both], rtol=1e-14, atol=0)
 
@@ -79,6 +79,7 @@ def test_what_comes_with_rows_that_do_not_count_is_not_read(name, value):
     case = make_case(rows=8)
     case.labels[5] = IGNORE
     rows = [1, 5] if objective_of(name).paired else [5]
+    skip_without_figures(objective_of(name))
     results = []
     for spoilt in (False, True):
         objective = objective_of(name)
@@ -103,6 +104,7 @@ def test_same_products_as_asft(name, trainable, expected):
     case = make_case(rows=8, T=33, D=64, V=1024, valid=0.3)
     case.weight.requires_grad_(trainable)
     objective = objective_of(name)
+    skip_without_figures(objective)
     inputs = call_inputs(objective, case.labels)
     valid = int((case.labels[:, 1:] != IGNORE).sum())
 

@@ -24,7 +24,7 @@ LAYERS = [  # each may import those before it
     "outputs",
     "functional",
     "noisy_logps",
-    "nn",
+    "nn liger",
     "integrations data",
     "generation",
     "sae score",

@@ -524,10 +524,12 @@ def test_fpo_from_hidden_states_passes_gradients_to_the_distance():
 def test_bmc_weights_by_hand():
     """Unmarked 1; marked 1 + 1/p up to 1 + delta."""
     logps = torch.log(torch.tensor([0.5, 0.8, 0.25, 0.9])).double()
-    weights = BMC("dpo", delta=3.0).weigh_tokens(logps, torch.tensor([0.0, 1.0, 1.0, 0.0]))
+    marks, borders = torch.tensor([0.0, 1.0, 1.0, 0.0]), torch.tensor([0, 2, 4])
+    weights = BMC("dpo", delta=3.0).weigh_tokens(logps, marks, borders)
     assert weights.tolist() == pytest.approx([1.0, 2.25, 4.0, 1.0], rel=1e-7)  # fp32 logs
-    assert BMC("dpo", delta=0.5).weigh_tokens(logps, torch.ones(4)).tolist() == pytest.approx([1.5] * 4, rel=DOUBLE)
-    far = BMC("dpo").weigh_tokens(torch.tensor([-1e4, 0.0]), torch.ones(2))  # exp(1e4) overflows
+    clipped = BMC("dpo", delta=0.5).weigh_tokens(logps, torch.ones(4), borders)
+    assert clipped.tolist() == pytest.approx([1.5] * 4, rel=DOUBLE)
+    far = BMC("dpo").weigh_tokens(torch.tensor([-1e4, 0.0]), torch.ones(2), borders)  # exp(1e4) overflows
     assert far.tolist() == pytest.approx([3.0, 2.0], rel=DOUBLE)
 
 

@@ -1,14 +1,28 @@
 """SimPO, ORPO, DPO and CPO against Liger-Kernel's fused losses: loss, gradients of hidden states and weight, in fp32.
 
-Liger's likelihood is a mean over all chosen tokens of the batch, ours one per sequence. They are the same where the
-chosen answers have one length; elsewhere ours is a sum with SFT("token").
+Liger's likelihood is a mean over all chosen tokens of the batch: nll_normalization="token", or a sum with SFT("token").
+Ours of one mean per sequence is the same where the chosen answers have one length.
 """
 
 import pytest
 import torch
 
 from asft_kernels import fused_linear_logps, fused_preference_loss
-from asft_kernels.objectives import CPO, DPO, ORPO, SFT, SimPO, WeightedSum
+from asft_kernels.objectives import (
+    CPO,
+    DPO,
+    ORPO,
+    SFT,
+    ApoDown,
+    ApoZero,
+    BcoPair,
+    DiscoPOP,
+    ExoPair,
+    NcaPair,
+    SimPO,
+    SppoHard,
+    WeightedSum,
+)
 from bounds import fp32_bound, relative_error
 from cases import IGNORE, make_case
 
@@ -38,6 +52,18 @@ def assert_same(case, module, objective, *, liger_inputs=None, **inputs) -> None
     for got, right in zip(*(torch.autograd.grad(x, case.leaves) for x in (ours, theirs)), strict=True):
         assert right.norm() > 0
         assert relative_error(got, right) <= BOUND
+
+
+def assert_same_with_reference(module, objective) -> None:
+    case = shifted_case(one_length=False)
+    gen = torch.Generator().manual_seed(1)
+    ref_hidden, ref_weight = (
+        x.detach() + 0.3 * torch.randn(x.shape, generator=gen) for x in (case.hidden, case.weight)
+    )
+    reference = {"ref_input": ref_hidden, "ref_weight": ref_weight, "ref_bias": case.bias.detach()}
+    head = (ref_weight, reference["ref_bias"])
+    ref_logps = fused_linear_logps(ref_hidden, head, case.labels, shift=False).sum(1)
+    assert_same(case, module, objective, liger_inputs=reference, ref_logps=ref_logps)
 
 
 def test_logits_are_as_small_as_the_bound_says():
@@ -70,17 +96,43 @@ def test_cpo_with_a_token_mean(liger):
     assert relative_error(sequence_mean, theirs) > 1e-3
 
 
-def test_dpo(liger):
-    case = shifted_case(one_length=False)
-    gen = torch.Generator().manual_seed(1)
-    ref_hidden, ref_weight = (
-        x.detach() + 0.3 * torch.randn(x.shape, generator=gen) for x in (case.hidden, case.weight)
+def test_cpo_with_a_likelihood_per_token(liger):
+    module = liger.LigerFusedLinearCPOLoss(beta=0.3, alpha=0.7, label_smoothing=0.2, compiled=False)
+    assert_same(shifted_case(one_length=False), module, CPO(0.3, 0.7, 0.2, nll_normalization="token"))
+
+
+def test_orpo_with_a_likelihood_per_token(liger):
+    module = liger.LigerFusedLinearORPOLoss(beta=0.3, compiled=False)
+    assert_same(shifted_case(one_length=False), module, ORPO(lam=0.3, nll_normalization="token"))
+
+
+def test_simpo_with_label_smoothing(liger):
+    module = liger.LigerFusedLinearSimPOLoss(
+        beta=2.0, gamma=0.7, label_smoothing=0.2, compute_nll_loss=False, compiled=False
     )
-    module = liger.LigerFusedLinearDPOLoss(beta=0.3, compiled=False)
-    reference = {"ref_input": ref_hidden, "ref_weight": ref_weight, "ref_bias": case.bias.detach()}
-    head = (ref_weight, reference["ref_bias"])
-    ref_logps = fused_linear_logps(ref_hidden, head, case.labels, shift=False).sum(1)
-    assert_same(case, module, DPO(0.3), liger_inputs=reference, ref_logps=ref_logps)
+    assert_same(shifted_case(one_length=False), module, SimPO(2.0, 0.7, 0.2))
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "objective"),
+    [
+        ("exo_pair", ExoPair(0.1, 0.05)),
+        ("nca_pair", NcaPair(0.1)),
+        ("bco_pair", BcoPair(0.1)),
+        ("sppo_hard", SppoHard(0.1)),
+        ("apo_zero", ApoZero(0.1)),
+        ("apo_down", ApoDown(0.1)),
+        ("discopop", DiscoPOP(0.1)),
+    ],
+)
+def test_dpos_other_losses(liger, loss_type, objective):
+    smoothing = getattr(objective, "label_smoothing", 0.0)
+    module = liger.LigerFusedLinearDPOLoss(beta=0.1, loss_type=loss_type, label_smoothing=smoothing, compiled=False)
+    assert_same_with_reference(module, objective)
+
+
+def test_dpo(liger):
+    assert_same_with_reference(liger.LigerFusedLinearDPOLoss(beta=0.3, compiled=False), DPO(0.3))
 
 
 def test_orpo(liger):

@@ -11,7 +11,30 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from asft_kernels.objectives import CPO, DPO, IPO, KTO, ORPO, SFT, HingeNorm, Robust, SigmoidNorm, SimPO, kto_kl
+from asft_kernels.objectives import (
+    AOT,
+    CPO,
+    DPO,
+    IPO,
+    KTO,
+    LDDPO,
+    ORPO,
+    SFT,
+    WPO,
+    AOTUnpaired,
+    ApoDown,
+    ApoZero,
+    BcoPair,
+    DiscoPOP,
+    ExoPair,
+    HingeNorm,
+    NcaPair,
+    Robust,
+    SigmoidNorm,
+    SimPO,
+    SppoHard,
+    kto_kl,
+)
 from asft_kernels.objectives.base import mean_over
 from asft_kernels.sequence import Logps
 from bounds import relative_error
@@ -21,6 +44,8 @@ PAIRS, T = 4, 9
 DOUBLE = 1e-13
 # ORPO's, which TRL computes in fp32: 16 roundings of 2^-24, of means and log-odds of at most 3.
 SINGLE = 16 * 2**-24
+# exp(x) in fp32, |x| <= 12 from sums of at most 24 nats: 16 roundings of 12 * 2^-24, relative once exponentiated.
+EXPONENTIAL = 16 * 12 * 2**-24
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +83,9 @@ def trainer(**fields) -> SimpleNamespace:
     )
 
 
-def model_of(logps):
+def model_of(logps, **figures):
     filler = torch.zeros(logps.shape)
-    outputs = SimpleNamespace(log_probs=logps, entropy=filler, mean_logits=filler, is_top1=filler.bool())
+    outputs = SimpleNamespace(log_probs=logps, entropy=filler, mean_logits=filler, is_top1=filler.bool(), **figures)
     return lambda **_: outputs
 
 
@@ -80,6 +105,24 @@ def assert_same(ours, theirs, leaf, bound) -> None:
     assert grads[1].norm() > 0
 
 
+def dpo_trainer(objective, loss_type, **fields) -> SimpleNamespace:
+    own = {
+        "beta": getattr(objective, "beta", getattr(objective, "gamma", 1.0)),
+        "label_smoothing": getattr(objective, "label_smoothing", 0.0),
+        "f_divergence_type": getattr(objective, "f_divergence_type", "reverse_kl"),
+        "f_alpha_divergence_coef": getattr(objective, "f_alpha_divergence_coef", 0.5),
+        "args": SimpleNamespace(discopop_tau=getattr(objective, "discopop_tau", 0.05)),
+    }
+    return trainer(
+        loss_types=[loss_type], loss_weights=[1.0], **{**own, "ld_alpha": None, "use_weighting": False, **fields}
+    )
+
+
+def dpo_inputs(batch) -> dict[str, torch.Tensor]:
+    refs = dict(zip(("ref_chosen_logps", "ref_rejected_logps"), batch.ref.chunk(2), strict=True))
+    return {**tokens(batch.mask), **refs}
+
+
 @pytest.mark.parametrize(
     ("loss_type", "objective"),
     [
@@ -89,38 +132,102 @@ def assert_same(ours, theirs, leaf, bound) -> None:
         ("hinge", HingeNorm(0.07)),
         ("sigmoid_norm", SigmoidNorm(2.0)),
         ("sft", SFT("token")),
+        ("exo_pair", ExoPair(0.1, 1e-2)),
+        ("nca_pair", NcaPair(0.3)),
+        ("bco_pair", BcoPair(0.3)),
+        ("sppo_hard", SppoHard(0.3)),
+        ("aot", AOT(0.1, 0.2)),
+        ("aot_unpaired", AOTUnpaired(0.1, 0.2)),
+        ("apo_zero", ApoZero(0.1)),
+        ("apo_down", ApoDown(0.1)),
+        ("discopop", DiscoPOP(0.1, 0.5)),
+        ("sigmoid", DPO(0.3, f_divergence_type="forward_kl")),
+        ("robust", Robust(0.3, 0.2, f_divergence_type="js_divergence")),
+        ("ipo", IPO(0.3, f_divergence_type="forward_kl")),
+        ("hinge", HingeNorm(0.07, f_divergence_type="js_divergence")),
+        ("sigmoid_norm", SigmoidNorm(2.0, f_divergence_type="js_divergence")),
+        ("exo_pair", ExoPair(0.1, 1e-2, f_divergence_type="js_divergence")),
+        ("discopop", DiscoPOP(0.1, f_divergence_type="js_divergence")),
     ],
+    ids=lambda x: x if isinstance(x, str) else getattr(x, "f_divergence_type", "-"),
 )
 def test_dpo_trainer(trl, batch, loss_type, objective):
-    stub = trainer(
-        beta=getattr(objective, "beta", getattr(objective, "gamma", 1.0)),
-        label_smoothing=getattr(objective, "label_smoothing", 0.0),
-        loss_types=[loss_type],
-        loss_weights=[1.0],
-        f_divergence_type="reverse_kl",
-        ld_alpha=None,
-        use_weighting=False,
-    )
-    refs = dict(zip(("ref_chosen_logps", "ref_rejected_logps"), batch.ref.chunk(2), strict=True))
-    theirs = trl.dpo._compute_loss(stub, model_of(batch.logps), {**tokens(batch.mask), **refs}, False)
+    stub = dpo_trainer(objective, loss_type)
+    theirs = trl.dpo._compute_loss(stub, model_of(batch.logps), dpo_inputs(batch), False)
     rows = policy(batch) if objective.paired else policy(batch).chosen
     ours = objective(rows, batch.ref if objective.needs_reference else None)
-    assert_same(ours.loss.mean(), theirs, batch.leaf, DOUBLE)
-    if loss_type not in ("ipo", "sigmoid_norm", "sft"):  # rewards: theirs are of sums whatever the loss
+    # TRL holds exo_pair's label smoothing and its logarithms in fp32.
+    assert_same(ours.loss.mean(), theirs, batch.leaf, SINGLE if loss_type == "exo_pair" else DOUBLE)
+    reverse = getattr(objective, "f_divergence_type", "reverse_kl") == "reverse_kl"
+    # Their rewards are of sums and of log-ratios whatever the loss.
+    if reverse and loss_type not in ("ipo", "sigmoid_norm", "sft"):
         for name, key in (("chosen_reward", "rewards/chosen"), ("reward_margin", "rewards/margins")):
             (logged,) = stub._metrics["eval"][key]
             assert ours.metrics[name].mean().item() == pytest.approx(logged, rel=DOUBLE)
 
 
+@pytest.mark.parametrize("coef", [0.5, 1.0, -0.2, 2.0])
+def test_dpo_trainers_alpha_divergence(trl, coef):
+    """Of fp32 log-probabilities, as TRL takes no others here, and log-ratios of at most 6."""
+    gen = torch.Generator().manual_seed(0)
+    leaf = (-3 * torch.rand(2 * PAIRS, 2, generator=gen)).requires_grad_()
+    mask = torch.tensor([False, True, True]).repeat(2 * PAIRS, 1)
+    batch = SimpleNamespace(logps=leaf, mask=mask, ref=-6 * torch.rand(2 * PAIRS, generator=gen))
+    objective = DPO(0.1, f_divergence_type="alpha_divergence", f_alpha_divergence_coef=coef)
+    theirs = trl.dpo._compute_loss(dpo_trainer(objective, "sigmoid"), model_of(leaf), dpo_inputs(batch), False)
+    ours = objective(Logps(leaf.double().sum(1), mask.sum(1)), batch.ref.double()).loss.mean()
+    assert_same(ours, theirs, leaf, EXPONENTIAL)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "objective"),
+    [("sigmoid", DPO(0.3)), ("sigmoid_norm", SigmoidNorm(2.0)), ("apo_zero", ApoZero(0.1)), ("aot", AOT(0.1))],
+)
+def test_dpo_trainers_ld_alpha(trl, batch, loss_type, objective):
+    desensitised = LDDPO(objective, 0.3)
+    ref_logps = -2 * torch.rand(batch.logps.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ref_logps = ref_logps * batch.mask[:, 1:]
+    stub = dpo_trainer(objective, loss_type, ld_alpha=0.3)
+    stub.precompute_ref_logps = False
+    stub.args.gradient_checkpointing_kwargs = None
+    stub.model = torch.nn.Identity().eval()
+    stub.model.is_gradient_checkpointing = False
+    stub.ref_model = model_of(ref_logps)
+    theirs = trl.dpo._compute_loss(stub, model_of(batch.logps), tokens(batch.mask), False)
+
+    valid = batch.mask[:, 1:]
+    offsets = torch.nn.functional.pad(valid.sum(1).cumsum(0), (1, 0))
+    weights = desensitised.weigh_tokens(batch.logps[valid].detach(), None, offsets)
+    assert (weights == 0.3).any()
+    spread = torch.zeros(valid.shape, dtype=torch.float64).masked_scatter(valid, weights)
+    rows = Logps((batch.logps * spread).sum(1), valid.sum(1))
+    assert_same(desensitised(rows, (ref_logps * spread).sum(1)).loss.mean(), theirs, batch.leaf, DOUBLE)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "objective"), [("sigmoid", DPO(0.3)), ("ipo", IPO(0.3)), ("exo_pair", ExoPair(0.1, 1e-2))]
+)
+def test_dpo_trainers_weighting(trl, batch, loss_type, objective):
+    weighted = WPO(objective)
+    gen = torch.Generator().manual_seed(1)
+    squares = -2 * torch.rand(batch.logps.shape, generator=gen, dtype=torch.float64)
+    stub = dpo_trainer(objective, loss_type, use_weighting=True)
+    model = model_of(batch.logps, log_sum_sq_probs=squares)
+    theirs = trl.dpo._compute_loss(stub, model, dpo_inputs(batch), False)
+
+    valid = batch.mask[:, 1:]
+    terms = weighted.per_token(batch.logps, {"log_sum_sq_probs": squares})
+    sums = {name: (values * valid).sum(1) for name, values in terms.items()}
+    rows = Logps(batch.logps.sum(1), batch.mask.sum(1), terms=sums)
+    bound = SINGLE if loss_type == "exo_pair" else DOUBLE
+    assert_same(weighted(rows, batch.ref).loss.mean(), theirs, batch.leaf, bound)
+
+
 def test_dpo_trainers_sigmoid_ignores_label_smoothing(trl, batch):
     """As docs/objectives/dpo.md says. Ours does not."""
     assert DPO(0.3, 0.2)(policy(batch), batch.ref).loss.mean() != DPO(0.3)(policy(batch), batch.ref).loss.mean()
-    stub = trainer(
-        beta=0.3, label_smoothing=0.2, loss_types=["sigmoid"], loss_weights=[1.0], f_divergence_type="reverse_kl",
-        ld_alpha=None, use_weighting=False,
-    )  # fmt: skip
-    refs = dict(zip(("ref_chosen_logps", "ref_rejected_logps"), batch.ref.chunk(2), strict=True))
-    theirs = trl.dpo._compute_loss(stub, model_of(batch.logps), {**tokens(batch.mask), **refs}, False)
+    stub = dpo_trainer(DPO(0.3, 0.2), "sigmoid")
+    theirs = trl.dpo._compute_loss(stub, model_of(batch.logps), dpo_inputs(batch), False)
     assert_same(DPO(0.3)(policy(batch), batch.ref).loss.mean(), theirs, batch.leaf, DOUBLE)
 
 
@@ -146,13 +253,20 @@ def test_kto_trainer(trl, batch, shift):
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "objective"), [("sigmoid", CPO(0.3)), ("simpo", SimPO(2.0, 0.7)), ("simpo", SimPO(0.5, 0.0))]
+    ("loss_type", "objective"),
+    [
+        ("sigmoid", CPO(0.3)),
+        ("sigmoid", CPO(0.3, label_smoothing=0.2)),
+        ("simpo", SimPO(2.0, 0.7)),
+        ("simpo", SimPO(0.5, 0.0)),
+        ("simpo", SimPO(2.0, 0.7, 0.2)),
+    ],
 )
 def test_cpo_trainer(trl, batch, loss_type, objective):
     """Its comparison of answers; the likelihood that it adds is a token mean, test_parity_liger.py has that."""
     stub = trainer(
-        alpha=0.0, beta=objective.beta, simpo_gamma=getattr(objective, "gamma", 0.0), label_smoothing=0.0,
-        loss_type=loss_type,
+        alpha=0.0, beta=objective.beta, simpo_gamma=getattr(objective, "gamma", 0.0),
+        label_smoothing=objective.label_smoothing, loss_type=loss_type,
     )  # fmt: skip
     logps = policy(batch).avg if loss_type == "simpo" else policy(batch).sum
     losses, chosen_rewards, _ = trl.cpo.cpo_loss(stub, *logps.chunk(2))

@@ -65,6 +65,40 @@ def test_every_objective_trains(files, tmp_path, name):
         assert rows[0]["loss"] == pytest.approx(0.5, abs=1e-5)
 
 
+def test_ld_alpha_begins_at_log_2_and_goes_on_as_another_loss(files, tmp_path):
+    """The reference's tokens weigh what the policy's do."""
+    losses = [
+        [row["loss"] for row in trained(files, tmp_path / name, "--objective", "dpo", *given)]
+        for name, given in (("ld", ["--objective-args", "ld_alpha=0.2"]), ("dpo", []))
+    ]
+    assert losses[0][0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses[0][1] != pytest.approx(losses[1][1], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("dpo", ["use_weighting=True"]),
+        ("ipo", ["use_weighting=True", "ld_alpha=0.5"]),
+        ("sft", ["label_smoothing=0.1", "lse_square_scale=0.01"]),
+    ],
+)
+def test_losses_of_figures_per_token_train(files, tmp_path, name, arguments):
+    figures, plain = (
+        trained(files, tmp_path / str(i), "--objective", name, *(["--objective-args", *given] if given else []))
+        for i, given in enumerate((arguments, []))
+    )
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in figures)
+    assert figures[0]["loss"] != pytest.approx(plain[0]["loss"], rel=1e-3)
+
+
+def test_ld_alpha_takes_one_reference(files, tmp_path, capsys):
+    model, data = files
+    given = ["--objective", "dpo", "--objective-args", "ld_alpha=0.5", "--ref-scores", "a", "b"]
+    assert main(["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path / "x"), *given]) != 0
+    assert "--ref-scores: got 2 files, need one: dpo has one reference" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("weighting", ["own", "policy"])
 def test_bmc_begins_at_log_2_with_either_weighting(files, tmp_path, weighting):
     """The reference's weighted sums are the policy's: each log-probability stands at its token, with its own mark."""
@@ -74,7 +108,13 @@ def test_bmc_begins_at_log_2_with_either_weighting(files, tmp_path, weighting):
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [("dpo", []), ("poft", []), ("bmc", ["base=dpo"]), ("bmc", ["base=dpo", "ref_weighting=policy"])],
+    [
+        ("dpo", []),
+        ("poft", []),
+        ("bmc", ["base=dpo"]),
+        ("bmc", ["base=dpo", "ref_weighting=policy"]),
+        ("dpo", ["ld_alpha=0.5"]),
+    ],
 )
 def test_scores_of_a_file_are_those_of_the_model(files, tmp_path, name, arguments):
     model, data = files

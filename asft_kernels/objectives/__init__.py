@@ -5,22 +5,32 @@ import inspect
 import re
 from collections.abc import Callable
 
+from asft_kernels.objectives.aot import AOT, AOTUnpaired
+from asft_kernels.objectives.apo import ApoDown, ApoZero
 from asft_kernels.objectives.asft import ASFT
-from asft_kernels.objectives.base import LossTerms, Objective, WeightedSum
+from asft_kernels.objectives.base import LossTerms, Objective
+from asft_kernels.objectives.bco import BcoPair
 from asft_kernels.objectives.bmc import BMC, weighted_reference
+from asft_kernels.objectives.composite import WeightedSum
 from asft_kernels.objectives.cpo import CPO
+from asft_kernels.objectives.discopop import DiscoPOP
 from asft_kernels.objectives.dnpo import DNPO
 from asft_kernels.objectives.dpo import DPO, IPO, Robust, SigmoidNorm
+from asft_kernels.objectives.exo import ExoPair
 from asft_kernels.objectives.fpo import FPO
 from asft_kernels.objectives.hinge import Hinge, HingeNorm
 from asft_kernels.objectives.kto import KTO, kto_kl
+from asft_kernels.objectives.ld_dpo import LDDPO
 from asft_kernels.objectives.lmpo import LMPO
 from asft_kernels.objectives.mrpo import MRPO
+from asft_kernels.objectives.nca import NcaPair
 from asft_kernels.objectives.orpo import ORPO
 from asft_kernels.objectives.poft import PoFT
 from asft_kernels.objectives.rpo import RPO
 from asft_kernels.objectives.sft import SFT
 from asft_kernels.objectives.simpo import SimPO
+from asft_kernels.objectives.sppo import SppoHard
+from asft_kernels.objectives.wpo import WPO
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "asft": ASFT,
@@ -31,6 +41,15 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "sigmoid_norm": SigmoidNorm,
     "hinge": Hinge,
     "hinge_norm": HingeNorm,
+    "exo_pair": ExoPair,
+    "nca_pair": NcaPair,
+    "bco_pair": BcoPair,
+    "sppo_hard": SppoHard,
+    "aot": AOT,
+    "aot_unpaired": AOTUnpaired,
+    "apo_zero": ApoZero,
+    "apo_down": ApoDown,
+    "discopop": DiscoPOP,
     "orpo": ORPO,
     "simpo": SimPO,
     "cpo": CPO,
@@ -51,7 +70,8 @@ def get_objective(name: str, **parameters) -> Objective:
     Args:
         name: One of `OBJECTIVES`, or a weighted sum of them with their defaults: "dpo + 0.005 sft", "0.5 dpo" (then
             without parameters; `WeightedSum` takes objects).
-        **parameters: The objective's own, as on docs/api.md.
+        **parameters: The objective's own, as on docs/api.md; and those of TRL's DPO trainer for any loss on pairs:
+            ld_alpha, 0 to 1 or None (default), see LDDPO; use_weighting, default False, see WPO.
 
     Returns:
         An `Objective`, for `fused_preference_loss`.
@@ -69,12 +89,16 @@ def get_objective(name: str, **parameters) -> Objective:
             )
         return WeightedSum(tuple(_term(term) for term in re.split(r"(?<![\d.]e)\+", name)))  # but for that of 1e+3
     if name not in OBJECTIVES:
-        near = difflib.get_close_matches(name.lower(), OBJECTIVES, n=1)
+        trls = {"sigmoid": "dpo"}  # nearest in letters is sigmoid_norm, which is another loss
+        near = [trls[name]] if name in trls else difflib.get_close_matches(name.lower(), OBJECTIVES, n=1)
         raise ValueError(
             f"objective: got {name!r}, need one of {', '.join(map(repr, OBJECTIVES))}, a sum such as "
             "'asft + 0.1 sft', or an objective object (get_objective(name, beta=...) for other parameters)"
             + (f"; did you mean {near[0]!r}?" if near else "")
         )
+    ld_alpha, use_weighting = parameters.pop("ld_alpha", None), parameters.pop("use_weighting", False)
+    if not isinstance(use_weighting, bool):
+        raise ValueError(f"{name}: use_weighting: got {use_weighting!r}, need True or False")
     known = list(inspect.signature(OBJECTIVES[name]).parameters)
     unknown = [key for key in parameters if key not in known]
     if unknown:
@@ -82,7 +106,9 @@ def get_objective(name: str, **parameters) -> Objective:
             f"{name}: got the parameter {unknown[0]!r}, need one of {', '.join(known)}" if known
             else f"{name}: got the parameter {unknown[0]!r}, it takes none"
         )  # fmt: skip
-    return OBJECTIVES[name](**parameters)
+    made = OBJECTIVES[name](**parameters)
+    made = WPO(made) if use_weighting else made
+    return made if ld_alpha is None else LDDPO(made, ld_alpha)
 
 
 def _term(term: str) -> tuple[float, Objective]:
@@ -93,6 +119,7 @@ def _term(term: str) -> tuple[float, Objective]:
 
 
 __all__ = [
+    "AOT",
     "ASFT",
     "BMC",
     "CPO",
@@ -101,20 +128,30 @@ __all__ = [
     "FPO",
     "IPO",
     "KTO",
+    "LDDPO",
     "LMPO",
     "MRPO",
     "OBJECTIVES",
     "ORPO",
     "RPO",
     "SFT",
+    "WPO",
+    "AOTUnpaired",
+    "ApoDown",
+    "ApoZero",
+    "BcoPair",
+    "DiscoPOP",
+    "ExoPair",
     "Hinge",
     "HingeNorm",
     "LossTerms",
+    "NcaPair",
     "Objective",
     "PoFT",
     "Robust",
     "SigmoidNorm",
     "SimPO",
+    "SppoHard",
     "WeightedSum",
     "get_objective",
     "kto_kl",

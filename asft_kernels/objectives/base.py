@@ -1,15 +1,18 @@
-"""What every objective is, their weighted sum, and the reduction over pairs that they share."""
+"""What every objective is, and the reductions, figures and checks that they share."""
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from asft_kernels.sequence import Logps
+
+NLL_NORMALIZATIONS = ("sequence", "token")
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,23 @@ class Objective:
     inputs, optional_inputs: further tensors by name, with what they are: `objective_inputs` of the call,
         keywords of __call__.
 
-    An objective may also have `weigh_tokens(logps, token_weights)`: (N,) detached log-probabilities of
-    the valid tokens and the caller's (N,) token_weights -> the (N,) weights of the sums.
+    An objective may also have `weigh_tokens(logps, token_weights, offsets)`: (N,) detached log-probabilities of
+    the valid tokens, the caller's (N,) token_weights or None, and the (R+1,) borders of the sequences among the N ->
+    the (N,) weights of the sums, the policy's and, where ref_per_token, the reference's.
+    needs_token_weights: the call must give token_weights.
+    stats, stats_with_grad: names of figures per token that `per_token` reads ("lse", "mean_logits", "entropy",
+        "is_top1", "log_sum_sq_probs"), and those of them that its terms are differentiated in. An instance may have
+        its own.
     """
 
     paired: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = False
     reference_kind: ClassVar[str] = "sum"
     uses_nll_labels: ClassVar[bool] = False
-    ref_per_token: ClassVar[bool] = False
+    ref_per_token: bool = False
+    needs_token_weights: ClassVar[bool] = False
+    stats: tuple[str, ...] = ()
+    stats_with_grad: tuple[str, ...] = ()
     inputs: ClassVar[Mapping[str, str]] = {}
     optional_inputs: ClassVar[Mapping[str, str]] = {}
 
@@ -58,87 +69,19 @@ class Objective:
         """The same at once from (N,) token logps and the rows' (R+1,) borders, where there is such a way on backend."""
         return None
 
+    def per_token(self, logps: Tensor, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Terms of the valid tokens to be summed over each sequence, as `Logps.terms` of the policy.
 
-class Composite(nn.Module, Objective):
-    """An objective made of others: a module, so that the state of a part (lmpo) is its own: moved, saved, in train().
+        The caller's token_weights weigh them as they do the log-probabilities; what `weigh_tokens` gives does not.
 
-    Equal to another, as the dataclasses are, by what it is made of: `fields`, names of its attributes.
-    """
+        Args:
+            logps: (N,) log-probabilities of the valid tokens.
+            stats: the figures named by `stats`, (N,) each.
 
-    fields: ClassVar[tuple[str, ...]]
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self._values() == other._values()
-
-    def __hash__(self) -> int:
-        return hash(self._values())
-
-    def __repr__(self) -> str:
-        made_of = ", ".join(f"{name}={value!r}" for name, value in zip(self.fields, self._values(), strict=True))
-        return f"{type(self).__name__}({made_of})"
-
-    def _values(self) -> tuple[object, ...]:
-        return tuple(getattr(self, name) for name in self.fields)
-
-
-class WeightedSum(Composite):
-    """Several objectives of one batch: "dpo + 0.005 sft".
-
-    terms: (weight, objective), at least one. With a paired one among them the unpaired ones see the chosen rows.
-    Those with a reference read the same ref_logps: ValueError where one needs sums and another means.
-    """
-
-    fields = ("terms",)
-
-    def __init__(self, terms: Iterable[tuple[float, Objective]]) -> None:
-        super().__init__()
-        self.terms = tuple(_checked_term(term) for term in terms)
-        if not self.terms:
-            raise ValueError("weighted sum: got no terms, need at least one (weight, objective)")
-        objectives = [objective for _, objective in self.terms]
-        self.parts = nn.ModuleList(o for o in objectives if isinstance(o, nn.Module))
-        for name in ("paired", "needs_reference", "uses_nll_labels"):
-            setattr(self, name, any(getattr(o, name) for o in objectives))
-        for name in ("inputs", "optional_inputs"):
-            setattr(self, name, {k: v for o in objectives for k, v in getattr(o, name).items()})
-        kinds = {o.reference_kind: type(o).__name__ for o in objectives if o.needs_reference}
-        if len(kinds) > 1:
-            got = " and ".join(f"{name}, whose ref_logps are {kind}s" for kind, name in kinds.items())
-            raise ValueError(f"weighted sum: got {got}, need objectives that read the same reference")
-        vars(self).update(reference_kind=next(iter(kinds), "sum"))
-
-    def forward(self, policy: Logps, ref_logps: Tensor | None = None, **inputs: Tensor) -> LossTerms:
-        parts = []
-        for weight, objective in self.terms:
-            own = {k: v for k, v in inputs.items() if k in objective.inputs or k in objective.optional_inputs}
-            ref = ref_logps if objective.needs_reference else None
-            if self.paired and not objective.paired:
-                own = {k: v.chunk(2, dim=-1)[0] if v.dim() else v for k, v in own.items()}
-                ref = None if ref is None else ref.chunk(2, dim=-1)[0]
-                parts.append((weight, objective(chosen_of_pairs(policy), ref, **own)))
-            else:
-                parts.append((weight, objective(policy, ref, **own)))
-        return LossTerms(
-            sum_of(weight * terms.loss for weight, terms in parts),
-            parts[0][1].sft,
-            sum_of(weight * terms.align for weight, terms in parts),
-            {name: value for _, terms in reversed(parts) for name, value in terms.metrics.items()},
-        )
-
-
-def _checked_term(term: object) -> tuple[float, Objective]:
-    if not isinstance(term, Sequence) or isinstance(term, str) or len(term) != 2:
-        raise ValueError(f"weighted sum: got the term {term!r}, need a pair (weight, objective), such as (1.0, DPO())")
-    weight, objective = term
-    require_number("weighted sum", f"weight of {type(objective).__name__}", weight)
-    if not isinstance(objective, Objective):
-        raise ValueError(f"weighted sum: got {objective!r}, need an Objective, such as DPO()")
-    if hasattr(objective, "weigh_tokens") or objective.ref_per_token:
-        raise ValueError(
-            f"weighted sum: got {type(objective).__name__}, which weighs tokens, need objectives of plain sums; give "
-            "it the others as its base instead"
-        )
-    return weight, objective
+        Returns:
+            (N,) terms by name. One name means one thing: parts of a sum may share it.
+        """
+        return {}
 
 
 def chosen_of_pairs(policy: Logps) -> Logps:
@@ -189,6 +132,25 @@ def mean_over(values: Tensor, counts: Tensor) -> Tensor:
     return torch.where(counts, values, 0).sum() / counts.sum().clamp(min=1)
 
 
+def share_of_token_mean(sums: Tensor, length: Tensor, counts: Tensor) -> Tensor:
+    """sums * rows / tokens of what counts: the mean of these over the rows is the mean over all their tokens."""
+    return sums * counts.sum() / (length * counts).sum().clamp(min=1)
+
+
+def chosen_nll(policy: Logps, normalization: str) -> Tensor:
+    """Negative log-likelihood of each chosen answer, (B,): its mean per token, or its share of the batch's mean."""
+    chosen = policy.chosen
+    if normalization == "sequence":
+        return -chosen.nll_avg
+    length = chosen.length if chosen.nll_length is None else chosen.nll_length
+    return -share_of_token_mean(chosen.nll_avg * length, length, counting(policy, paired=True))
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """As exp(log sigmoid): its derivative s (1 - s) keeps its digits on both sides."""
+    return logsigmoid(x).exp()
+
+
 def reduce_loss(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:
     if reduction == "mean":
         return mean_over(loss, counts)
@@ -206,6 +168,12 @@ def require_number(objective: str, name: str, value: float, *, above_zero: bool 
 def require_choice(objective: str, name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{objective}: {name}: got {value!r}, need one of {', '.join(map(repr, choices))}")
+
+
+def require_smoothing(objective: str, value: float) -> None:
+    require_number(objective, "label_smoothing", value)
+    if value >= 0.5:
+        raise ValueError(f"{objective}: label_smoothing: got {value!r}, need a number below 0.5: half is pure noise")
 
 
 def require_input(objective: str, name: str, tensor: object, rows: int) -> Tensor:

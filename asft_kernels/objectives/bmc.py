@@ -5,11 +5,11 @@ from math import log
 import torch
 from torch import Tensor
 
-from asft_kernels.objectives.base import Composite, LossTerms, Objective, require_choice, require_number
-from asft_kernels.sequence import Logps
+from asft_kernels.objectives.base import Objective, require_choice, require_number
+from asft_kernels.objectives.composite import Around, weighs_tokens
 
 
-class BMC(Composite):
+class BMC(Around):
     """Bridging and Modeling Correlations, arXiv 2408.07471: the modelling, Eq. 4 to 6 (second-hand) and its code.
 
         L = base loss on S~ = sum_t W_t logp_t,   W_t = 1 + M_t min(1 / sg(p_t), delta)
@@ -25,30 +25,21 @@ class BMC(Composite):
     """
 
     fields = ("base", "delta", "ref_weighting")
+    needs_token_weights = True
 
     def __init__(self, base: str | Objective | None = None, delta: float = 2.0, ref_weighting: str = "own") -> None:
-        from asft_kernels.objectives import get_objective  # which imports this file
-
-        super().__init__()
+        super().__init__("bmc", base)
         require_number("bmc", "delta", delta, above_zero=True)
         require_choice("bmc", "ref_weighting", ref_weighting, ("own", "policy"))
-        made = get_objective(base) if isinstance(base, str) and base != "bmc" else base
-        if not isinstance(made, Objective):
-            raise ValueError(f"bmc: base: got {base!r}, need a name such as 'dpo' or an Objective such as DPO()")
-        sums = made.reference_kind == "sum" and not made.ref_per_token and not hasattr(made, "weigh_tokens")
-        if not made.paired or not sums:
+        sums = self.base.reference_kind == "sum" and not weighs_tokens(self.base)
+        if not self.base.paired or not sums:
             need = "a paired objective of plain sums, such as dpo, ipo, orpo or simpo"
-            raise ValueError(f"bmc: base: got {type(made).__name__}, need {need}")
-        self.base, self.delta, self.ref_weighting = made, delta, ref_weighting
-        for name in ("needs_reference", "uses_nll_labels", "inputs", "optional_inputs"):
-            setattr(self, name, getattr(made, name))
-        vars(self).update(ref_per_token=made.needs_reference and ref_weighting == "policy")
+            raise ValueError(f"bmc: base: got {type(self.base).__name__}, need {need}")
+        self.delta, self.ref_weighting = delta, ref_weighting
+        self.ref_per_token = self.base.needs_reference and ref_weighting == "policy"
 
-    def weigh_tokens(self, logps: Tensor, token_weights: Tensor) -> Tensor:
+    def weigh_tokens(self, logps: Tensor, token_weights: Tensor, offsets: Tensor) -> Tensor:
         return _weights(logps, token_weights, self.delta)
-
-    def forward(self, policy: Logps, ref_logps: Tensor | None = None, **inputs: Tensor) -> LossTerms:
-        return self.base(policy, ref_logps, **inputs)
 
 
 def weighted_reference(

@@ -6,7 +6,8 @@ from typing import ClassVar
 from torch import Tensor, relu
 
 from asft_kernels.objectives.base import LossTerms, Objective, require_number, reward_metrics
-from asft_kernels.objectives.dpo import log_ratio
+from asft_kernels.objectives.divergences import require_divergence
+from asft_kernels.objectives.dpo import score
 from asft_kernels.sequence import Logps
 
 
@@ -35,17 +36,20 @@ class HingeNorm(Objective):
 
         L = max(0, 1 - gamma [(S_w - ref_S_w) - (S_l - ref_S_l)])
 
-    gamma: > 0, default 0.05.
+    gamma: > 0, default 0.05. f_divergence_type, f_alpha_divergence_coef: as DPO's.
     """
 
     gamma: float = 0.05
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
     needs_reference: ClassVar[bool] = True
 
     def __post_init__(self):
         require_number("hinge_norm", "gamma", self.gamma, above_zero=True)
+        require_divergence("hinge_norm", self.f_divergence_type, self.f_alpha_divergence_coef)
 
     def __call__(self, policy: Logps, ref_logps: Tensor | None = None, **inputs: Tensor) -> LossTerms:
-        return _hinge(self.gamma * log_ratio("hinge_norm", policy, ref_logps), policy)
+        return _hinge(self.gamma * score("hinge_norm", self, policy, ref_logps), policy)
 
 
 def _hinge(reward: Tensor, policy: Logps) -> LossTerms:

@@ -6,9 +6,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from asft_kernels.objectives.base import LossTerms, Objective, require_input, require_number, sum_over_ranks
+from asft_kernels.objectives.base import LossTerms, Objective, require_input, require_number, sigmoid, sum_over_ranks
 from asft_kernels.objectives.dpo import log_ratio
 from asft_kernels.sequence import Logps
 
@@ -23,6 +22,7 @@ class KTO(Objective):
     beta: > 0, default 0.1. desirable_weight, undesirable_weight: >= 0, default 1; where the two kinds are unequal
     in number TRL advises desirable_weight * count : undesirable_weight * count of 1 : 1 to 4 : 3.
 
+    kl: a scalar, the paper's mean over the batch, or (R,), one reference point a row, as Liger takes it.
     WITHOUT THE INPUT kl THE REFERENCE POINT IS 0: that is not the paper's loss but its limit at the start of
     training, and it becomes wrong as the policy leaves the reference. Give the estimate of `kto_kl` at every step.
     """
@@ -33,7 +33,9 @@ class KTO(Objective):
     paired: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = True
     inputs: ClassVar[Mapping[str, str]] = {"desirable": "(R,) bool, whether the row's answer is a good one"}
-    optional_inputs: ClassVar[Mapping[str, str]] = {"kl": "a scalar tensor >= 0, the reference point, from kto_kl"}
+    optional_inputs: ClassVar[Mapping[str, str]] = {
+        "kl": "a tensor >= 0, the reference point: a scalar, from kto_kl, or (R,), one a row"
+    }
 
     def __post_init__(self):
         require_number("kto", "beta", self.beta, above_zero=True)
@@ -45,15 +47,15 @@ class KTO(Objective):
         if desirable.dtype != torch.bool:
             raise ValueError(f"kto: desirable: got {desirable.dtype}, need torch.bool; compare, as in score > 0")
         kl = inputs.get("kl", policy.sum.new_zeros(())).detach()
-        if kl.dim():
-            raise ValueError(f"kto: kl: got shape {tuple(kl.shape)}, need a scalar; kto_kl gives it")
-        if kl.device.type == "cpu" and not torch.compiler.is_compiling() and kl < 0:
-            raise ValueError(f"kto: kl: got {kl.item():g}, need a number >= 0; kto_kl gives it")
+        if kl.dim() and kl.shape != policy.sum.shape:
+            got, rows = tuple(kl.shape), len(policy.sum)
+            raise ValueError(f"kto: kl: got shape {got}, need a scalar, as kto_kl gives it, or ({rows},)")
+        if kl.device.type == "cpu" and not torch.compiler.is_compiling() and (kl < 0).any():
+            raise ValueError(f"kto: kl: got {kl.min().item():g}, need a number >= 0; kto_kl gives it")
         kl = kl.clamp(min=0)  # as TRL does; elsewhere than on a CPU a look at the value would wait for the device
         ratio = log_ratio("kto", policy, ref_logps)
         over = self.beta * torch.where(desirable, ratio - kl, kl - ratio)
-        # 1 - sigmoid(x) so that value and derivative s (1 - s) keep their digits on both sides.
-        short = logsigmoid(-over).exp()
+        short = sigmoid(-over)  # 1 - sigmoid(over)
         loss = torch.where(desirable, self.desirable_weight * short, self.undesirable_weight * short)
         metrics = {
             "reward": (self.beta * ratio).detach(),

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from asft_kernels.objectives.base import LossTerms, Objective, require_number, reward_metrics
+from asft_kernels.objectives.base import (
+    NLL_NORMALIZATIONS,
+    LossTerms,
+    Objective,
+    chosen_nll,
+    require_choice,
+    require_number,
+    reward_metrics,
+)
 from asft_kernels.objectives.log_odds import FLOOR, log_odds
 from asft_kernels.sequence import Logps
 
@@ -20,21 +28,24 @@ class ORPO(Objective):
 
     lam: weight of the odds-ratio term, >= 0, default 0.1 (TRL and Liger call it beta).
     beta: temperature on the log-odds ratio, > 0, default 1: the paper's loss.
-    The likelihood is a mean per sequence, over nll_labels where given (the authors take prompt and answer);
-    TRL's and Liger's is one over all tokens of the batch.
+    nll_normalization: "sequence" (default): the likelihood is a mean per answer; "token": each answer's share of the
+        mean over all chosen tokens of the batch, TRL's and Liger's. Over nll_labels where given (the authors take
+        prompt and answer).
     """
 
     lam: float = 0.1
     beta: float = 1.0
+    nll_normalization: str = "sequence"
     uses_nll_labels: ClassVar[bool] = True
 
     def __post_init__(self):
         require_number("orpo", "lam", self.lam)
         require_number("orpo", "beta", self.beta, above_zero=True)
+        require_choice("orpo", "nll_normalization", self.nll_normalization, NLL_NORMALIZATIONS)
 
     def __call__(self, policy: Logps, ref_logps: Tensor | None = None, **inputs: Tensor) -> LossTerms:
         chosen, rejected = (self.beta * continued_log_odds(policy.avg)).chunk(2)
-        sft = -policy.chosen.nll_avg
+        sft = chosen_nll(policy, self.nll_normalization)
         align = -logsigmoid(chosen - rejected)
         return LossTerms(sft + self.lam * align, sft, align, reward_metrics(chosen, rejected))
 

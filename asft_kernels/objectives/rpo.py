@@ -6,7 +6,15 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from asft_kernels.objectives.base import LossTerms, Objective, counting, require_choice, require_number, reward_metrics
+from asft_kernels.objectives.base import (
+    LossTerms,
+    Objective,
+    counting,
+    require_choice,
+    require_number,
+    reward_metrics,
+    share_of_token_mean,
+)
 from asft_kernels.objectives.dpo import log_ratio
 from asft_kernels.sequence import Logps
 
@@ -46,6 +54,4 @@ class RPO(Objective):
             return -self.eta * self.beta * chosen.sum
         if self.normalization == "sequence":
             return -self.eta * chosen.avg
-        counts = counting(policy, paired=True)
-        tokens = (chosen.length * counts).sum().clamp(min=1)
-        return -self.eta * chosen.sum * counts.sum() / tokens
+        return -self.eta * share_of_token_mean(chosen.sum, chosen.length, counting(policy, paired=True))

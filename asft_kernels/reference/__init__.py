@@ -64,7 +64,8 @@ def fused_preference_loss(hidden, lm_head, labels, objective, **options):
         if objective != name:
             parameters = {key: getattr(objective, key) for key in parameters}
         return _asft(hidden, lm_head, labels, **parameters, **options)
-    if name == "sft" and getattr(objective, "normalization", "sequence") == "sequence":
+    plain = getattr(objective, "normalization", "sequence") == "sequence" and not getattr(objective, "stats", ())
+    if name == "sft" and plain:
         return _sft(hidden, lm_head, labels, **options)
     return _by_formula(hidden, lm_head, labels, objective, **options)
 
@@ -83,14 +84,16 @@ def _by_formula(
     weights = refs = None
     if token_weights is not None:
         weights = _at_valid(token_weights.detach(), labels, aligned_with_labels=True, **options)
-    if ref_logps is not None and getattr(objective, "ref_weighting", "own") == "policy":
+    if ref_logps is not None and getattr(objective, "ref_per_token", False):
         refs = _at_valid(ref_logps, labels, aligned_with_labels=False, **options)
+    logits = _row_logits(hidden, lm_head, labels, **options) if getattr(objective, "stats", ()) else None
     inputs = objective_inputs or {}
     seen = []
     for i, logps in enumerate(rows):
         ref = None if ref_logps is None else refs[i] if refs else ref_logps[..., i]
         row = SimpleNamespace(logps=logps, m=len(logps), marks=weights[i] if weights else None, ref=ref)
         row.S = logps.sum() if weights is None else (logps * weights[i]).sum()
+        row.logits = None if logits is None else logits[i]
         row.nll_logps = nll_rows[i] if i < len(nll_rows) else logps
         for name, values in inputs.items():
             if values.dim():
@@ -106,6 +109,18 @@ def _rows(hidden, lm_head, labels, *, cu_seqlens=None, shift=True, ignore_index=
     where = {"cu_seqlens": cu_seqlens, "shift": shift, "ignore_index": ignore_index}
     logps = fused_linear_logps(hidden, lm_head, labels, **where, **options)
     return _at_valid(logps, labels, aligned_with_labels=False, **where)
+
+
+def _row_logits(
+    hidden, lm_head, labels, *, cu_seqlens=None, shift=True, ignore_index=-100, logit_scale=1.0, softcap=None, **options
+):
+    """Of each row: logits (m, V) at its valid tokens."""
+    rows = []
+    for states, targets in zip(*_sequences(hidden, labels, cu_seqlens), strict=True):
+        if shift:
+            states, targets = states[:-1], targets[1:]
+        rows.append(_logits(states[targets != ignore_index], lm_head, logit_scale, softcap))
+    return rows
 
 
 def _at_valid(values, labels, *, aligned_with_labels, cu_seqlens=None, shift=True, ignore_index=-100, **options):

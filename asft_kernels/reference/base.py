@@ -25,12 +25,25 @@ def log_ratio(row):
     return row.S - row.ref
 
 
-def margin(chosen, rejected):
-    return log_ratio(chosen) - log_ratio(rejected)
+def score(row, f_divergence_type="reverse_kl", f_alpha_divergence_coef=0.5):
+    """f'(pi / pi_ref) up to a constant, as f-DPO has it; exponentials go on as straight lines past exp(80)."""
+    r = log_ratio(row)
+    if f_divergence_type == "js_divergence":
+        return torch.log(2 * torch.sigmoid(r)) if r > -700 else math.log(2) + r
+    power = {"reverse_kl": 0.0, "forward_kl": -1.0, "alpha_divergence": f_alpha_divergence_coef - 1}[f_divergence_type]
+    if power == 0:
+        return r
+    x = power * r
+    grown = torch.exp(x) if x <= 80 else math.exp(80) * (1 + x - 80)
+    return (grown - 1) / power
 
 
-def margin_per_token(chosen, rejected):
-    return log_ratio(chosen) / chosen.m - log_ratio(rejected) / rejected.m
+def margin(chosen, rejected, *f):
+    return score(chosen, *f) - score(rejected, *f)
+
+
+def margin_per_token(chosen, rejected, *f):
+    return score(chosen, *f) / chosen.m - score(rejected, *f) / rejected.m
 
 
 def nll(row):
@@ -58,60 +71,95 @@ def asft(chosen, rejected, lam=1.0, beta=1.0, sft_weight=1.0):
     return sft_weight * nll(chosen) + lam * align
 
 
-def sft(rows, normalization="sequence"):
-    """Mean negative log-likelihood: of each row, its sum, or shares of the mean over all tokens of the batch."""
-    if normalization == "token":
-        tokens = sum(row.m for row in rows)
-        return [-row.S * len(rows) / tokens for row in rows]
-    return [-row.S / (row.m if normalization == "sequence" else 1) for row in rows]
+def nlls(pairs, normalization):
+    """Of the chosen rows: means per token, or shares of the mean over all their tokens."""
+    if normalization == "sequence":
+        return [nll(win) for win, _ in pairs]
+    own = [win.nll_logps is win.logps for win, _ in pairs]
+    sums = [win.S if mine else win.nll_logps.sum() for (win, _), mine in zip(pairs, own, strict=True)]
+    tokens = sum(len(win.nll_logps) for win, _ in pairs)
+    return [-total * len(pairs) / max(tokens, 1) for total in sums]
 
 
-def dpo(chosen, rejected, beta=0.1, label_smoothing=0.0):
+def sft(rows, normalization="sequence", label_smoothing=0.0, lse_square_scale=0.0):
+    """Cross-entropy of each row's smoothed labels, with the squared log of the sum of exponentials beside it.
+
+    Its mean, its sum, or shares of the mean over all tokens of the batch.
+    """
+    losses = []
+    tokens = sum(row.m for row in rows)
+    for row in rows:
+        total = -(1 - label_smoothing) * row.S
+        weights = 1 if row.marks is None else row.marks
+        if label_smoothing:
+            total = total - label_smoothing * (weights * row.logits.log_softmax(-1).mean(-1)).sum()
+        if lse_square_scale:
+            total = total + lse_square_scale * (weights * row.logits.logsumexp(-1) ** 2).sum()
+        shares = {"sequence": 1 / row.m, "sum": 1.0, "token": len(rows) / tokens}
+        losses.append(total * shares[normalization])
+    return losses
+
+
+def dpo(chosen, rejected, beta=0.1, label_smoothing=0.0, f_divergence_type="reverse_kl", f_alpha_divergence_coef=0.5):
     """Cross-entropy of a classifier of pairs, with a target of 1 - label_smoothing."""
-    h = beta * margin(chosen, rejected)
+    h = beta * margin(chosen, rejected, f_divergence_type, f_alpha_divergence_coef)
     return -(1 - label_smoothing) * logsigmoid(h) - label_smoothing * logsigmoid(-h)
 
 
-def robust(chosen, rejected, beta=0.1, label_smoothing=0.0):
-    h = beta * margin(chosen, rejected)
+def robust(
+    chosen, rejected, beta=0.1, label_smoothing=0.0, f_divergence_type="reverse_kl", f_alpha_divergence_coef=0.5
+):
+    h = beta * margin(chosen, rejected, f_divergence_type, f_alpha_divergence_coef)
     clean, flipped = -(1 - label_smoothing) * logsigmoid(h), -label_smoothing * logsigmoid(-h)
     return (clean - flipped) / (1 - 2 * label_smoothing)
 
 
-def ipo(chosen, rejected, beta=0.1):
-    return (margin_per_token(chosen, rejected) - 1 / (2 * beta)) ** 2
+def ipo(chosen, rejected, beta=0.1, f_divergence_type="reverse_kl", f_alpha_divergence_coef=0.5):
+    return (margin_per_token(chosen, rejected, f_divergence_type, f_alpha_divergence_coef) - 1 / (2 * beta)) ** 2
 
 
-def sigmoid_norm(chosen, rejected, beta=0.1):
-    return -logsigmoid(beta * margin_per_token(chosen, rejected))
+def sigmoid_norm(chosen, rejected, beta=0.1, f_divergence_type="reverse_kl", f_alpha_divergence_coef=0.5):
+    return -logsigmoid(beta * margin_per_token(chosen, rejected, f_divergence_type, f_alpha_divergence_coef))
 
 
 def hinge(chosen, rejected, gamma=0.05):
     return torch.clamp(1 - gamma * (chosen.S - rejected.S), min=0)
 
 
-def hinge_norm(chosen, rejected, gamma=0.05):
-    return torch.clamp(1 - gamma * margin(chosen, rejected), min=0)
+def hinge_norm(chosen, rejected, gamma=0.05, f_divergence_type="reverse_kl", f_alpha_divergence_coef=0.5):
+    return torch.clamp(1 - gamma * margin(chosen, rejected, f_divergence_type, f_alpha_divergence_coef), min=0)
 
 
-def orpo(chosen, rejected, lam=0.1, beta=1.0):
-    odds = []
-    for row in (chosen, rejected):
-        avg = row.S / row.m
-        beyond = (avg + FLOOR).clamp(min=0) / -math.expm1(-FLOOR)
-        odds.append(log_odds(avg) + beyond)
-    return nll(chosen) - lam * logsigmoid(beta * (odds[0] - odds[1]))
+def smoothed(h, label_smoothing):
+    return -(1 - label_smoothing) * logsigmoid(h) - label_smoothing * logsigmoid(-h)
 
 
-def simpo(chosen, rejected, beta=2.0, gamma=0.5):
-    return -logsigmoid(beta * (chosen.S / chosen.m - rejected.S / rejected.m) - gamma)
+def orpo(pairs, lam=0.1, beta=1.0, nll_normalization="sequence"):
+    losses = []
+    for pair, likelihood in zip(pairs, nlls(pairs, nll_normalization), strict=True):
+        odds = []
+        for row in pair:
+            avg = row.S / row.m
+            beyond = (avg + FLOOR).clamp(min=0) / -math.expm1(-FLOOR)
+            odds.append(log_odds(avg) + beyond)
+        losses.append(likelihood - lam * logsigmoid(beta * (odds[0] - odds[1])))
+    return losses
 
 
-def cpo(chosen, rejected, beta=0.1, alpha=1.0):
-    return -logsigmoid(beta * (chosen.S - rejected.S)) + alpha * nll(chosen)
+def simpo(chosen, rejected, beta=2.0, gamma=0.5, label_smoothing=0.0):
+    return smoothed(beta * (chosen.S / chosen.m - rejected.S / rejected.m) - gamma, label_smoothing)
+
+
+def cpo(pairs, beta=0.1, alpha=1.0, label_smoothing=0.0, nll_normalization="sequence"):
+    likelihoods = nlls(pairs, nll_normalization)
+    return [
+        smoothed(beta * (win.S - lose.S), label_smoothing) + alpha * likelihood
+        for (win, lose), likelihood in zip(pairs, likelihoods, strict=True)
+    ]
 
 
 def kto(row, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0, kl=0.0):
+    kl = getattr(row, "kl", kl)
     if row.desirable:
         return desirable_weight * torch.sigmoid(-beta * (log_ratio(row) - kl))
     return undesirable_weight * torch.sigmoid(-beta * (kl - log_ratio(row)))
@@ -126,8 +174,8 @@ FORMULAS = {
     "sigmoidnorm": ("pair", sigmoid_norm),
     "hinge": ("pair", hinge),
     "hingenorm": ("pair", hinge_norm),
-    "orpo": ("pair", orpo),
+    "orpo": ("pairs", orpo),
     "simpo": ("pair", simpo),
-    "cpo": ("pair", cpo),
+    "cpo": ("pairs", cpo),
     "kto": ("row", kto),
 }

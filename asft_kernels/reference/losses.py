@@ -3,16 +3,16 @@
 A formula looks at one pair, (chosen, rejected, **parameters) -> its loss, at one row, (row, **parameters), or
 at all the pairs or rows that count, ([...], **parameters) -> [their losses]. Its defaults are the paper's.
 A row has logps (m,) of its valid tokens, m, S (their sum, times the caller's token weights), marks (those
-weights, (m,), or None), nll_logps, ref (its reference's sum, or (K,) of K, or (m,) per token) and, by name,
-what `objective_inputs` gave for it.
+weights, (m,), or None), logits (m, V) for objectives that ask for figures per token, nll_logps, ref (its
+reference's sum, or (K,) of K, or (m,) per token) and, by name, what `objective_inputs` gave for it.
 """
 
 import inspect
 
-from asft_kernels.reference import base, dnpo, neighbours
+from asft_kernels.reference import base, dnpo, neighbours, trainers
 
 # name: ("pair", "pairs", "row" or "rows", function)
-FORMULAS = {**base.FORMULAS, **neighbours.FORMULAS, **dnpo.FORMULAS}
+FORMULAS = {**base.FORMULAS, **trainers.FORMULAS, **neighbours.FORMULAS, **dnpo.FORMULAS}
 
 
 def evaluate(objective, rows, shared):

@@ -141,8 +141,10 @@ class JobArguments:
             )
         if self.ref_scores and not objective.needs_reference:
             raise ArgumentProblem(f"--ref-scores: got files, need none: {self.objective} has no reference")
-        if isinstance(objective, BMC) and len(self.ref_scores) > 1:
-            raise ArgumentProblem(f"--ref-scores: got {len(self.ref_scores)} files, need one: bmc has one reference")
+        if (isinstance(objective, BMC) or objective.ref_per_token) and len(self.ref_scores) > 1:
+            raise ArgumentProblem(
+                f"--ref-scores: got {len(self.ref_scores)} files, need one: {self.objective} has one reference"
+            )
         if self.nll_on_prompt and not objective.uses_nll_labels:
             raise ArgumentProblem(f"--nll-on-prompt: {self.objective} has no separate likelihood term; leave it out")
 

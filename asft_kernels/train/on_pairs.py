@@ -1,5 +1,6 @@
 """Objectives of single answers, on pairs: what `asft-train` makes of sft, poft and kto."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,11 @@ class OnPairs(Objective):
     single: Any
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "needs_reference", self.single.needs_reference)
-        object.__setattr__(self, "reference_kind", self.single.reference_kind)
-        object.__setattr__(self, "optional_inputs", self.single.optional_inputs)
+        for name in ("needs_reference", "reference_kind", "optional_inputs", "stats", "stats_with_grad"):
+            object.__setattr__(self, name, getattr(self.single, name))
+
+    def per_token(self, logps: Tensor, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.single.per_token(logps, stats)
 
     def __call__(self, policy: Logps, ref_logps: Tensor | None = None, **inputs: Tensor) -> LossTerms:
         if "desirable" not in self.single.inputs:

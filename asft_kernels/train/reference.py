@@ -43,6 +43,12 @@ def with_reference(
         return _with_marks(pairs, model, objective, scores, tokenizer, live)
     if not objective.needs_reference:
         return pairs
+    if objective.ref_per_token:
+        tokens = load_token_logps(scores[0], pairs, tokenizer) if scores else _token_logps(model, pairs, live)
+        for side, of_side in zip(SIDES, tokens, strict=True):
+            column = [values.tolist() for values in of_side]
+            pairs = pairs.add_column(f"ref_{side}_token_logps", column)  # pyright: ignore[reportCallIssue]
+        return pairs
     if objective.reference_kind == "mean":
         if scores:
             values = mean_avg_logps(scores, pairs)[None]
