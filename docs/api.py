@@ -13,6 +13,7 @@ from asft_kernels.options import Keywords, Options
 PAGE = Path(__file__).with_name("api.md")
 MODULES = {
     "asft_kernels": "The calls",
+    "asft_kernels.liger": "Liger's names",
 }
 SECTIONS = ("Args", "Attributes", "Returns", "Raises")
 INTRO = """# API

@@ -1,13 +1,10 @@
 """What each objective needs beside log-probabilities, made up at random for any batch."""
 
-import inspect
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from asft_kernels import fused_linear_logps
 from asft_kernels.objectives import (
     AOT,
     BMC,
@@ -32,8 +29,6 @@ from asft_kernels.objectives import (
     get_objective,
 )
 from asft_kernels.sequence import Logps
-
-FIGURES = "return_stats" in inspect.signature(fused_linear_logps).parameters
 
 
 def lmpo_held() -> LMPO:
@@ -93,11 +88,6 @@ FORMS: dict[str, Any] = {
 
 def objective_of(name: str) -> Any:
     return FORMS[name]() if name in FORMS else get_objective(name)
-
-
-def skip_without_figures(objective: Any) -> None:
-    if objective.stats and not FIGURES:
-        pytest.skip("the primitive gives no figures per token yet")
 
 
 def policy_of(objective: Any, sums: Tensor, lengths: Tensor) -> Logps:

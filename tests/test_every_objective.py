@@ -8,7 +8,7 @@ from asft_kernels.objectives import OBJECTIVES
 from asft_kernels.objectives.base import counting, reduce_loss
 from bounds import fp32_bound, relative_error, unit_roundoff
 from cases import IGNORE, gemms, make_case
-from objective_cases import FORMS, call_inputs, direct_inputs, objective_of, policy_of, skip_without_figures
+from objective_cases import FORMS, call_inputs, direct_inputs, objective_of, policy_of
 
 NAMES = list(dict.fromkeys([*OBJECTIVES, *FORMS]))
 
@@ -20,7 +20,6 @@ def test_parity_with_the_reference(name, dtype):
     case.labels[1] = IGNORE
     exact = case.to(torch.float64)
     objective = objective_of(name)
-    skip_without_figures(objective)
     inputs = call_inputs(objective, case.labels)
     for reduction in ("mean", "none"):
         loss = fused_preference_loss(case.hidden, case.head, case.labels, objective, **inputs, reduction=reduction)
@@ -79,7 +78,6 @@ def test_what_comes_with_rows_that_do_not_count_is_not_read(name, value):
     case = make_case(rows=8)
     case.labels[5] = IGNORE
     rows = [1, 5] if objective_of(name).paired else [5]
-    skip_without_figures(objective_of(name))
     results = []
     for spoilt in (False, True):
         objective = objective_of(name)
@@ -104,7 +102,6 @@ def test_same_products_as_asft(name, trainable, expected):
     case = make_case(rows=8, T=33, D=64, V=1024, valid=0.3)
     case.weight.requires_grad_(trainable)
     objective = objective_of(name)
-    skip_without_figures(objective)
     inputs = call_inputs(objective, case.labels)
     valid = int((case.labels[:, 1:] != IGNORE).sum())
 
