@@ -14,11 +14,13 @@ NAME = "LigerFusedLinearCrossEntropyLoss"
 
 @dataclass(frozen=True)
 class CrossEntropyOutput:
-    """What LigerFusedLinearCrossEntropyLoss returns where more than the loss is asked for.
+    """Holds what LigerFusedLinearCrossEntropyLoss returns where more than the loss is asked for.
 
-    loss: scalar, or (N,) with reduction="none". z_loss: the part of it that lse_square_scale makes, or None.
-    token_accuracy: share of labels that no other logit is above, or (N,) zeros and ones, or None.
-    predicted_tokens: None.
+    Attributes:
+        loss: Scalar, or (N,) with reduction="none".
+        z_loss: The part of it that lse_square_scale makes, or None.
+        token_accuracy: Share of labels that no other logit is above, or (N,) zeros and ones, or None.
+        predicted_tokens: None.
     """
 
     loss: Tensor
@@ -35,14 +37,15 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
     Args:
         ce_weight: (V,) weights of the labels; a mean is then over their sum. Not with label_smoothing or
             lse_square_scale.
-        ignore_index: label of places that carry no loss, default -100.
-        lse_square_scale: weight of the z-loss, >= 0, default 0.0. label_smoothing e: 0.0 (default) to 1.
+        ignore_index: Label of places that carry no loss, default -100.
+        lse_square_scale: Weight of the z-loss, >= 0, default 0.0.
+        label_smoothing: e, 0.0 (default) to 1.
         reduction: "mean" (default), "sum", or "none" for (N,).
-        softcap: the cap of the logits, softcap * tanh(z / softcap), or None (default).
-        return_z_loss, return_token_accuracy: return `CrossEntropyOutput` with them, default False.
+        softcap: The cap of the logits, softcap * tanh(z / softcap), or None (default).
+        return_z_loss, return_token_accuracy: Return `CrossEntropyOutput` with them, default False.
         accum_dtype: None (default) or torch.float32, without effect: sums are fp32, and gradients rounded once.
-        use_token_scaling: weigh each token's loss by its own probability, detached, default False.
-        return_predicted_tokens: only False; take the argmax of the logits where tokens are wanted.
+        use_token_scaling: Weigh each token's loss by its own probability, detached, default False.
+        return_predicted_tokens: Only False; take the argmax of the logits where tokens are wanted.
 
     Raises:
         ValueError: for what is not supported, by name.

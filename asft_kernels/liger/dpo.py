@@ -41,17 +41,17 @@ class LigerFusedLinearDPOLoss(PairedLoss):
     """DPO and its relatives (arXiv 2305.18290), called as Liger's class of this name.
 
     Args:
-        ignore_index: label of places that carry no loss, default -100.
-        beta: of the loss, > 0, default 0.1 (the hinge's is its gamma).
-        alpha: weight of the chosen answers' negative log-likelihood, a mean over all their tokens, default 1.0; read
-            where compute_nll_loss (default False).
-        compiled, chunk_size: accepted, without effect.
-        use_ref_model: whether the call gives a reference, default True; without one its log-probabilities are 0.
-        average_log_prob: compare means per token instead of sums, default False.
+        ignore_index: Label of places that carry no loss, default -100.
+        beta: Of the loss, > 0, default 0.1 (the hinge's is its gamma).
+        alpha: Weight of the chosen answers' negative log-likelihood, a mean over all their tokens, default 1.0.
+        compute_nll_loss: Whether that is added, default False.
+        compiled, chunk_size: Accepted, without effect.
+        use_ref_model: Whether the call gives a reference, default True; without one its log-probabilities are 0.
+        average_log_prob: Compare means per token instead of sums, default False.
         loss_type: "sigmoid" (default), "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero",
             "apo_down" or "discopop".
-        label_smoothing: of "sigmoid" (conservative DPO; Liger drops it), "exo_pair" (> 0) and "robust", default 0.0.
-        discopop_tau: of "discopop", default 0.05.
+        label_smoothing: Of "sigmoid" (conservative DPO; Liger drops it), "exo_pair" (> 0) and "robust", default 0.0.
+        discopop_tau: Of "discopop", default 0.05.
 
     Raises:
         ValueError: for a parameter that a loss does not have, by name.
@@ -103,7 +103,7 @@ class LigerFusedLinearDPOLoss(PairedLoss):
 
         Args:
             lin_weight: (V, H). _input: (2B, T, H). target: (2B, T), already shifted. bias: (V,).
-            ref_input, ref_weight, ref_bias: the reference's; no gradient goes to them.
+            ref_input, ref_weight, ref_bias: The reference's; no gradient goes to them.
 
         Returns:
             The loss, and (chosen_logps (B,), rejected_logps (B,), chosen_logits_mean, rejected_logits_mean, nll_loss,

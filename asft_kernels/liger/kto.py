@@ -14,11 +14,11 @@ class LigerFusedLinearKTOLoss(nn.Module):
     """KTO (arXiv 2402.01306), called as Liger's class of this name: hidden states come before the weight.
 
     Args:
-        ignore_index: label of places that carry no loss, default -100.
+        ignore_index: Label of places that carry no loss, default -100.
         beta: > 0, default 0.1.
-        compiled, chunk_size: accepted, without effect.
-        use_ref_model: whether the call gives a reference, default False; without one its log-probabilities are 0.
-        average_log_prob: take means per token instead of sums, default False.
+        compiled, chunk_size: Accepted, without effect.
+        use_ref_model: Whether the call gives a reference, default False; without one its log-probabilities are 0.
+        average_log_prob: Take means per token instead of sums, default False.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class LigerFusedLinearKTOLoss(nn.Module):
         Args:
             _input: (B, T, H). lin_weight: (V, H). target: (B, T), already shifted. bias: (V,).
             preference_labels: (B,) bool, whether a row's answer is a good one.
-            ref_input, ref_weight, ref_bias: the reference's; no gradient goes to them.
-            kl: reference point >= 0, a scalar, (1,) or (B,); None is 0.
+            ref_input, ref_weight, ref_bias: The reference's; no gradient goes to them.
+            kl: Reference point >= 0, a scalar, (1,) or (B,); None is 0.
 
         Returns:
             The loss, and (chosen_logps_sum, rejected_logps_sum, chosen_logits_sum, rejected_logits_sum,

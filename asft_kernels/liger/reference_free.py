@@ -11,10 +11,10 @@ class LigerFusedLinearORPOLoss(PairedLoss):
     """ORPO (arXiv 2403.07691), called as Liger's class of this name.
 
     Args:
-        ignore_index: label of places that carry no loss, default -100.
-        beta: weight of the odds-ratio term, > 0, default 0.1 (lam of `objectives.ORPO`).
-        compute_nll_loss: whether the likelihood of the chosen answers is added, default True.
-        compiled, chunk_size: accepted, without effect.
+        ignore_index: Label of places that carry no loss, default -100.
+        beta: Weight of the odds-ratio term, > 0, default 0.1 (lam of `objectives.ORPO`).
+        compute_nll_loss: Whether the likelihood of the chosen answers is added, default True.
+        compiled, chunk_size: Accepted, without effect.
     """
 
     def __init__(
@@ -65,13 +65,13 @@ class LigerFusedLinearCPOLoss(PairedLoss):
     """CPO (arXiv 2401.08417), called as Liger's class of this name.
 
     Args:
-        ignore_index: label of places that carry no loss, default -100.
-        beta: scale of the margin, > 0, default 0.1.
-        alpha: weight of the chosen answers' likelihood, >= 0, default 1.0.
+        ignore_index: Label of places that carry no loss, default -100.
+        beta: Scale of the margin, > 0, default 0.1.
+        alpha: Weight of the chosen answers' likelihood, >= 0, default 1.0.
         label_smoothing: 0.0 (default) to below 0.5.
-        compute_nll_loss: whether the likelihood is added, default True.
-        compiled, chunk_size: accepted, without effect.
-        average_log_prob: compare means per token instead of sums, default False.
+        compute_nll_loss: Whether the likelihood is added, default True.
+        compiled, chunk_size: Accepted, without effect.
+        average_log_prob: Compare means per token instead of sums, default False.
     """
 
     def __init__(
@@ -107,13 +107,13 @@ class LigerFusedLinearSimPOLoss(PairedLoss):
     """SimPO (arXiv 2405.14734) with a likelihood term, called as Liger's class of this name.
 
     Args:
-        ignore_index: label of places that carry no loss, default -100.
-        beta: scale of the margin of means, > 0, default 0.1.
-        alpha: weight of the chosen answers' likelihood, >= 0, default 1.0.
+        ignore_index: Label of places that carry no loss, default -100.
+        beta: Scale of the margin of means, > 0, default 0.1.
+        alpha: Weight of the chosen answers' likelihood, >= 0, default 1.0.
         label_smoothing: 0.0 (default) to below 0.5.
-        compute_nll_loss: whether the likelihood is added, default True (the paper's loss has none).
-        compiled, chunk_size: accepted, without effect.
-        gamma: target margin, >= 0, default 0.5.
+        compute_nll_loss: Whether the likelihood is added, default True (the paper's loss has none).
+        compiled, chunk_size: Accepted, without effect.
+        gamma: Target margin, >= 0, default 0.5.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from asft_kernels.sequence import Logps
 
 @dataclass(frozen=True)
 class AOT(Objective):
-    """Alignment via Optimal Transport, paired, arXiv 2406.05882, section 3.
+    """Alignment via Optimal Transport, paired, arXiv 2406.05882, as TRL has it.
 
         L_k = -(1 - e) log sigmoid(beta d_k) - e log sigmoid(-beta d_k)
         d_k = (k-th smallest S_w - S_l) - (k-th smallest ref_S_w - ref_S_l), over the pairs of the batch that count
@@ -50,7 +50,7 @@ class AOT(Objective):
 
 @dataclass(frozen=True)
 class AOTUnpaired(Objective):
-    """Alignment via Optimal Transport, unpaired, arXiv 2406.05882, section 3.
+    """Alignment via Optimal Transport, unpaired, arXiv 2406.05882, as TRL has it.
 
         L_k as in AOT,   d_k = (k-th smallest S_w - ref_S_w) - (k-th smallest S_l - ref_S_l)
 

@@ -13,7 +13,7 @@ from asft_kernels.sequence import Logps
 
 @dataclass(frozen=True)
 class BcoPair(Objective):
-    """Binary Classifier Optimization on pairs, arXiv 2404.04656, Eq. 10, as TRL 1.16 and Liger have it: delta is 0.
+    """Binary Classifier Optimization on pairs, arXiv 2404.04656, as TRL 1.16 and Liger have it: delta is 0.
 
         L = -log sigmoid(r_w - delta) - log sigmoid(-(r_l - delta)),   r = beta (S - ref_S)
 

@@ -7,7 +7,7 @@
     alpha_divergence       (exp((a - 1) r) - 1) / (a - 1)     a = 1 is reverse_kl, a = 0 forward_kl
     js_divergence          log 2 + log sigmoid(r)
 
-f-DPO, arXiv 2309.16240, Eq. 9 and Table 2 (its alpha is 1 - a).
+f-DPO, arXiv 2309.16240 (its alpha is 1 - a).
 """
 
 import math

@@ -8,7 +8,7 @@ from asft_kernels.objectives.composite import Around, weighs_tokens
 
 
 class LDDPO(Around):
-    """Length-Desensitised DPO, arXiv 2409.06411, Eq. 9, around any paired loss on log-ratios of sums.
+    """Length-Desensitised DPO, arXiv 2409.06411, around any paired loss on log-ratios of sums.
 
         L = base loss on S~ = (sum of the first l log-probabilities) + ld_alpha (sum of the others),   l = min(m_w, m_l)
 

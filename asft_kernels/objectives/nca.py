@@ -13,7 +13,7 @@ from asft_kernels.sequence import Logps
 
 @dataclass(frozen=True)
 class NcaPair(Objective):
-    """Noise Contrastive Alignment on pairs, arXiv 2402.05369, section 4, as TRL and Liger have it.
+    """Noise Contrastive Alignment on pairs, arXiv 2402.05369, as TRL and Liger have it.
 
         L = -log sigmoid(r_w) - 1/2 log sigmoid(-r_w) - 1/2 log sigmoid(-r_l),   r = beta (S - ref_S)
 
