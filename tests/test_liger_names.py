@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from asft_kernels import fused_linear_logps
 from asft_kernels import liger as ours
 from bounds import fp32_bound, relative_error
-from cases import IGNORE, make_case
+from cases import IGNORE, gemms, make_case
 
 LOGITS = 8  # the largest here
 # Each side is off from the exact value by the fp32 bound of its logits at most, that of bounds.py.
@@ -143,6 +143,23 @@ def test_constructors_and_calls_are_ligers(theirs):
             mine, right = (inspect.signature(getattr(x, method)).parameters for x in (getattr(ours, name), other))
             assert list(mine) == list(right)
             assert [p.default for p in mine.values()] == [p.default for p in right.values()]
+
+
+def test_products_are_those_of_the_primitive():
+    """Three and the reference's one, of the places with a label alone; one and one where nothing is differentiated."""
+    case = make_case(rows=6, T=33, D=64, V=1024, valid=0.3)
+    reference = {"ref_input": case.hidden.detach(), "ref_weight": case.weight.detach()}
+    module, valid = ours.LigerFusedLinearDPOLoss(compute_nll_loss=True), int((case.labels != IGNORE).sum())
+
+    def evaluate():
+        with torch.no_grad():
+            module(case.weight, case.hidden, case.labels, **reference)
+
+    def train():
+        module(case.weight, case.hidden, case.labels, **reference)[0].backward()
+
+    assert gemms(train, valid, 1024, 64) == pytest.approx(4, rel=1e-9)
+    assert gemms(evaluate, valid, 1024, 64) == pytest.approx(2, rel=1e-9)
 
 
 # Where Liger is wrong
