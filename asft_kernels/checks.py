@@ -55,8 +55,11 @@ def head_tensors(lm_head: nn.Linear | Tensor | tuple[Tensor, Tensor | None]) -> 
 
 
 def _unpatched(linear: nn.Linear) -> None:
-    replaced = "forward" in vars(linear) and not hasattr(linear, "_hf_hook")  # accelerate's only moves tensors
-    if replaced or linear._forward_hooks or linear._forward_pre_hooks:
+    forward, hooked = vars(linear).get("forward"), bool(linear._forward_hooks or linear._forward_pre_hooks)
+    if getattr(forward, "is_seam", False):  # models.seam has put us in its place: the hooks run around us
+        forward, hooked = vars(forward)["own"], False
+    replaced = forward is not None and not hasattr(linear, "_hf_hook")  # accelerate's only moves tensors
+    if replaced or hooked:
         got = "an nn.Linear with " + ("a forward of its own" if replaced else "forward hooks")
         _refuse(
             "lm_head", got, "a plain one, as they would not run; remove them, or pass lm_head.weight if it is whole"

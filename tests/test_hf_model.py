@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from asft_kernels import fused_asft_loss, fused_linear_logps
-from asft_kernels.integrations.hf_model import (
+from asft_kernels.models import (
     PreferenceModel,
     UnsupportedHead,
     _product_unit,
@@ -176,7 +176,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, {tests!r})
 from tiny_lm import tiny_model
 from test_hf_model import batch
-from asft_kernels.integrations.hf_model import PreferenceModel
+from asft_kernels.models import PreferenceModel
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
@@ -235,7 +235,7 @@ def test_real_model_head_is_checked():
     """SmolLM2: fused log-probabilities of real hidden states agree with its own logits."""
     from transformers import AutoModelForCausalLM
 
-    from asft_kernels.integrations.smollm2 import ModelUnavailable, smollm2_path
+    from asft_kernels.models.smollm2 import ModelUnavailable, smollm2_path
 
     try:
         folder = smollm2_path(download=False)

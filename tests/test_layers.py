@@ -23,7 +23,7 @@ LAYERS = [  # each may import those before it
     "functional",
     "noisy_logps",
     "nn",
-    "integrations data",
+    "models data",
     "generation",
     "sae score",
     "train",

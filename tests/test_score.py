@@ -23,8 +23,8 @@ from pyarrow import parquet
 from torch.profiler import ProfilerActivity, profile
 
 from asft_kernels.data import DataError, PairCollator, load_pairs, read_rows
-from asft_kernels.integrations.hf_model import PreferenceModel
-from asft_kernels.integrations.loading import ModelProblem
+from asft_kernels.models import PreferenceModel
+from asft_kernels.models.loading import ModelProblem
 from asft_kernels.score import main
 from asft_kernels.score import run as run_module
 from asft_kernels.score.run import score_path

@@ -11,7 +11,7 @@ pytest.importorskip("accelerate", reason="needs the train extra: accelerate")
 
 from asft_kernels import fused_preference_loss
 from asft_kernels.data import DataError, PairCollator, load_pairs
-from asft_kernels.integrations.hf_model import PreferenceModel
+from asft_kernels.models import PreferenceModel
 from asft_kernels.objectives import FPO, KTO
 from asft_kernels.sae import SparseAutoencoder, feature_distance, pooled_features, read_sae, write_sae
 from asft_kernels.sae.cache import ReferenceFeatures, write_reference_features

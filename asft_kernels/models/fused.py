@@ -1,0 +1,270 @@
+"""`fuse`: a Hugging Face model whose forward returns log-probabilities of its labels in the place of logits."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from asft_kernels.functional import fused_linear_logps
+from asft_kernels.models.check import LogitMap, check_head, last_positions
+from asft_kernels.models.config import logit_options
+from asft_kernels.models.seam import ComputeAtHead, UnsupportedHead, causal_lm, output_head, run_to_head
+
+STATISTICS = ("entropy", "mean_logits", "log_sum_sq_probs", "is_top1", "lse")
+DIFFERENTIABLE = ("entropy", "lse")
+
+
+@dataclass
+class FusedOutput(ModelOutput):
+    """What a fused model returns for `fused_lm_head=True`; TRL's names, and lse.
+
+    All but loss and aux_loss are of shape (R, T - 1), or (R, T) with shift_labels, in fp32 (float64 for float64 input),
+    0 where the label is -100, None where `fuse` was not asked for them. z: logits, scaled, capped and divided by the
+    temperature; p = softmax(z).
+
+    Attributes:
+        loss: scalar, -log_probs summed over the labels that are not -100, divided by their number or
+            num_items_in_batch; plus router_aux_loss_coef * aux_loss if the model made one.
+        log_probs: log p of each label; differentiable.
+        entropy: -sum p log p; differentiable.
+        mean_logits: mean of z over the vocabulary, detached.
+        log_sum_sq_probs: log sum p^2, detached.
+        is_top1: bool, whether the label has the largest logit.
+        lse: log sum exp z; differentiable.
+        label_mask: bool, whether the label is not -100.
+        aux_loss: scalar, the load-balancing loss of a mixture of experts, if router logits were asked for.
+    """
+
+    loss: Tensor | None = None
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    mean_logits: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    is_top1: Tensor | None = None
+    lse: Tensor | None = None
+    label_mask: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+def fuse(
+    model: Any,
+    outputs: tuple[str, ...] = ("log_probs",),
+    *,
+    temperature: float = 1.0,
+    logit_scale: float | None = None,
+    softcap: float | None = None,
+    check: bool = True,
+    backend: str | None = None,
+    cache_bytes: int | None = None,
+    chunk_size: int | None = None,
+) -> None:
+    """Gives a causal or image-text model a fused output head, in place.
+
+    Afterwards `model(..., labels=labels, fused_lm_head=True)` runs the model's own forward up to its head, computes
+    there the log-probability of every label that is not -100, and returns a `FusedOutput`; no logits are made.
+    `shift_labels` (R, T), already shifted, may take the place of labels; `num_items_in_batch` divides the loss.
+    Without `fused_lm_head` the forward is the original one. The head is looked up at every call: PEFT adapters may
+    come before or after, and are disabled where they are. A second `fuse` replaces the first.
+
+    The first such batch runs one more forward, without gradients and dropout (two where the config does not tell scale
+    and cap): it finds the head's scale and cap, and holds log-probabilities of a few labels against the model's own
+    logits.
+
+    Args:
+        model: a Hugging Face model with get_output_embeddings(), PEFT-wrapped or not; no encoder-decoder.
+        outputs: what to compute beside the loss: "log_probs" (always), "entropy", "mean_logits", "log_sum_sq_probs",
+            "is_top1", "lse".
+        temperature: logits are divided by it, > 0, default 1.
+        logit_scale, softcap: what the model does to its head's output; None (default): found out.
+        check: False leaves that batch's forward out: scale and cap are then read from the config, and a model that
+            does something else is computed wrongly.
+        backend, cache_bytes, chunk_size: as in `asft_kernels.fused_linear_logps`.
+
+    Raises:
+        UnsupportedHead: now, for encoder-decoders and models without a head; at the first batch, if its
+            log-probabilities differ from the model's own by more than rounding explains.
+        ValueError: for names that are none of the outputs, or a temperature that is not above 0.
+    """
+    unknown = [name for name in outputs if name not in ("log_probs", *STATISTICS)]
+    if isinstance(outputs, str) or unknown:
+        known = ", ".join(map(repr, ("log_probs", *STATISTICS)))
+        raise ValueError(f"outputs: got {outputs!r}, need a tuple of {known}; leave the others out")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: got {temperature!r}, need a finite number > 0; logits are divided by it")
+    output_head(model)
+    inner = causal_lm(model)
+    unfuse(inner)
+    head = FusedHead(
+        inner,
+        statistics=tuple(name for name in STATISTICS if name in outputs),
+        temperature=float(temperature),
+        given=(logit_scale, softcap),
+        check=check,
+        options={"backend": backend, "cache_bytes": cache_bytes, "chunk_size": chunk_size},
+    )
+    vars(inner)["forward"] = FusedForward(inner, head, vars(inner).get("forward"))
+    # torch.nn.DataParallel copies this dictionary, and with it the forward of the first device's model.
+    vars(inner)["_replicate_for_data_parallel"] = functools.partial(refuse_replicas, type(inner).__name__)
+
+
+def unfuse(model: Any) -> None:
+    """Takes back what `fuse` did to the model; nothing to do for one that is not fused.
+
+    Raises:
+        ValueError: if something else has wrapped the fused forward since.
+    """
+    inner = causal_lm(model)
+    if "_replicate_for_data_parallel" not in vars(inner):
+        return
+    forward = vars(inner).get("forward")
+    if not isinstance(forward, FusedForward):
+        raise ValueError(
+            f"{type(inner).__name__}: got a forward that something has wrapped since fuse(), need the fused one; undo "
+            "that first (accelerate: unwrap_model(model, keep_fp32_wrapper=False))"
+        )
+    del vars(inner)["_replicate_for_data_parallel"]
+    if forward.own is None:
+        del vars(inner)["forward"]
+    else:
+        vars(inner)["forward"] = forward.own
+
+
+def refuse_replicas(name: str) -> NoReturn:
+    raise ValueError(
+        f"{name}: got several GPUs in one process (torch.nn.DataParallel), need one: it would put chosen and rejected "
+        "rows on different devices; start a process a GPU with torchrun"
+    )
+
+
+class FusedHead:
+    """How the head of one model is computed: options, and what its first batch showed.
+
+    logits: its scale and cap, None before the first batch. difference: the largest one that the check saw.
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        *,
+        statistics: tuple[str, ...],
+        temperature: float,
+        given: tuple[float | None, float | None],
+        check: bool,
+        options: Mapping[str, Any],
+    ):
+        self.statistics, self.temperature, self.given, self.options = statistics, temperature, given, options
+        self.guess = logit_options(inner.config).but(*given)
+        self.logits: LogitMap | None = None if check else self.guess
+        self.difference: float | None = None
+        self.takes_use_cache = "use_cache" in inspect.signature(type(inner).forward).parameters
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """logit_scale, softcap (with the temperature in them) and options, for the fused calls."""
+        if self.logits is None:
+            raise RuntimeError("logit_scale: not known before the first batch; call the model first")
+        return {**self.logits.at(self.temperature)._asdict(), **self.options}
+
+    # Frames below it are compiled: the model's own up to its head.
+    @torch.compiler.disable(recursive=False)
+    def run(
+        self, model: Any, call: Callable[..., Any], compute: ComputeAtHead, labels: Tensor, inputs: dict[str, Any], *,
+        shift: bool = True,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
+        """`run_to_head`, after the check where there was none yet. labels: (R, T), by which tokens are chosen."""
+        if self.takes_use_cache:
+            inputs = {**inputs, "use_cache": False}
+        if self.logits is None:
+            self.logits, self.difference = check_head(
+                model, call, labels, inputs, shift=shift, guess=self.guess, given=self.given,
+                temperature=self.temperature, options=self.options,
+            )  # fmt: skip
+        return run_to_head(model, call, compute, inputs)
+
+
+class FusedForward:
+    """The forward of a fused model. An object, and no closure: it is copied and pickled with the model."""
+
+    def __init__(self, model: Any, head: FusedHead, own: Callable[..., Any] | None):
+        self.model, self.head, self.own = model, head, own
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The model's own: generate() and the Trainer ask for it."""
+        return inspect.signature(self._original())
+
+    def _original(self) -> Callable[..., Any]:
+        return self.own or type(self.model).forward.__get__(self.model)
+
+    def __call__(
+        self,
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if fused_lm_head:
+            return self._fused(args, labels, shift_labels, num_items_in_batch, kwargs)
+        own = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+        return self._original()(*args, **{name: x for name, x in own.items() if x is not None}, **kwargs)
+
+    def _fused(
+        self,
+        args: tuple[Any, ...],
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+        kwargs: dict[str, Any],
+    ) -> FusedOutput:
+        shift = shift_labels is None
+        targets = labels if shift else shift_labels
+        name = type(self.model).__name__
+        if targets is None:
+            raise ValueError("labels: got None, need (R, T) integers, -100 where there is no loss; give them")
+        statistics: dict[str, Tensor] = {}
+
+        def compute(hidden: Tensor, lm_head: Any) -> Tensor:
+            hidden, here = last_positions(hidden, targets, name), targets.to(hidden.device)
+            asked = self.head.statistics
+            if not asked:
+                return fused_linear_logps(hidden, lm_head, here, shift=shift, **self.head.keywords)[..., None]
+            differentiable = tuple(x for x in DIFFERENTIABLE if x in asked)
+            options: dict[str, Any] = {"return_stats": asked, "differentiable": differentiable, **self.head.keywords}
+            found: Any = fused_linear_logps(hidden, lm_head, here, shift=shift, **options)
+            statistics.update({x: getattr(found, x) for x in asked if x not in differentiable})
+            # One tensor: whichever of them the loss takes, FSDP's hook on the head's output is in its way.
+            return torch.stack([found.logps, *(getattr(found, x) for x in differentiable)], dim=-1)
+
+        call = functools.partial(self._original(), *args)
+        result, output = self.head.run(self.model, call, compute, targets, kwargs, shift=shift)
+        names = ["log_probs", *(x for x in DIFFERENTIABLE if x in self.head.statistics)]
+        columns = {**dict(zip(names, result.unbind(-1), strict=True)), **statistics}
+        mask = targets.to(result.device) != -100
+        if shift:
+            columns, mask = {x: value[:, :-1] for x, value in columns.items()}, mask[:, 1:]
+        count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        loss, aux_loss = -columns["log_probs"].sum() / count, None
+        if isinstance(output, Mapping) and output.get("aux_loss") is not None:
+            aux_loss = output["aux_loss"]
+            loss = loss + aux_loss_coefficient(self.model) * aux_loss.to(loss.device)
+        return FusedOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **columns)
+
+
+def aux_loss_coefficient(inner: Any) -> float:
+    """Returns what the model's own loss multiplies its load-balancing loss by."""
+    text_config = inner.config.get_text_config()
+    for of, name in (inner, "router_aux_loss_coef"), (inner, "aux_loss_coef"), (text_config, "router_aux_loss_coef"):
+        value = getattr(of, name, None)
+        if value is not None:
+            return float(value)
+    raise UnsupportedHead(
+        f"{type(inner).__name__}: returns an aux_loss, but its config has no router_aux_loss_coef, need one; set it, or "
+        "do not ask for router logits"
+    )
