@@ -265,6 +265,6 @@ def aux_loss_coefficient(inner: Any) -> float:
         if value is not None:
             return float(value)
     raise UnsupportedHead(
-        f"{type(inner).__name__}: returns an aux_loss, but its config has no router_aux_loss_coef, need one; set it, or "
-        "do not ask for router logits"
+        f"{type(inner).__name__}: got an aux_loss and no router_aux_loss_coef, need one; set it in the config, or "
+        "leave router logits out"
     )
