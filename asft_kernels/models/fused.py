@@ -196,10 +196,13 @@ class FusedForward:
     @property
     def __signature__(self) -> inspect.Signature:
         """The model's own: generate() and the Trainer ask for it."""
-        return inspect.signature(self._original())
+        return inspect.signature(self.own or type(self.model).forward.__get__(self.model))
 
-    def _original(self) -> Callable[..., Any]:
-        return self.own or type(self.model).forward.__get__(self.model)
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward as it was."""
+        if self.own is not None:
+            return self.own(*args, **kwargs)
+        return type(self.model).forward(self.model, *args, **kwargs)  # torch.compile looks bound methods up by name
 
     def __call__(
         self,
@@ -213,8 +216,9 @@ class FusedForward:
         if fused_lm_head:
             return self._fused(args, labels, shift_labels, num_items_in_batch, kwargs)
         own = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
-        return self._original()(*args, **{name: x for name, x in own.items() if x is not None}, **kwargs)
+        return self.original(*args, **{name: x for name, x in own.items() if x is not None}, **kwargs)
 
+    @torch.compiler.disable(recursive=False)
     def _fused(
         self,
         args: tuple[Any, ...],
@@ -242,7 +246,7 @@ class FusedForward:
             # One tensor: whichever of them the loss takes, FSDP's hook on the head's output is in its way.
             return torch.stack([found.logps, *(getattr(found, x) for x in differentiable)], dim=-1)
 
-        call = functools.partial(self._original(), *args)
+        call = functools.partial(self.original, *args)
         result, output = self.head.run(self.model, call, compute, targets, kwargs, shift=shift)
         names = ["log_probs", *(x for x in DIFFERENTIABLE if x in self.head.statistics)]
         columns = {**dict(zip(names, result.unbind(-1), strict=True)), **statistics}

@@ -1,0 +1,184 @@
+"""The table of docs/models.md: every architecture of transformers' mappings, as a tiny random model, fused.
+
+python -m tests.architectures            prints the table
+python -m tests.architectures --write    writes it into docs/models.md
+"""
+
+import argparse
+import inspect
+import signal
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig
+
+from asft_kernels.models import UnsupportedHead, fuse
+from asft_kernels.models.seam import causal_lm
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+SECONDS = 60  # for one model
+MAPPINGS = {"causal": MODEL_FOR_CAUSAL_LM_MAPPING, "image-text": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING}
+VOCAB, WIDTH = 96, 64
+# What a config has of these is made small, in its parts too.
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), VOCAB),
+    **dict.fromkeys(
+        ("hidden_size", "d_model", "n_embd", "embed_dim", "word_embed_proj_dim", "intermediate_size", "ffn_dim", "d_ff",
+         "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "ffn_hidden_size", "moe_intermediate_size", "out_hidden_size",
+         "shared_expert_intermediate_size", "shared_intermediate_size", "intermediate_size_mlp", "embedding_size",
+         "hidden_size_per_layer_input", "projection_dim", "text_hidden_size", "encoder_hidden_size", "lru_width",
+         "dense_intermediate_size", "attention_hidden_size", "projector_hidden_size", "mlp_dim",
+         "shared_experts_intermediate_size", "moe_shared_expert_intermediate_size", "hidden_dim", "dim"), WIDTH
+    ),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "encoder_attention_heads",
+         "decoder_attention_heads"), 4
+    ),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "multi_query_group_num"), 2),
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "depth",
+         "num_decoder_layers"), 2
+    ),
+    **dict.fromkeys(("head_dim", "kv_channels", "d_kv", "global_head_dim"), WIDTH // 4),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "block_size"), 128),
+}  # fmt: skip
+# Not what a plain model has: a wrong scale, a forgotten cap or bias must show.
+UNUSUAL: dict[str, Any] = {
+    "logit_scale": 0.3, "logits_scaling": 1.7, "lm_head_multiplier": 0.6, "output_multiplier": 0.6,
+    "logits_mup_width_multiplier": 2.5, "final_logit_softcapping": 5.0, "logits_soft_cap": 5.0,
+    "output_logit_soft_cap": 5.0, "lm_head_bias": True,
+}  # fmt: skip
+SPECIFIC: dict[str, dict[str, Any]] = {}
+
+
+class Row(NamedTuple):
+    """outcome: equal, WRONG, refused, crash or not built; why: in words."""
+
+    kind: str
+    model_type: str
+    name: str
+    outcome: str
+    why: str
+
+
+class TooLong(Exception):
+    pass
+
+
+def tiny_config(config_class: type[PreTrainedConfig], default: Any = None) -> PreTrainedConfig:
+    default = config_class() if default is None else default
+    changes: dict[str, Any] = {}
+    for name, value in vars(default).items():
+        if isinstance(value, PreTrainedConfig):
+            changes[name] = tiny_config(type(value), value)
+        elif name in UNUSUAL or (name in SMALL and value is not None and not isinstance(value, list | tuple)):
+            changes[name] = UNUSUAL.get(name, SMALL.get(name))
+        elif name in ("pad_token_id", "bos_token_id", "eos_token_id") and value is not None:
+            changes[name] = 0
+    return config_class(**{**changes, **SPECIFIC.get(default.model_type, {})})
+
+
+def tiny(config_class: type[PreTrainedConfig], model_class: Any) -> Any:
+    torch.manual_seed(0)
+    config = tiny_config(config_class)
+    model = model_class._from_config(config, dtype=torch.float32).eval()
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        if head is not None:
+            for weight in head.parameters():  # logits that a cap bends, a bias that is not 0
+                weight.copy_(torch.randn_like(weight))
+    return model
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    def late(number, frame):
+        raise TooLong(f"takes more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def judge(kind: str, config_class: type[PreTrainedConfig], model_class: Any) -> Row:
+    """Builds, runs and fuses one architecture; whatever happens is its row."""
+
+    def row(outcome: str, why: object) -> Row:
+        text = f"{type(why).__name__}: {why}" if isinstance(why, Exception) and outcome != "refused" else str(why)
+        return Row(kind, config_class.model_type, model_class.__name__, outcome, " ".join(text.split()))
+
+    ids = torch.randint(5, VOCAB - 30, (2, 12), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, :3] = -100
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    try:
+        with time_limit(SECONDS):
+            model = tiny(config_class, model_class)
+            if "attention_mask" not in inspect.signature(model.forward).parameters:
+                del inputs["attention_mask"]
+            with torch.no_grad():
+                own = model(**inputs).logits
+    except Exception as error:
+        return row("not built", error)
+    if own.shape != (2, 12, own.shape[-1]):
+        return row("not built", f"its own logits are {tuple(own.shape)}")
+    own = own[:, :-1].double().log_softmax(-1).gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0]
+    try:
+        with time_limit(SECONDS):
+            fuse(model)
+            with torch.no_grad():
+                out = model(**inputs, labels=labels, fused_lm_head=True)
+    except UnsupportedHead as error:
+        return row("refused", error)
+    except Exception as error:
+        return row("crash", error)
+    difference = (own.where(out.label_mask, 0) - out.log_probs).abs().max().item()
+    # fp32 sums of 64 terms of size up to 30 err by some 1e-5, a head that is scaled otherwise by more than 1e-2.
+    if not difference <= 1e-3:
+        return row("WRONG", f"differs by {difference:.2g}")
+    head = causal_lm(model).forward.head
+    scale, cap = head.logits
+    read = "" if head.guess == head.logits else "not as its config says: "
+    parts = [f"scale {scale:.3g}"] * (scale != 1) + [f"cap {cap:.3g}" if cap else ""] * bool(cap)
+    return row("equal", read * bool(read) + ", ".join(parts))
+
+
+def rows(kinds: list[str], only: list[str]) -> Iterator[Row]:
+    for kind in kinds:
+        for config_class, model_classes in MAPPINGS[kind].items():
+            for model_class in model_classes if isinstance(model_classes, tuple) else (model_classes,):
+                if not only or config_class.model_type in only:
+                    yield judge(kind, config_class, model_class)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("only", nargs="*", help="model types; all by default")
+    parser.add_argument("--kind", choices=list(MAPPINGS), help="one mapping; both by default")
+    args = parser.parse_args(argv)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    counts: Counter[tuple[str, str]] = Counter()
+    for found in rows([args.kind] if args.kind else list(MAPPINGS), args.only):
+        counts[found.kind, found.outcome] += 1
+        print(found.kind, found.model_type, found.name, found.outcome, found.why[:300], flush=True)
+    print(dict(counts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
