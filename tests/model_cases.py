@@ -54,7 +54,7 @@ def own_logps(model: Any, data: dict[str, Tensor], temperature: float = 1.0) -> 
     """(R, T - 1) float64 from the model's own logits at the last T positions, 0 where there is no label."""
     inputs = {name: tensor for name, tensor in data.items() if name != "labels"}
     labels = data["labels"]
-    logits = model(**inputs).logits[:, -labels.shape[1] :].double() / temperature
+    logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] :].double() / temperature
     logps = logits[:, :-1].log_softmax(-1).gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0]
     return logps.where(labels[:, 1:] != -100, 0)
 

@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import threading
+import weakref
 
 import pytest
 import torch
@@ -191,7 +192,12 @@ def test_threads_do_not_meet():
     expected, logits = model(**data, fused_lm_head=True).log_probs, model(**data).logits
     at_head, seen = threading.Event(), []
     done = threading.Event()
-    hook = model.lm_head.register_forward_pre_hook(lambda *_: (at_head.set(), done.wait(20)) and None)
+
+    def wait(*_):
+        at_head.set()
+        done.wait(20)
+
+    hook = model.lm_head.register_forward_pre_hook(wait)
 
     def fused():
         seen.append(model(**data, fused_lm_head=True).log_probs)
@@ -348,7 +354,9 @@ def test_a_batch_without_labels_has_a_loss_of_zero_and_gradients():
 
 def test_backend_is_the_same_in_check_and_training(monkeypatch):
     asked, choose = [], asft_kernels.token_logps.choose_backend
-    monkeypatch.setattr("asft_kernels.token_logps.choose_backend", lambda name, *x: asked.append(name) or choose(name, *x))
+    monkeypatch.setattr(
+        "asft_kernels.token_logps.choose_backend", lambda name, *x: asked.append(name) or choose(name, *x)
+    )
     model = built("Llama")
     fuse(model, backend="torch")
     model(**batch(), fused_lm_head=True)
@@ -399,3 +407,12 @@ def test_real_model_head_is_checked():
     fuse(model)
     model(**batch(pairs=1, length=24, vocab=49152), fused_lm_head=True)
     assert model.forward.head.difference < 1e-3
+
+
+def test_a_fused_model_is_freed_at_once():
+    model = built("Llama")
+    fuse(model)
+    model(**batch(), fused_lm_head=True)
+    alive = weakref.ref(model)
+    del model
+    assert alive() is None, "a cycle: memory of a large model would wait for the garbage collector"

@@ -5,6 +5,7 @@ goes on through the model's own forward with a row of probes beside it. What bec
 and cap; what becomes of the rest are its own logits.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import inf, isclose
@@ -73,7 +74,7 @@ def check_head(
     with torch.no_grad(), _evaluating(model):
         for _ in range(2):
             at_head = _AtHead(name, labels, shift, guess.at(temperature), options)
-            _, output = run_to_head(model, call, at_head, inputs)
+            _, output = run_to_head(model, call, at_head, _with_own_cache(inputs))
             logits = _logits_of(output, at_head.output, name)
             found = _found_map(logits[-1], name)
             used = found.but(*given)
@@ -81,6 +82,9 @@ def check_head(
                 break
             guess = used
     own = (logits[:-1] / temperature).log_softmax(-1).gather(-1, at_head.labels[:, None])[:, 0]
+    finite = own.isfinite()
+    if not finite.all() and finite.equal(at_head.fused.isfinite()):  # broken weights, which the losses will show
+        return guess, 0.0
     difference = (own - at_head.fused.double()).abs().max().item()
     allowed = _rounding(at_head, guess.at(temperature), logits[:-1] / temperature)
     if not difference <= allowed:  # written so that NaN fails too
@@ -132,6 +136,16 @@ class _AtHead:
         return torch.cat([self.output.double(), probes], dim=1)
 
 
+def _with_own_cache(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The inputs with a copy of a cache that this pass may lengthen: prefix tuning hands one in."""
+    cache = inputs.get("past_key_values")
+    if cache is None:
+        return inputs
+    cache = copy.copy(cache)
+    cache.layers = [copy.copy(layer) for layer in cache.layers]
+    return {**inputs, "past_key_values": cache}
+
+
 def _some_tokens(labels: Tensor, shift: bool) -> tuple[Tensor, Tensor]:
     """(rows among the R * T positions, their labels), those that carry loss, spread over the batch."""
     if shift:
@@ -177,10 +191,14 @@ def _same(one: LogitMap, other: LogitMap) -> bool:
 def _largest_row(head: Any, hidden: Tensor, output: Tensor) -> float:
     """Norm of the longest row of the head's weight; of a head that has none to read, what its output allows."""
     weight = getattr(head, "weight", None)
-    reached = output.abs().max().item() / max(torch.linalg.vector_norm(hidden.float(), dim=-1).min().item(), 1e-30)
+    reached = output.abs().max().item() / max(_norms(hidden).min().item(), 1e-30)
     if isinstance(weight, Tensor) and weight.is_floating_point() and weight.shape[-1:] == hidden.shape[-1:]:
-        return max(reached, torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32).max().item())
+        return max(reached, _norms(weight).max().item())
     return reached * hidden.shape[-1] ** 0.5  # a random direction meets 1 / sqrt(D) of a row
+
+
+def _norms(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
 def _rounding(at_head: _AtHead, used: LogitMap, logits: Tensor) -> float:
@@ -194,8 +212,7 @@ def _rounding(at_head: _AtHead, used: LogitMap, logits: Tensor) -> float:
     """
     hidden, output, scale = at_head.hidden, at_head.output, abs(used.logit_scale)
     fp32_unit = torch.finfo(torch.float32).eps / 2
-    longest = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32).max().item()
-    product = 2 * product_unit(output.is_cuda) * hidden.shape[-1] ** 0.5 * longest * at_head.widest
+    product = 2 * product_unit(output.is_cuda) * hidden.shape[-1] ** 0.5 * _norms(hidden).max().item() * at_head.widest
     stored = torch.finfo(output.dtype).eps / 2 * output.abs().max().item()
     logit = scale * (product + stored) + 4 * fp32_unit * logits.abs().max().item()
     return 2 * logit + fp32_unit * (output.shape[-1] ** 0.5 + 2 * at_head.fused.abs().max().item())

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -188,10 +189,25 @@ class FusedHead:
 
 
 class FusedForward:
-    """The forward of a fused model. An object, and no closure: it is copied and pickled with the model."""
+    """The forward of a fused model. An object, and no closure: it is copied and pickled with the model.
+
+    It does not keep the model alive: a cycle would hold a large one until the garbage collector comes by.
+    """
 
     def __init__(self, model: Any, head: FusedHead, own: Callable[..., Any] | None):
-        self.model, self.head, self.own = model, head, own
+        self.__setstate__({"model": model, "head": head, "own": own})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "head": self.head, "own": self.own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.weak_model = weakref.ref(state["model"])
+        self.head: FusedHead = state["head"]
+        self.own: Callable[..., Any] | None = state["own"]
+
+    @property
+    def model(self) -> Any:
+        return self.weak_model()
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -34,7 +34,7 @@ class FeatureInputs(nn.Module):
     @contextmanager
     def forward(self, model: PreferenceModel, labels: Tensor, ref_pooled: Tensor) -> Iterator[InputsAtHead]:
         with layer_output(model.model, self.layer) as kept:
-            yield lambda hidden: fpo_inputs(self.sae, kept[0] if kept else hidden, labels, ref_pooled, self.top_k)
+            yield lambda hidden: fpo_inputs(self.sae, kept[-1] if kept else hidden, labels, ref_pooled, self.top_k)
 
 
 class MismatchInputs(nn.Module):
