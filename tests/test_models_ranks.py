@@ -1,5 +1,6 @@
 """Two processes on one machine: DistributedDataParallel and FSDP2 give the values and gradients of one."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 pytest.importorskip("transformers", reason="needs the train extra: transformers")
 
+from asft_kernels import fused_linear_logps
 from asft_kernels.models import PreferenceModel, fuse
 from model_cases import batch, built
 
@@ -57,6 +59,11 @@ def fused_loss(model, data):
     return model(**data, num_items_in_batch=20, fused_lm_head=True).loss
 
 
+def entropy_loss(model, data):
+    """Nothing of it passes through the log-probabilities."""
+    return model(**data, fused_lm_head=True).entropy.sum()
+
+
 def pair_loss(model, data):
     return model(**data)["loss"]
 
@@ -66,17 +73,24 @@ def case(kind):
     inner = built("Gemma2" if "tied" in kind else "Llama")
     if "pairs" in kind:
         return PreferenceModel(inner, "asft"), pair_loss
-    fuse(inner)
-    return inner, fused_loss
+    fuse(inner, outputs=("entropy",) if "entropy" in kind else ())
+    return inner, entropy_loss if "entropy" in kind else fused_loss
 
 
-SLOW = ["ddp tokens", "fsdp head tokens", "fsdp root pairs"]
-KINDS = ["ddp pairs", "fsdp head pairs", "fsdp root tied tokens", *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW)]
+SLOW = ["ddp tokens", "fsdp head tokens", "fsdp root pairs", "fsdp head entropy"]
+KINDS = [
+    "ddp pairs",
+    "fsdp head pairs",
+    "fsdp root tied tokens",
+    *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW),
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_give_the_gradients_of_one_process(tmp_path, kind):
     """Gradients are means over the ranks. Bound: fp32 sums of 8 rows in another order, 80 roundings of the largest."""
+    if "entropy" in kind and "return_stats" not in inspect.signature(fused_linear_logps).parameters:
+        pytest.skip("fused_linear_logps has no return_stats yet")
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     environment = {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}

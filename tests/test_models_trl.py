@@ -19,6 +19,8 @@ pytestmark = [
     # peft 0.21 and trl ask for names that transformers renamed; nothing of ours does
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    # peft, of one model in two folders
+    pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed:UserWarning"),
 ]
 
 

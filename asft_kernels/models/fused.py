@@ -253,19 +253,18 @@ class FusedForward:
         def compute(hidden: Tensor, lm_head: Any) -> Tensor:
             hidden, here = last_positions(hidden, targets, name), targets.to(hidden.device)
             asked = self.head.statistics
+            options: dict[str, Any] = {"shift": shift, **self.head.keywords}
             if not asked:
-                return fused_linear_logps(hidden, lm_head, here, shift=shift, **self.head.keywords)[..., None]
-            differentiable = tuple(x for x in DIFFERENTIABLE if x in asked)
-            options: dict[str, Any] = {"return_stats": asked, "differentiable": differentiable, **self.head.keywords}
-            found: Any = fused_linear_logps(hidden, lm_head, here, shift=shift, **options)
-            statistics.update({x: getattr(found, x) for x in asked if x not in differentiable})
-            # One tensor: whichever of them the loss takes, FSDP's hook on the head's output is in its way.
-            return torch.stack([found.logps, *(getattr(found, x) for x in differentiable)], dim=-1)
+                return fused_linear_logps(hidden, lm_head, here, **options)[..., None]
+            options |= {"return_stats": asked, "differentiable": tuple(x for x in DIFFERENTIABLE if x in asked)}
+            found: Any = fused_linear_logps(hidden, lm_head, here, **options)
+            statistics.update({x: getattr(found, x) for x in asked})
+            return found.logps[..., None]
 
         call = functools.partial(self.original, *args)
         result, output = self.head.run(self.model, call, compute, targets, kwargs, shift=shift)
-        names = ["log_probs", *(x for x in DIFFERENTIABLE if x in self.head.statistics)]
-        columns = {**dict(zip(names, result.unbind(-1), strict=True)), **statistics}
+        columns = {"log_probs": result.squeeze(-1), **statistics}
+        columns |= {x: After.apply(columns[x], result) for x in DIFFERENTIABLE if x in columns}
         mask = targets.to(result.device) != -100
         if shift:
             columns, mask = {x: value[:, :-1] for x, value in columns.items()}, mask[:, 1:]
@@ -275,6 +274,22 @@ class FusedForward:
             aux_loss = output["aux_loss"]
             loss = loss + aux_loss_coefficient(self.model) * aux_loss.to(loss.device)
         return FusedOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **columns)
+
+
+class After(torch.autograd.Function):
+    """Values whose gradient waits for that of `first`, though it adds nothing to it.
+
+    FSDP gathers the head's weight where the gradient of the head's output comes by: a loss of the entropy alone must
+    pass there as well, without a gradient of zeros, which would cost its products.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, first: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad, None
 
 
 def aux_loss_coefficient(inner: Any) -> float:
