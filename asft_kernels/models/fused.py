@@ -162,7 +162,8 @@ class FusedHead:
         self.guess = logit_options(inner.config).but(*given)
         self.logits: LogitMap | None = None if check else self.guess
         self.difference: float | None = None
-        self.takes_use_cache = "use_cache" in inspect.signature(type(inner).forward).parameters
+        takes = inspect.signature(type(inner).forward).parameters
+        self.takes_use_cache = "use_cache" in takes or any(x.kind == x.VAR_KEYWORD for x in takes.values())
 
     @property
     def keywords(self) -> dict[str, Any]:
