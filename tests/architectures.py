@@ -68,6 +68,10 @@ UNUSUAL: dict[str, Any] = {
     "logits_mup_width_multiplier": 2.5, "final_logit_softcapping": 5.0, "logits_soft_cap": 5.0,
     "output_logit_soft_cap": 5.0, "lm_head_bias": True,
 }  # fmt: skip
+ZAMBA = {
+    "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "num_key_value_heads": 4,
+    "attention_hidden_size": 2 * WIDTH, "attention_head_dim": WIDTH // 2,
+}  # fmt: skip
 # What a model type needs besides.
 SPECIFIC: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"n_routed_experts": 4, "num_experts_per_tok": 2},
@@ -93,11 +97,14 @@ SPECIFIC: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "hunyuan_vl_text": {"head_dim": 16},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"]},
     "xmod": {"default_language": "en_XX"},
+    "zamba": ZAMBA,
+    "zamba2": ZAMBA,
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -140,10 +147,11 @@ def mrope_section(rope: dict[str, Any]) -> list[int]:
 
 def tiny(kind: str, config_class: type[PreTrainedConfig], model_class: Any) -> Any:
     torch.manual_seed(0)
+    if kind == "causal" and not issubclass(
+        config_class, model_class.config_class
+    ):  # a text model of a multimodal config
+        config_class = model_class.config_class
     config = tiny_config(config_class)
-    if not isinstance(config, model_class.config_class):  # a text model in a mapping of multimodal configs
-        parts = [part for part in vars(config).values() if isinstance(part, model_class.config_class)]
-        config = parts[0] if parts else config if kind == "image-text" else config.get_text_config(decoder=True)
     model = model_class._from_config(config, dtype=torch.float32).eval()
     head = model.get_output_embeddings()
     with torch.no_grad():

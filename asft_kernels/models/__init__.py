@@ -7,13 +7,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from asft_kernels.models.fused import FusedOutput, fuse, unfuse
+    from asft_kernels.models.fused import fuse, unfuse
+    from asft_kernels.models.output import FusedOutput
     from asft_kernels.models.preference import PreferenceModel
     from asft_kernels.models.seam import UnsupportedHead
 
 __all__ = ["FusedOutput", "PreferenceModel", "UnsupportedHead", "fuse", "unfuse"]
 
-_MODULES = {"PreferenceModel": "preference", "UnsupportedHead": "seam"}
+_MODULES = {"FusedOutput": "output", "PreferenceModel": "preference", "UnsupportedHead": "seam"}
 
 
 def __getattr__(name: str) -> Any:

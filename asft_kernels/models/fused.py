@@ -4,52 +4,19 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.utils import ModelOutput
 
 from asft_kernels.functional import fused_linear_logps
-from asft_kernels.models.check import LogitMap, check_head, last_positions
-from asft_kernels.models.config import logit_options
-from asft_kernels.models.seam import ComputeAtHead, UnsupportedHead, causal_lm, output_head, run_to_head
+from asft_kernels.models.check import last_positions
+from asft_kernels.models.head import FusedHead
+from asft_kernels.models.output import FusedOutput
+from asft_kernels.models.seam import UnsupportedHead, causal_lm, output_head
 
 STATISTICS = ("entropy", "mean_logits", "log_sum_sq_probs", "is_top1", "lse")
 DIFFERENTIABLE = ("entropy", "lse")
-
-
-@dataclass
-class FusedOutput(ModelOutput):
-    """What a fused model returns for `fused_lm_head=True`; TRL's names, and lse.
-
-    All but loss and aux_loss are of shape (R, T - 1), or (R, T) with shift_labels, in fp32 (float64 for float64 input),
-    0 where the label is -100, None where `fuse` was not asked for them. z: logits, scaled, capped and divided by the
-    temperature; p = softmax(z).
-
-    Attributes:
-        loss: scalar, -log_probs summed over the labels that are not -100, divided by their number or
-            num_items_in_batch; plus router_aux_loss_coef * aux_loss if the model made one.
-        log_probs: log p of each label; differentiable.
-        entropy: -sum p log p; differentiable.
-        mean_logits: mean of z over the vocabulary, detached.
-        log_sum_sq_probs: log sum p^2, detached.
-        is_top1: bool, whether the label has the largest logit.
-        lse: log sum exp z; differentiable.
-        label_mask: bool, whether the label is not -100.
-        aux_loss: scalar, the load-balancing loss of a mixture of experts, if router logits were asked for.
-    """
-
-    loss: Tensor | None = None
-    log_probs: Tensor | None = None
-    entropy: Tensor | None = None
-    mean_logits: Tensor | None = None
-    log_sum_sq_probs: Tensor | None = None
-    is_top1: Tensor | None = None
-    lse: Tensor | None = None
-    label_mask: Tensor | None = None
-    aux_loss: Tensor | None = None
 
 
 def fuse(
@@ -140,53 +107,6 @@ def refuse_replicas(name: str) -> NoReturn:
         f"{name}: got several GPUs in one process (torch.nn.DataParallel), need one: it would put chosen and rejected "
         "rows on different devices; start a process a GPU with torchrun"
     )
-
-
-class FusedHead:
-    """How the head of one model is computed: options, and what its first batch showed.
-
-    logits: its scale and cap, None before the first batch. difference: the largest one that the check saw.
-    """
-
-    def __init__(
-        self,
-        inner: Any,
-        *,
-        statistics: tuple[str, ...],
-        temperature: float,
-        given: tuple[float | None, float | None],
-        check: bool,
-        options: Mapping[str, Any],
-    ):
-        self.statistics, self.temperature, self.given, self.options = statistics, temperature, given, options
-        self.guess = logit_options(inner.config).but(*given)
-        self.logits: LogitMap | None = None if check else self.guess
-        self.difference: float | None = None
-        takes = inspect.signature(type(inner).forward).parameters
-        self.takes_use_cache = "use_cache" in takes or any(x.kind == x.VAR_KEYWORD for x in takes.values())
-
-    @property
-    def keywords(self) -> dict[str, Any]:
-        """logit_scale, softcap (with the temperature in them) and options, for the fused calls."""
-        if self.logits is None:
-            raise RuntimeError("logit_scale: not known before the first batch; call the model first")
-        return {**self.logits.at(self.temperature)._asdict(), **self.options}
-
-    # Frames below it are compiled: the model's own up to its head.
-    @torch.compiler.disable(recursive=False)
-    def run(
-        self, model: Any, call: Callable[..., Any], compute: ComputeAtHead, labels: Tensor, inputs: dict[str, Any], *,
-        shift: bool = True,
-    ) -> tuple[Tensor, Any]:  # fmt: skip
-        """`run_to_head`, after the check where there was none yet. labels: (R, T), by which tokens are chosen."""
-        if self.takes_use_cache:
-            inputs = {**inputs, "use_cache": False}
-        if self.logits is None:
-            self.logits, self.difference = check_head(
-                model, call, labels, inputs, shift=shift, guess=self.guess, given=self.given,
-                temperature=self.temperature, options=self.options,
-            )  # fmt: skip
-        return run_to_head(model, call, compute, inputs)
 
 
 class FusedForward:

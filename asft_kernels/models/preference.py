@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from asft_kernels.functional import fused_preference_loss
 from asft_kernels.models.check import last_positions
-from asft_kernels.models.fused import FusedForward, FusedHead, aux_loss_coefficient, fuse, refuse_replicas
+from asft_kernels.models.fused import FusedForward, aux_loss_coefficient, fuse, refuse_replicas
+from asft_kernels.models.head import FusedHead
 from asft_kernels.models.seam import causal_lm
 from asft_kernels.objectives import Objective, get_objective
 
