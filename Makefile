@@ -34,7 +34,7 @@ demo: venv
 test: venv
 	@$(call install,test)
 	@echo "== fetching a small real language model, which some tests use (93 MB, once)"
-	@$(PY) -m asft_kernels.integrations.smollm2 || echo "== going on without it: those tests say that they skip"
+	@$(PY) -m asft_kernels.models.smollm2 || echo "== going on without it: those tests say that they skip"
 	$(PY) tests/run.py $(ARGS)
 
 # A run that was cut off goes on when started again.

@@ -68,8 +68,11 @@ def head_tensors(weight: Tensor, bias: Tensor | None, name: str) -> None:
 
 
 def _unpatched(linear: nn.Module, name: str) -> None:
-    replaced = "forward" in vars(linear) and not hasattr(linear, "_hf_hook")  # accelerate's only moves tensors
-    if replaced or linear._forward_hooks or linear._forward_pre_hooks:
+    forward, hooked = vars(linear).get("forward"), bool(linear._forward_hooks or linear._forward_pre_hooks)
+    if getattr(forward, "is_seam", False):  # models.seam has put us in its place: the hooks run around us
+        forward, hooked = vars(forward)["own"], False
+    replaced = forward is not None and not hasattr(linear, "_hf_hook")  # accelerate's only moves tensors
+    if replaced or hooked:
         got = "an nn.Linear with " + ("a forward of its own" if replaced else "forward hooks")
         refuse(name, got, "a plain one, as they would not run; remove them, or pass its weight if that is whole")
 

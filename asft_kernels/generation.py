@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
-from asft_kernels.integrations.loading import load_causal_lm, load_tokenizer
+from asft_kernels.models.loading import load_causal_lm, load_tokenizer
 
 Messages: TypeAlias = list[dict[str, str]]
 

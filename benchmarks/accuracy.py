@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from asft_kernels.demo import DATA
-from asft_kernels.integrations.smollm2 import ModelUnavailable, smollm2_path
+from asft_kernels.models.smollm2 import ModelUnavailable, smollm2_path
 from benchmarks.cases import TRAINABLE, Case, Inputs, make_inputs
 from benchmarks.contestants import Contestant, contestants_of
 from benchmarks.losses import IGNORE
@@ -57,7 +57,7 @@ def hidden_states(data: Path, pairs: int, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from asft_kernels.data import PairCollator, load_pairs
-    from asft_kernels.integrations.hf_model import PreferenceModel
+    from asft_kernels.models import PreferenceModel
 
     model_folder = smollm2_path()
     tokenizer = AutoTokenizer.from_pretrained(model_folder)

@@ -1,6 +1,7 @@
 """All tests, in the processes that they need, and one summary: what `make test` runs.
 
     plain      everything on torch and in Triton's interpreter: `python -m pytest`
+    slow       what takes minutes, of the same kind: `-m slow`
     compile    kernels cross-compiled for GPUs that need not be there: `-m compile`
     emulated   compiled kernels executed on the CPU: `-m emulated`, one process per file
 
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("plain", "compile", "emulated")
+PARTS = ("plain", "slow", "compile", "emulated")
 EMULATOR_DIR = "ASFT_KERNELS_EMULATOR_DIR"
 NO_TESTS = 5  # pytest's exit code for an empty selection
 
@@ -148,8 +149,8 @@ def run_part(name: str) -> Result:
     args = ["--durations=5", "--durations-min=5"]
     if name == "plain":
         run_pytest(result, args, env, "the process")
-    elif name == "compile":
-        run_pytest(result, ["-m", "compile", *args], env, "the process")
+    elif name in ("slow", "compile"):
+        run_pytest(result, ["-m", name, *args], env, "the process")
     elif not env.get(EMULATOR_DIR):
         run_pytest(result, ["-m", "emulated", *args], env, "the process")  # all skip: one is enough
     else:
@@ -198,7 +199,7 @@ def print_summary(results: list[Result]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Runs the test suite: three parts, one summary.")
+    parser = argparse.ArgumentParser(description="Runs the test suite: four parts, one summary.")
     parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; default: all")
     options = parser.parse_args()
     unknown = [part for part in options.parts if part not in PARTS]

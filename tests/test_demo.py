@@ -16,8 +16,8 @@ pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
 from asft_kernels import demo
 from asft_kernels.data import load_pairs
 from asft_kernels.demo import compare
-from asft_kernels.integrations import smollm2
-from asft_kernels.integrations.smollm2 import ModelUnavailable, smollm2_path
+from asft_kernels.models import smollm2
+from asft_kernels.models.smollm2 import ModelUnavailable, smollm2_path
 from asft_kernels.train import run
 from tiny_lm import pairs, saved_tiny_model, write_lines
 

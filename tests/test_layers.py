@@ -25,7 +25,7 @@ LAYERS = [  # each may import those before it
     "functional",
     "noisy_logps",
     "nn liger",
-    "integrations data",
+    "models data",
     "generation",
     "sae score",
     "train",

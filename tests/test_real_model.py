@@ -18,7 +18,7 @@ def real():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from asft_kernels.data import PairCollator, load_pairs
-    from asft_kernels.integrations.smollm2 import ModelUnavailable, smollm2_path
+    from asft_kernels.models.smollm2 import ModelUnavailable, smollm2_path
 
     try:
         folder = smollm2_path(download=False)

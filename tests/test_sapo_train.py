@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
 
 from asft_kernels.data import PairCollator
 from asft_kernels.data.rows import DataError
-from asft_kernels.integrations.hf_model import PreferenceModel
+from asft_kernels.models import PreferenceModel
 from asft_kernels.objectives import get_objective
 from asft_kernels.sapo import main
 from asft_kernels.sapo.buffer import ReplayBuffer

@@ -21,10 +21,11 @@ import datasets
 import pyarrow as pa
 from pyarrow import parquet
 from torch.profiler import ProfilerActivity, profile
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from asft_kernels.data import DataError, PairCollator, load_pairs, read_rows
-from asft_kernels.integrations.hf_model import PreferenceModel
-from asft_kernels.integrations.loading import ModelProblem
+from asft_kernels.models import PreferenceModel
+from asft_kernels.models.loading import ModelProblem
 from asft_kernels.score import main
 from asft_kernels.score import run as run_module
 from asft_kernels.score.run import score_path
@@ -122,12 +123,17 @@ def test_the_reference_of_a_trainer_does_not_depend_on_the_batch(data, batch_siz
     assert model.model.training
 
 
-def test_one_product_with_the_head_and_no_logits(data):
+def test_one_product_with_the_head_and_no_logits(data, monkeypatch):
     """Hidden states given, what is left is the head: one product per answer token, in pieces of the vocabulary."""
     dataset, vocab = loaded(data), 30_000
     model = PreferenceModel(tiny_model(vocab_size=vocab))
     tokens = sum(len(pair[side]) for pair in dataset for side in ("chosen", "rejected"))
-    model.hidden_states = lambda ids, mask: torch.ones(*ids.shape, 16)
+    model.check_head(PairCollator(0)([dataset[0]]))
+
+    def body(input_ids, **_):
+        return BaseModelOutputWithPast(torch.ones(*input_ids.shape, 16))
+
+    monkeypatch.setattr(model.model.model, "forward", body)
 
     def score():
         list(score_pairs(model, dataset, PairCollator(0), batch_size=100))

@@ -11,7 +11,7 @@ pytest.importorskip("accelerate", reason="needs the train extra: accelerate")
 
 from asft_kernels import fused_preference_loss
 from asft_kernels.data import DataError, PairCollator, load_pairs
-from asft_kernels.integrations.hf_model import PreferenceModel
+from asft_kernels.models import PreferenceModel
 from asft_kernels.objectives import FPO, KTO
 from asft_kernels.sae import SparseAutoencoder, feature_distance, pooled_features, read_sae, write_sae
 from asft_kernels.sae.cache import ReferenceFeatures, write_reference_features
@@ -63,11 +63,13 @@ def test_the_reference_point_is_that_of_other_pairs_answers(loaded, kto_batch):
             gains.append((plain_sums(model.model, prompt, answer) - plain_sums(reference, prompt, answer)).item())
     mean = sum(gains) / len(gains)
     entries = {name: batch[name] for name in MismatchInputs.batch_entries}
-    _, inputs = model.step_inputs(model, batch["input_ids"], batch["attention_mask"], batch["labels"], **entries)
+    with model.step_inputs(model, batch["labels"], **entries) as made:
+        inputs = made(None)
     # fp64 throughout: sums of 60 tokens.
     assert inputs["kl"].item() == pytest.approx(max(mean, 0), rel=1e-9, abs=1e-9)
     swapped = {**entries, "mismatched_ref_logps": entries["mismatched_ref_logps"] + 2 * mean}
-    _, other = model.step_inputs(model, batch["input_ids"], batch["attention_mask"], batch["labels"], **swapped)
+    with model.step_inputs(model, batch["labels"], **swapped) as made:
+        other = made(None)
     assert other["kl"].item() == pytest.approx(max(-mean, 0), rel=1e-9, abs=1e-9)
     assert {inputs["kl"].item(), other["kl"].item()} > {0.0}, "one of the two must be held at 0, one not"
 

@@ -22,7 +22,7 @@ import transformers
 
 from asft_kernels import train as train_package
 from asft_kernels.data import load_pairs
-from asft_kernels.integrations.hf_model import PreferenceModel
+from asft_kernels.models import PreferenceModel
 from asft_kernels.train import main
 from asft_kernels.train.arguments import RunArguments
 from asft_kernels.train.metrics import Evaluation, MetricsFile, change

@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
 from asft_kernels import fused_linear_logps
 from asft_kernels.data import PairCollator, load_pairs
 from asft_kernels.data.diff_marks import diff_marks
-from asft_kernels.integrations.hf_model import PreferenceModel
+from asft_kernels.models import PreferenceModel
 from asft_kernels.objectives import BMC, KTO, MRPO, OBJECTIVES, SFT, PoFT, get_objective
 from asft_kernels.score import main as score
 from asft_kernels.sequence import Logps

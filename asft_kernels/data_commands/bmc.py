@@ -17,7 +17,7 @@ from asft_kernels.data_commands.fields import Messages, whole
 from asft_kernels.data_commands.report import Report
 from asft_kernels.data_commands.stream import run_stream
 from asft_kernels.generation import Generator, PromptTooLong, TransformersGenerator
-from asft_kernels.integrations.loading import ModelProblem
+from asft_kernels.models.loading import ModelProblem
 
 BRIDGING = """\
 You are given a request, a draft answer with faults, and a reference answer that is better.

@@ -17,7 +17,7 @@ from asft_kernels.data_commands.fields import whole
 from asft_kernels.data_commands.report import Report
 from asft_kernels.data_commands.stream import run_stream
 from asft_kernels.generation import TransformersGenerator
-from asft_kernels.integrations.loading import ModelProblem, check_positions
+from asft_kernels.models.loading import ModelProblem, check_positions
 from asft_kernels.sapo.data import parse_chosen, with_chosen_only
 from asft_kernels.sapo.negatives import Regeneration
 

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if problem := missing_extra((*NEEDED, "gguf")):
         print(f"demo: {problem}", file=sys.stderr)
         return 2
-    from asft_kernels.integrations.smollm2 import ModelUnavailable
+    from asft_kernels.models.smollm2 import ModelUnavailable
 
     start = time.perf_counter()
     try:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _demo(options: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is here; set before transformers loads
     from asft_kernels.demo.compare import compare
-    from asft_kernels.integrations.smollm2 import smollm2_path
+    from asft_kernels.models.smollm2 import smollm2_path
     from asft_kernels.train.arguments import JobArguments, RunArguments
     from asft_kernels.train.run import run
 

@@ -113,7 +113,7 @@ def _batch(model: Path, data: Path, pairs: int, max_length: int) -> tuple[Tensor
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from asft_kernels.data import PairCollator, load_pairs
-    from asft_kernels.integrations.hf_model import PreferenceModel
+    from asft_kernels.models import PreferenceModel
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     dataset, _ = load_pairs(data, tokenizer, max_length=max_length)

@@ -15,8 +15,7 @@ from tqdm import tqdm
 from asft_kernels.data import PairCollator, load_pairs, split_every_nth
 from asft_kernels.dnpo import checkpoint
 from asft_kernels.dnpo.trainer import DNPOTrainer
-from asft_kernels.integrations.hf_model import verify_head
-from asft_kernels.integrations.loading import check_positions, load_causal_lm, load_tokenizer
+from asft_kernels.models.loading import check_positions, load_causal_lm, load_tokenizer
 from asft_kernels.objectives import DNPO
 from asft_kernels.train import run_folder
 from asft_kernels.train.arguments import ArgumentProblem
@@ -58,7 +57,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = print) -> bool
     batches = (_moved(collate([train[i] for i in numbers]), device) for numbers in order)
     loading: Any = {"batch_size": options.batch_size, "collate_fn": collate}
     held_out: Any = DataLoader(evaluation, **loading) if evaluation is not None else None  # type: ignore[arg-type]
-    worst = verify_head(trainer.policy, _moved(collate([train[0], train[len(train) - 1]]), device))
+    worst = trainer.policy.check_head(_moved(collate([train[0], train[len(train) - 1]]), device))
     say(f"output head checked: fused and own log-probabilities differ by at most {worst:.1e}")
 
     def evaluate(step: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from asft_kernels import fused_linear_logps, fused_noisy_linear_logps
-from asft_kernels.integrations.hf_model import PreferenceModel
+from asft_kernels.models import PreferenceModel
 from asft_kernels.objectives import DNPO
 from asft_kernels.objectives.base import counting, mean_over
 from asft_kernels.sequence import Logps
@@ -146,18 +146,14 @@ class DNPOTrainer:
         return model.hidden_states(batch["input_ids"], batch["attention_mask"])
 
     def _sequences(self, model: PreferenceModel, hidden: Tensor, labels: Tensor) -> Logps:
-        logps = fused_linear_logps(hidden, model.lm_head, labels, **_logit_options(model))
+        logps = fused_linear_logps(hidden, model.lm_head, labels, **model.fused_head.keywords)
         return Logps(logps.double().sum(dim=1), (labels[:, 1:] != -100).sum(dim=1))
 
     def _noisy(self, hidden: Tensor, labels: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) each: sums under one draw of the noise, and the mean over the row's tokens of its mean square."""
         seed = int(torch.randint(2**62, (), generator=self.generator))
-        noisy = fused_noisy_linear_logps(
-            hidden, self.reference.lm_head, self.noise_head, labels, seed=seed, **_logit_options(self.reference)
-        )
+        keywords = self.reference.fused_head.keywords
+        options = {name: keywords[name] for name in ("logit_scale", "softcap", "backend")}
+        noisy = fused_noisy_linear_logps(hidden, self.reference.lm_head, self.noise_head, labels, seed=seed, **options)
         sums, power = (values.double().sum(dim=1) for values in noisy)
         return sums, power / lengths.clamp(min=1)
-
-
-def _logit_options(model: PreferenceModel) -> dict[str, Any]:
-    return {"logit_scale": model.logit_scale, "softcap": model.softcap}

@@ -17,7 +17,7 @@ import torch
 
 from asft_kernels.data import load_pairs, split_every_nth
 from asft_kernels.data.rows import KINDS
-from asft_kernels.integrations.loading import check_positions, load_causal_lm, load_tokenizer
+from asft_kernels.models.loading import check_positions, load_causal_lm, load_tokenizer
 from asft_kernels.sae.collect import collect_tokens
 from asft_kernels.sae.files import check_suffix, write_sae
 from asft_kernels.sae.hidden import HEAD_INPUT, check_layer

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from asft_kernels.data import PairCollator, load_pairs
 from asft_kernels.data.rows import KINDS
-from asft_kernels.integrations.loading import check_positions, load_causal_lm, load_tokenizer
+from asft_kernels.models.loading import check_positions, load_causal_lm, load_tokenizer
 from asft_kernels.sae.autoencoder import SparseAutoencoder
 from asft_kernels.sae.features import pooled_features
 from asft_kernels.sae.files import read_sae

@@ -4,11 +4,13 @@ Layer -1 is what the head sees, after the final norm. Layer l >= 0 is the output
 Gemma Scope's numbering. transformers' own hidden_states cannot give the last block's, only its norm.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
-from asft_kernels.integrations.hf_model import causal_lm
+from asft_kernels.models.seam import causal_lm
 
 HEAD_INPUT = -1
 
@@ -18,19 +20,31 @@ def hidden_states(
 ) -> tuple[Tensor, Tensor]:
     """(what the head sees, the hidden states at `layer`), (R, T, D) each, from one pass; both differentiable."""
     decoder = causal_lm(model).get_decoder()
+    with layer_output(model, layer) as kept:
+        last = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return last, kept[0] if kept else last
+
+
+@contextmanager
+def layer_output(model: Any, layer: int) -> Iterator[list[Tensor]]:
+    """Gives a list that a forward of the model fills with its hidden states at `layer`; empty for the head's input."""
     check_layer(model, layer)
     kept: list[Tensor] = []
-    handle = None
-    if layer != HEAD_INPUT:
-        handle = decoder.layers[layer].register_forward_hook(
+    if layer == HEAD_INPUT:
+        yield kept
+        return
+    handle = (
+        causal_lm(model)
+        .get_decoder()
+        .layers[layer]
+        .register_forward_hook(
             lambda _module, _inputs, output: kept.append(output if isinstance(output, Tensor) else output[0])
         )
+    )
     try:
-        last = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        yield kept
     finally:
-        if handle is not None:
-            handle.remove()
-    return last, kept[0] if kept else last
+        handle.remove()
 
 
 def check_layer(model: Any, layer: int) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 from transformers import TrainerState
 
 from asft_kernels.data import PairCollator, load_pairs, split_every_nth
-from asft_kernels.integrations.hf_model import PreferenceModel, verify_head
-from asft_kernels.integrations.loading import check_positions, load_causal_lm, load_tokenizer
+from asft_kernels.models import PreferenceModel
+from asft_kernels.models.loading import check_positions, load_causal_lm, load_tokenizer
 from asft_kernels.sapo.arguments import SapoArguments
 from asft_kernels.sapo.buffer import ReplayBuffer
 from asft_kernels.sapo.data import load_chosen
@@ -70,7 +70,7 @@ def run(job: SapoArguments, args: RunArguments, say: Any = print) -> bool:
         callbacks=[stop],
     )
     batch = PairCollator(0)([{**row, "rejected": row["chosen"]} for row in (train[0], train[len(train) - 1])])
-    worst = verify_head(model, {name: tensor.to(args.device) for name, tensor in batch.items()})
+    worst = model.check_head({name: tensor.to(args.device) for name, tensor in batch.items()})
     say(f"output head checked: fused and own log-probabilities differ by at most {worst:.1e}")
 
     args.eval_on_start = evaluation is not None and checkpoint is None

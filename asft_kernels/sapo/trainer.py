@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from asft_kernels import fused_linear_logps
 from asft_kernels.generation import TransformersGenerator
-from asft_kernels.integrations.hf_model import PreferenceModel
+from asft_kernels.models import PreferenceModel
 from asft_kernels.sapo.buffer import ReplayBuffer
 from asft_kernels.sapo.ema import MovingModels
 from asft_kernels.sapo.negatives import Regeneration
@@ -139,9 +138,5 @@ class SapoTrainer(PreferenceTrainer):
 @torch.no_grad()
 def sequence_logps(model: PreferenceModel, batch: dict[str, Tensor]) -> Tensor:
     """(R,) sums over each row's labels, float64: one matrix product."""
-    hidden = model.hidden_states(batch["input_ids"], batch["attention_mask"])
-    options = {name: value for name, value in model.loss_options.items() if name in ("backend", "cache_bytes")}
-    logps = fused_linear_logps(
-        hidden, model.lm_head, batch["labels"], logit_scale=model.logit_scale, softcap=model.softcap, **options
-    )
-    return logps.double().sum(dim=-1)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    return model.token_logps(**inputs).double().sum(dim=-1)

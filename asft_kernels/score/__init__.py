@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from asft_kernels.data import DataError
-    from asft_kernels.integrations.hf_model import UnsupportedHead
-    from asft_kernels.integrations.loading import ModelProblem
+    from asft_kernels.models import UnsupportedHead
+    from asft_kernels.models.loading import ModelProblem
     from asft_kernels.score.run import run
 
     try:

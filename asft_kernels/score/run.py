@@ -11,8 +11,8 @@ import torch
 
 from asft_kernels import __version__
 from asft_kernels.data import DataError, PairCollator, load_pairs
-from asft_kernels.integrations.hf_model import PreferenceModel, verify_head
-from asft_kernels.integrations.loading import ModelProblem, check_positions, load_causal_lm, load_tokenizer
+from asft_kernels.models import PreferenceModel
+from asft_kernels.models.loading import ModelProblem, check_positions, load_causal_lm, load_tokenizer
 from asft_kernels.score.scoring import ScoredBatch, score_pairs
 from asft_kernels.score.table import SIDES, read_metadata, tokenizer_fingerprint, write_scores
 from asft_kernels.score.unfinished import UnfinishedScores
@@ -88,7 +88,7 @@ def _score_rest(
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     collator = PairCollator(pad)
     batch = collator([pairs[0]])
-    worst = verify_head(model, {name: tensor.to(device) for name, tensor in batch.items()})
+    worst = model.check_head({name: tensor.to(device) for name, tensor in batch.items()})
     say(f"output head checked: fused and own log-probabilities differ by at most {worst:.1e}")
     for scored in score_pairs(model, pairs, collator, batch_size=args.batch_size, progress=Path(name).name):
         unfinished.add(_rows(scored, pairs, args.token_logps))

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from asft_kernels.data import PairCollator
 from asft_kernels.data.pairs import IGNORE_INDEX
-from asft_kernels.functional import fused_linear_logps
-from asft_kernels.integrations.hf_model import PreferenceModel
-from asft_kernels.integrations.loading import ModelProblem
+from asft_kernels.models import PreferenceModel
+from asft_kernels.models.loading import ModelProblem
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -78,13 +77,7 @@ def score_pairs(
 
 @torch.inference_mode()
 def _score(model: PreferenceModel, batch: dict[str, Tensor], rows: np.ndarray) -> ScoredBatch:
-    logps = fused_linear_logps(
-        model.hidden_states(batch["input_ids"], batch["attention_mask"]),
-        model.lm_head,
-        batch["labels"],
-        logit_scale=model.logit_scale,
-        softcap=model.softcap,
-    )
+    logps = model.token_logps(**batch)
     answer = batch["labels"][:, 1:] != IGNORE_INDEX
     logps, answer = logps[:, :-1].cpu(), answer.cpu()
     lengths = answer.sum(dim=1)

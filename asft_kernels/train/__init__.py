@@ -26,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"asft-train: {problem}", file=sys.stderr)
         return 2
     from asft_kernels.data import DataError
-    from asft_kernels.integrations.hf_model import UnsupportedHead
-    from asft_kernels.integrations.loading import ModelProblem
+    from asft_kernels.models import UnsupportedHead
+    from asft_kernels.models.loading import ModelProblem
     from asft_kernels.train.arguments import ArgumentProblem, JobArguments
     from asft_kernels.train.parser import training_parser
     from asft_kernels.train.run import run

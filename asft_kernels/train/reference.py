@@ -9,7 +9,7 @@ from torch import Tensor
 from asft_kernels.data import DataError, PairCollator
 from asft_kernels.data.diff_marks import diff_marks
 from asft_kernels.data.pairs import IGNORE_INDEX
-from asft_kernels.integrations.hf_model import PreferenceModel
+from asft_kernels.models import PreferenceModel
 from asft_kernels.objectives import BMC, weighted_reference
 from asft_kernels.sae.cache import ReferenceFeatures
 from asft_kernels.score.scoring import reference_logps, score_pairs

@@ -10,8 +10,8 @@ import numpy as np
 from transformers import TrainerState
 
 from asft_kernels.data import PairCollator, load_pairs, split_every_nth
-from asft_kernels.integrations.hf_model import PreferenceModel, verify_head
-from asft_kernels.integrations.loading import check_positions, load_causal_lm, load_tokenizer
+from asft_kernels.models import PreferenceModel
+from asft_kernels.models.loading import check_positions, load_causal_lm, load_tokenizer
 from asft_kernels.objectives import BMC
 from asft_kernels.sae.cache import ReferenceFeatures, write_reference_features
 from asft_kernels.train import run_folder
@@ -116,7 +116,7 @@ def run(job: JobArguments, args: RunArguments, say: Any = print, say_at_once: An
         callbacks=[stop],
     )
     batch = PairCollator(0)([train[0], train[min(1, len(train) - 1)]])
-    worst = verify_head(model, {name: tensor.to(args.device) for name, tensor in batch.items()})
+    worst = model.check_head({name: tensor.to(args.device) for name, tensor in batch.items()})
     say(f"output head checked: fused and own log-probabilities differ by at most {worst:.1e}")
 
     # Not evaluate() before train(): accelerate would then take the model for prepared: no DDP.

@@ -1,19 +1,22 @@
 """What fpo and kto read at every step beside the answers' log-probabilities, made inside PreferenceModel's forward."""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from asft_kernels.functional import fused_linear_logps
-from asft_kernels.integrations.hf_model import PreferenceModel
+from asft_kernels.models import PreferenceModel
 from asft_kernels.objectives import kto_kl
 from asft_kernels.sae.autoencoder import SparseAutoencoder
 from asft_kernels.sae.features import fpo_inputs
 from asft_kernels.sae.files import read_sae
-from asft_kernels.sae.hidden import check_layer, hidden_states
+from asft_kernels.sae.hidden import check_layer, layer_output
 from asft_kernels.train.arguments import ArgumentProblem, fpo_of
+
+InputsAtHead = Callable[[Tensor], dict[str, Tensor]]  # of the head's input
 
 
 class FeatureInputs(nn.Module):
@@ -28,11 +31,10 @@ class FeatureInputs(nn.Module):
         super().__init__()
         self.sae, self.layer, self.top_k = sae, layer, top_k
 
-    def forward(
-        self, model: PreferenceModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, ref_pooled: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        last, hidden = hidden_states(model.model, input_ids, attention_mask, self.layer)
-        return last, fpo_inputs(self.sae, hidden, labels, ref_pooled, self.top_k)
+    @contextmanager
+    def forward(self, model: PreferenceModel, labels: Tensor, ref_pooled: Tensor) -> Iterator[InputsAtHead]:
+        with layer_output(model.model, self.layer) as kept:
+            yield lambda hidden: fpo_inputs(self.sae, kept[-1] if kept else hidden, labels, ref_pooled, self.top_k)
 
 
 class MismatchInputs(nn.Module):
@@ -44,20 +46,13 @@ class MismatchInputs(nn.Module):
 
     batch_entries = ("mismatched_input_ids", "mismatched_attention_mask", "mismatched_labels", "mismatched_ref_logps")
 
-    def forward(
-        self, model: PreferenceModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **mismatched: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    @contextmanager
+    def forward(self, model: PreferenceModel, labels: Tensor, **mismatched: Tensor) -> Iterator[InputsAtHead]:
         rows, mask, answers, ref_logps = (mismatched[name] for name in self.batch_entries)
         with torch.no_grad():
-            logps = fused_linear_logps(
-                model.hidden_states(rows, mask),
-                model.lm_head,
-                answers,
-                logit_scale=model.logit_scale,
-                softcap=model.softcap,
-            )
+            logps = model.token_logps(answers, input_ids=rows, attention_mask=mask)
             kl = kto_kl(logps.double().sum(dim=-1), ref_logps)  # masked places are 0
-        return model.hidden_states(input_ids, attention_mask), {"kl": kl}
+        yield lambda _: {"kl": kl}
 
 
 def step_inputs_for(objective: Any, sae: str | os.PathLike[str] | None, layer: int, model: Any) -> nn.Module | None:

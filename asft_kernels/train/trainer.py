@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerCallback
 
 from asft_kernels.data import PairCollator
-from asft_kernels.integrations.hf_model import PreferenceModel, causal_lm
+from asft_kernels.models import PreferenceModel
+from asft_kernels.models.seam import causal_lm
 from asft_kernels.train.arguments import ArgumentProblem, RunArguments
 from asft_kernels.train.metrics import COLUMNS, Evaluation, MetricsFile, Window, counting_pairs
 
@@ -61,6 +62,8 @@ class PreferenceTrainer(Trainer):
             compute_metrics=self._evaluation_figures,
             **kwargs,
         )
+        # The count of each step is asked for, and it is of pairs.
+        self.model_accepts_loss_kwargs = True
         self.add_callback(LogTheRest)
         if not args.disable_tqdm:
             self.pop_callback(ProgressCallback)
@@ -87,8 +90,10 @@ class PreferenceTrainer(Trainer):
             )
         if self.window_start is None:
             self.window_start, self.paused = time.perf_counter(), 0.0
-        result: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss, outputs = result
+        outputs = model(**inputs, num_pairs=num_items_in_batch)
+        loss = outputs["loss"]
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # the count is of all ranks, their gradients are averaged
         self.window.add(outputs, inputs["attention_mask"])
         return (loss, outputs) if return_outputs else loss
 

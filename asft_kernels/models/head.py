@@ -1,0 +1,59 @@
+"""How the head of one model is computed: the same in check, training and scoring."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asft_kernels.models.check import LogitMap, check_head
+from asft_kernels.models.config import logit_options
+from asft_kernels.models.seam import ComputeAtHead, run_to_head
+
+
+class FusedHead:
+    """How the head of one model is computed: options, and what its first batch showed.
+
+    logits: its scale and cap, None before the first batch. difference: the largest one that the check saw.
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        *,
+        statistics: tuple[str, ...],
+        temperature: float,
+        given: tuple[float | None, float | None],
+        check: bool,
+        options: Mapping[str, Any],
+    ):
+        self.statistics, self.temperature, self.given, self.options = statistics, temperature, given, options
+        self.guess = logit_options(inner.config).but(*given)
+        self.logits: LogitMap | None = None if check else self.guess
+        self.difference: float | None = None
+        takes = inspect.signature(type(inner).forward).parameters
+        self.takes_use_cache = "use_cache" in takes or any(x.kind == x.VAR_KEYWORD for x in takes.values())
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """logit_scale, softcap (with the temperature in them) and options, for the fused calls."""
+        if self.logits is None:
+            raise RuntimeError("logit_scale: not known before the first batch; call the model first")
+        return {**self.logits.at(self.temperature)._asdict(), **self.options}
+
+    # Frames below it are compiled: the model's own up to its head.
+    @torch.compiler.disable(recursive=False)
+    def run(
+        self, model: Any, call: Callable[..., Any], compute: ComputeAtHead, labels: Tensor, inputs: dict[str, Any], *,
+        shift: bool = True,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
+        """`run_to_head`, after the check where there was none yet. labels: (R, T), by which tokens are chosen."""
+        if self.takes_use_cache:
+            inputs = {**inputs, "use_cache": False}
+        if self.logits is None:
+            self.logits, self.difference = check_head(
+                model, call, labels, inputs, shift=shift, guess=self.guess, given=self.given,
+                temperature=self.temperature, options=self.options,
+            )  # fmt: skip
+        return run_to_head(model, call, compute, inputs)

@@ -1,0 +1,206 @@
+"""`PreferenceModel`: a causal LM whose forward is a preference loss.
+
+DistributedDataParallel and FSDP prepare gradient synchronisation in the forward of the module that they wrap: a loss
+computed beside it, from hidden states taken out, trains every rank on its own gradients without a word. Wrap
+PreferenceModel, not the language model inside it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from asft_kernels.functional import fused_preference_loss
+from asft_kernels.models.check import last_positions
+from asft_kernels.models.fused import FusedForward, aux_loss_coefficient, fuse, refuse_replicas
+from asft_kernels.models.head import FusedHead
+from asft_kernels.models.seam import causal_lm
+from asft_kernels.objectives import Objective, get_objective
+
+LOSS_ENTRIES = ("ref_logps", "token_weights", "nll_labels")
+
+
+class PreferenceModel(nn.Module):
+    """A causal or image-text model whose forward is the preference loss of a padded batch.
+
+    The model is fused (`asft_kernels.models.fuse`): its own forward runs, the loss is computed at its head, and the
+    first batch is held against its own logits.
+
+    Args:
+        model: a Hugging Face model with get_output_embeddings(), PEFT-wrapped or not.
+        objective: a name or an object, as `fused_preference_loss` takes. One with state (lmpo) is a submodule: its
+            buffers move and are saved with it.
+        step_inputs: None, or a module that makes objective_inputs at every step (`asft_kernels.train.step_inputs`):
+            called with this model, labels and, as keywords, the batch's tensors that its `batch_entries` name; returns
+            a context manager around the model's forward that gives a function of the head's input, called at the head,
+            which returns objective_inputs.
+        logit_scale, softcap, check, backend, cache_bytes, chunk_size: as in `fuse`; the same in check, loss and
+            scoring.
+
+    Raises:
+        UnsupportedHead: for encoder-decoders and models without an output head.
+    """
+
+    # A Trainer would hand the number of tokens to the forward, which is no number of pairs.
+    accepts_loss_kwargs = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: str | Objective = "asft",
+        *,
+        step_inputs: nn.Module | None = None,
+        logit_scale: float | None = None,
+        softcap: float | None = None,
+        check: bool = True,
+        backend: str | None = None,
+        cache_bytes: int | None = None,
+        chunk_size: int | None = None,
+    ):
+        super().__init__()
+        fuse(
+            model, logit_scale=logit_scale, softcap=softcap, check=check, backend=backend, cache_bytes=cache_bytes,
+            chunk_size=chunk_size,
+        )  # fmt: skip
+        self.model: Any = model
+        self.config = causal_lm(model).config
+        self.objective: Any = get_objective(objective) if isinstance(objective, str) else objective
+        self.step_inputs: Any = step_inputs
+
+    @property
+    def fused_head(self) -> FusedHead:
+        """Options of the head, and what its first batch showed."""
+        forward = vars(causal_lm(self.model)).get("forward")
+        if not isinstance(forward, FusedForward):
+            raise RuntimeError("PreferenceModel: got a model that is no longer fused; do not unfuse() it")
+        return forward.head
+
+    @property
+    def lm_head(self) -> Any:
+        return causal_lm(self.model).get_output_embeddings()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        labels: Tensor,
+        num_pairs: Tensor | int | None = None,
+        objective_inputs: Mapping[str, Tensor] | None = None,
+        **batch: Any,
+    ) -> dict[str, Any]:
+        """Computes the loss of a batch.
+
+        Args:
+            input_ids: (2B, T), chosen rows first; (R, T) for unpaired objectives.
+            attention_mask: (2B, T).
+            labels: (2B, T), -100 at prompts and padding.
+            num_pairs: None (default): the loss is the mean over the pairs (rows, of unpaired objectives) of this batch
+                that count. A number: their sum divided by it, so that micro-batches and ranks whose number is the total
+                of all add up to the mean over all, whatever their sizes.
+            objective_inputs: as in `fused_preference_loss`; its entries may also be given by their own names.
+            batch: ref_logps, token_weights, nll_labels go to the loss, what step_inputs names to step_inputs, all else
+                (pixel_values, position_ids, ...) to the model.
+
+        Returns:
+            "loss", differentiable; detached "pair_losses" (B,), or "row_losses" (R,) of unpaired objectives, and every
+            field of `PreferenceOutputs` or `SequenceOutputs`; "aux_loss" if the model made one, which is in the loss.
+        """
+        if "num_items_in_batch" in batch:
+            raise ValueError(
+                "num_items_in_batch: got a number of tokens, need num_pairs, the pairs of the whole step; leave it out "
+                "for the mean over this batch"
+            )
+        of_loss = {name: batch.pop(name) for name in LOSS_ENTRIES if name in batch}
+        known = {**self.objective.inputs, **self.objective.optional_inputs}
+        inputs = {**(objective_inputs or {}), **{name: batch.pop(name) for name in known if name in batch}}
+        making: Any = nullcontext()
+        if self.step_inputs is not None:
+            own = {name: batch.pop(name) for name in self.step_inputs.batch_entries}
+            making = self.step_inputs(self, labels, **own)
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, **batch}
+        out: Any = None
+
+        def compute(hidden: Tensor, lm_head: Any) -> Tensor:
+            nonlocal out
+            hidden = last_positions(hidden, labels, type(causal_lm(self.model)).__name__)
+            made = {} if inputs_at_head is None else inputs_at_head(hidden)
+            losses, out = fused_preference_loss(
+                hidden, lm_head, labels.to(hidden.device), self.objective, objective_inputs={**inputs, **made},
+                reduction="none", return_outputs=True, **of_loss, **self.fused_head.keywords,
+            )  # fmt: skip
+            return losses[:, None, None]
+
+        with making as inputs_at_head:
+            result, output = self.fused_head.run(self.model, self.model, compute, labels, batch)
+        losses = result[:, 0, 0]
+        count = out.num_pairs if self.objective.paired else out.num_sequences
+        total = losses.sum()
+        figures = {field.name: getattr(out, field.name) for field in dataclasses.fields(out)}
+        if isinstance(output, Mapping) and output.get("aux_loss") is not None:
+            aux_loss = output["aux_loss"].to(losses.device)
+            figures["aux_loss"] = aux_loss.detach()
+            total = total + count * aux_loss_coefficient(causal_lm(self.model)) * aux_loss
+        loss = total / torch.as_tensor(count if num_pairs is None else num_pairs, device=losses.device).clamp(min=1)
+        return {"loss": loss, "pair_losses" if self.objective.paired else "row_losses": losses.detach(), **figures}
+
+    def token_logps(self, labels: Tensor, **inputs: Any) -> Tensor:
+        """Computes the log-probability of every label.
+
+        Args:
+            labels: (R, T), -100 where none is wanted.
+            inputs: what the model's forward takes: input_ids, attention_mask, ...
+
+        Returns:
+            (R, T) fp32 (float64 for float64 models): that of label t + 1 at t, 0 at masked places; differentiable.
+        """
+        logps = self.model(**inputs, labels=labels, fused_lm_head=True).log_probs
+        return nn.functional.pad(logps[:, logps.shape[1] - (labels.shape[1] - 1) :], (0, 1))  # prompt tuning's go
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Computes what the model feeds to its head.
+
+        Args:
+            input_ids, attention_mask: (R, T) each.
+
+        Returns:
+            (R, T, D), differentiable.
+        """
+        name = type(causal_lm(self.model)).__name__
+        labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self.fused_head.run(
+            self.model, self.model, lambda hidden, _: last_positions(hidden, labels, name), labels, inputs
+        )[0]
+
+    def check_head(self, batch: Mapping[str, Tensor]) -> float:
+        """Holds the fused log-probabilities of a batch against the model's own now, instead of at the first batch.
+
+        Args:
+            batch: labels and what the model's forward takes.
+
+        Returns:
+            The largest difference; 0.0 if check=False or if it was held before.
+
+        Raises:
+            UnsupportedHead: as `fuse` says.
+        """
+        with torch.no_grad():
+            self.token_logps(**batch)
+        return self.fused_head.difference or 0.0
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        enable = getattr(self.model, "activation_checkpointing_enable", None)
+        (enable or self.model.gradient_checkpointing_enable)(*args, **kwargs)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        self.model.gradient_checkpointing_enable(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        refuse_replicas(type(causal_lm(self.model)).__name__)

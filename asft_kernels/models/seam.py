@@ -1,0 +1,155 @@
+"""A model's own forward with another computation where its output head is called.
+
+Images, position ids, prompt tuning, load-balancing losses, what FSDP gathers around the head: all of it stays the
+model's own business, and nothing of vocabulary size is made.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from threading import Lock, get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ComputeAtHead = Callable[[Tensor, nn.Module], Tensor]
+
+
+class UnsupportedHead(ValueError):
+    """The output head, or what the model does with its output, is more than this package computes."""
+
+
+def causal_lm(model: Any) -> Any:
+    """Returns the Hugging Face model under a PEFT wrapper (its adapters stay injected), or `model` itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def output_head(model: Any) -> nn.Module:
+    """Returns the output head of a causal LM as it is now, adapters included.
+
+    Raises:
+        UnsupportedHead: for encoder-decoders and models without an output head.
+    """
+    inner = causal_lm(model)
+    name = type(inner).__name__
+    if not hasattr(inner, "get_output_embeddings"):
+        raise UnsupportedHead(f"{name}: has no get_output_embeddings(), need a Hugging Face causal LM")
+    if getattr(inner.config, "is_encoder_decoder", False):
+        raise UnsupportedHead(f"{name}: is an encoder-decoder, need a decoder-only causal LM")
+    head = inner.get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        got = "None" if head is None else f"a {type(head).__name__}"
+        raise UnsupportedHead(f"{name}: get_output_embeddings() is {got}, need a model with one LM head")
+    return head
+
+
+def run_to_head(
+    model: Any, call: Callable[..., Any], compute: ComputeAtHead, inputs: Mapping[str, Any]
+) -> tuple[Tensor, Any]:
+    """Runs the model, calling `compute` in place of its output head's forward.
+
+    The head is called with all hooks around it, so FSDP has its weight whole just then, and gathers it again before
+    the backward of what `compute` returned.
+
+    Args:
+        model: the model whose head is meant, PEFT-wrapped or not.
+        call: what runs its forward: the model, a wrapper around it, or its forward itself.
+        compute: called with (the head's input, the head); returns a floating tensor of at least 3 dimensions, which
+            the model then takes for its logits.
+        inputs: keywords of `call`.
+
+    Returns:
+        (what `compute` returned, the output of `call`).
+
+    Raises:
+        UnsupportedHead: if the head is not called exactly once, or the model cannot go on without real logits.
+    """
+    head = output_head(model)
+    name = type(causal_lm(model)).__name__
+    run = _Run(name, compute)
+    with _replaced_forward(head, run):
+        try:
+            output = call(**inputs)
+        except (UnsupportedHead, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if run.result is None:  # before the head, or in it: not ours to explain
+                raise
+            raise UnsupportedHead(
+                f"{name}: its forward fails after the output head ({type(error).__name__}: {error}): it does more with "
+                "the logits than scale and cap them; use another model, or compute the loss from its logits"
+            ) from error
+    if run.result is None:
+        raise UnsupportedHead(
+            f"{name}: its forward does not call the module that get_output_embeddings() returns, need a model that "
+            "does; compute the loss from its logits"
+        )
+    return run.result, output
+
+
+class _Run:
+    """One pass of one thread."""
+
+    def __init__(self, name: str, compute: ComputeAtHead):
+        self.name, self.compute = name, compute
+        self.result: Tensor | None = None
+
+    def __call__(self, head: nn.Module, hidden: Any) -> Tensor:
+        if self.result is not None:
+            raise UnsupportedHead(f"{self.name}: its output head is called more than once, need one call a forward")
+        # Copies: the model may change its logits in place, and the hooks of FSDP must be on no view.
+        placeholder = self.compute(hidden, head).clone()
+        self.result = placeholder.clone()
+        return placeholder
+
+
+class _HeadForward:
+    """The forward of a head while some thread is in `run_to_head`; others get the head's own.
+
+    own: the instance's forward that this one stands for, None for that of its class.
+    """
+
+    is_seam = True  # checks.py asks a head with a forward of its own
+
+    def __init__(self, head: nn.Module, own: Callable[..., Any] | None):
+        self.head, self.own = head, own
+        self.runs: dict[int, _Run] = {}
+
+    @torch.compiler.disable
+    def __call__(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+        run = self.runs.get(get_ident())
+        if run is None:
+            return own_forward(self.head)(hidden, *args, **kwargs)
+        return run(self.head, hidden)
+
+
+def own_forward(head: nn.Module) -> Callable[..., Any]:
+    """Returns the forward that a head has of its own, also while `run_to_head` has replaced it."""
+    forward = vars(head).get("_old_forward" if hasattr(head, "_hf_hook") else "forward")
+    if isinstance(forward, _HeadForward):
+        forward = forward.own
+    return type(head).forward.__get__(head) if forward is None else forward
+
+
+_lock = Lock()
+
+
+@contextmanager
+def _replaced_forward(head: nn.Module, run: _Run) -> Iterator[None]:
+    # accelerate's forward moves tensors and weights to their place and then calls _old_forward.
+    name = "_old_forward" if hasattr(head, "_hf_hook") else "forward"
+    with _lock:
+        forward = vars(head).get(name)
+        if not isinstance(forward, _HeadForward):
+            forward = vars(head)[name] = _HeadForward(head, forward)
+        forward.runs[get_ident()] = run
+    try:
+        yield
+    finally:
+        with _lock:
+            del forward.runs[get_ident()]
+            if not forward.runs:
+                if forward.own is None:
+                    del vars(head)[name]
+                else:
+                    vars(head)[name] = forward.own
