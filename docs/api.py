@@ -63,6 +63,7 @@ def signature(thing: Any) -> str:
             shown.append(str(p.replace(annotation=p.empty)))
         if p.kind is p.KEYWORD_ONLY and "*" not in shown and not any(x.startswith("*") for x in shown):
             shown.insert(-1, "*")
+    shown = [text.replace("'", '"') for text in shown]  # as `ruff format` has the page's code
     joined = ", ".join(shown)
     return f"({joined})" if len(joined) < 90 else "(\n    " + ",\n    ".join(shown) + ",\n)"
 
