@@ -422,7 +422,7 @@ def test_signatures_agree():
     case = small()
     keywords = {name: p.default for name, p in function.items() if p.kind is p.KEYWORD_ONLY}
     assert reference.fused_asft_loss(case.hidden, case.head, case.labels, **keywords).isfinite()
-    shared = set(inspect.signature(fused_linear_logps).parameters)
+    shared = set(inspect.signature(fused_linear_logps).parameters) - {"return_stats", "differentiable"}
     keywords = shared - {"hidden", "lm_head", "labels"}
     assert set(Options.__dataclass_fields__) == set(Keywords.__annotations__) == keywords
     assert shared < set(function) | {"reduction"}

@@ -8,11 +8,21 @@ from torch import Tensor
 
 from asft_kernels import TokenStats, fused_linear_logps
 from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES
+from asft_kernels.kernels.configs import Strips
 from bounds import fp32_bound, relative_error, rounded_once
 from cases import IGNORE, Case, gemms, make_case, one_label_far_below
 
-BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.interpreter)]
+MARK = pytest.mark.interpreter
+BACKENDS = ["torch", pytest.param("triton", marks=MARK)]
 CAPPED = {"softcap": 20.0, "logit_scale": 0.5}
+
+
+@pytest.fixture(autouse=True)
+def _strips_and_tiles_of_a_few_rows(monkeypatch):
+    """As those of a GPU cut a real chunk: two strips of 64 vocabulary rows, in two tiles each."""
+    small = Strips(0, 4, 32, 1, "for tests")
+    monkeypatch.setattr(Strips, "rows", lambda self, n_tokens, width: min(2 * self.BLOCK_V, width))
+    monkeypatch.setattr("asft_kernels.backends.triton_stats.STRIPS", (small,))
 
 
 def oracle(case: Case, *, softcap: float | None = None, logit_scale: float = 1.0) -> tuple[dict[str, Tensor], float]:
@@ -104,20 +114,27 @@ def gradients(case: Case, names, **options) -> list[Tensor]:
     return list(torch.autograd.grad(loss_of(stats, names), case.leaves))
 
 
-@pytest.mark.parametrize("cache_bytes", [None, 0, 40_000], ids=["cached", "recomputed", "some cached"])
+ALL = ("logps", *DIFFERENTIABLE)
+CACHES = {"cached": None, "recomputed": 0, "some cached": 20_000}
+WAYS = [("torch", names, cache) for names in subsets(ALL) for cache in CACHES]
+WAYS += [("triton", ALL, cache) for cache in CACHES] + [("triton", (name,), "some cached") for name in DIFFERENTIABLE]
+
+
 @pytest.mark.parametrize("options", [{}, CAPPED], ids=["plain", "capped"])
-@pytest.mark.parametrize("names", subsets(("logps", *DIFFERENTIABLE)), ids="+".join)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients(backend, names, options, cache_bytes):
+@pytest.mark.parametrize(
+    ("backend", "names", "cache"),
+    [
+        pytest.param(*way, id="-".join([way[0], "+".join(way[1]), way[2]]), marks=[MARK] if way[0] == "triton" else [])
+        for way in WAYS
+    ],
+)
+def test_gradients(backend, names, options, cache):
     case = make_case(rows=2, T=40, D=43, V=251, bias=True)
     exact, largest = exact_gradients(case, names, **options)
-    got = gradients(case, names, backend=backend, chunk_size=100, cache_bytes=cache_bytes, **options)
+    got = gradients(case, names, backend=backend, chunk_size=100, cache_bytes=CACHES[cache], **options)
     for g, want in zip(got, exact, strict=True):
         print(relative_error(g, want))
         assert relative_error(g, want) <= 2 * fp32_bound(largest)
-
-
-ALL = ("logps", *DIFFERENTIABLE)
 
 
 @pytest.mark.parametrize("options", [{}, CAPPED], ids=["plain", "capped"])
@@ -147,6 +164,32 @@ def test_a_label_far_below(gap, high, on_gpu, request):
         assert relative_error(getattr(got, name), exact[name]) <= 2 * fp32_bound(largest)
     assert torch.equal(got.is_top1, exact["is_top1"])
     for g, want in zip(gradients(case, ALL, chunk_size=25), exact_gradients(case, ALL)[0], strict=True):
+        print(relative_error(g, want), fp32_bound(largest))
+        assert relative_error(g, want) <= 2 * fp32_bound(largest)
+
+
+def with_rivals(case: Case, scale: float = 1.0) -> Case:
+    """Logits far above the labels' of three tokens: in one chunk's tiles, in the last chunk, and more and more."""
+    V, valid = len(case.weight), (case.labels[:, 1:] != IGNORE).nonzero().tolist()
+    hidden, weight = case.hidden.detach().clone(), case.weight.detach().clone()
+    for t, v, z in ((0, 3, 35), (1, V - 2, 40), (2, 1, 33), (2, V // 2, 70), (2, V - 1, 200), (3, 90, 50), (3, 20, 49)):
+        h = hidden[tuple(valid[t])]
+        weight[v] = h * z / scale / h.square().sum()
+    return Case(hidden.requires_grad_(), weight.requires_grad_(), case.bias, case.labels)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 150.0, "logit_scale": 0.5}], ids=["plain", "capped"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_references_that_move(backend, options, as_on_a_gpu):
+    case = with_rivals(make_case(rows=2, T=20, D=43, V=251, bias=True), options.get("logit_scale", 1.0))
+    exact, largest = oracle(case, **options)
+    got = stats_of(case, backend=backend, chunk_size=100, **options)
+    for name in ("logps", "lse", "mean_logits", "entropy", "log_sum_sq_probs"):
+        print(name, relative_error(getattr(got, name), exact[name]), fp32_bound(largest))
+        assert relative_error(getattr(got, name), exact[name]) <= 2 * fp32_bound(largest)
+    assert torch.equal(got.is_top1, exact["is_top1"])
+    grads = gradients(case, ALL, backend=backend, chunk_size=100, cache_bytes=10_000, **options)
+    for g, want in zip(grads, exact_gradients(case, ALL, **options)[0], strict=True):
         print(relative_error(g, want), fp32_bound(largest))
         assert relative_error(g, want) <= 2 * fp32_bound(largest)
 
