@@ -20,7 +20,7 @@ CAPPED = {"softcap": 20.0, "logit_scale": 0.5}
 @pytest.fixture(autouse=True)
 def _strips_and_tiles_of_a_few_rows(monkeypatch):
     """As those of a GPU cut a real chunk: two strips of 64 vocabulary rows, in two tiles each."""
-    small = Strips(0, 4, 32, 1, "for tests")
+    small = Strips(0, 32, 32, 1, "for tests")
     monkeypatch.setattr(Strips, "rows", lambda self, n_tokens, width: min(2 * self.BLOCK_V, width))
     monkeypatch.setattr("asft_kernels.backends.triton_stats.STRIPS", (small,))
 
@@ -304,7 +304,7 @@ def test_products(backend, differentiable, softcap, frozen_head, cached, recompu
 
     def call(cache_bytes=None):
         stats = stats_of(
-            case, backend=backend, differentiable=differentiable, softcap=softcap, chunk_size=32,
+            case, backend=backend, differentiable=differentiable, softcap=softcap, chunk_size=64,
             cache_bytes=cache_bytes,
         )  # fmt: skip
         loss_of(stats, ("logps", *differentiable)).backward()
@@ -331,16 +331,18 @@ def test_one_product_without_gradients(mode):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_what_is_asked_for(backend):
-    """Names alone, detached but for lse, and log-probabilities as a call without figures gives them, to the bit."""
+    """Names alone, detached but for lse, and log-probabilities as a call without figures gives them: to the bit, but
+    on Triton, where other figures than lse are summed from logits that the library made."""
     case = make_case(bias=True)
     plain = fused_linear_logps(case.hidden, case.head, case.labels, backend=backend)
     everything = stats_of(case, backend=backend)
     for name in NAMES:
         one = fused_linear_logps(case.hidden, case.head, case.labels, backend=backend, return_stats=[name])
         assert [key for key, value in vars(one).items() if value is not None] == ["logps", name]
-        assert torch.equal(getattr(one, name), getattr(everything, name))
         assert getattr(one, name).requires_grad == (name == "lse")
-        assert torch.equal(one.logps, plain)
+        error = 0.0 if backend == "torch" else 2 * fp32_bound(1)
+        assert relative_error(getattr(one, name), getattr(everything, name)) <= error * (name != "is_top1")
+        assert relative_error(one.logps, plain) <= error
     detached = stats_of(case, backend=backend, differentiable=[])
     assert [name for name in ALL if getattr(detached, name).requires_grad] == ["logps"]
 
