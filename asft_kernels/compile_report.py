@@ -26,6 +26,7 @@ import triton
 from asft_kernels.backends import Logits, exp_dtype, noisy_triton, triton_fused
 from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan
+from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, StatsGrads, Wanted
 from asft_kernels.kernels.asft_sequence import asft_sequence, asft_sequence_grad
 from asft_kernels.kernels.configs import ARCHITECTURES, STRIPS, Tile, tiles
 from asft_kernels.kernels.device_math import INTERPRETED
@@ -73,7 +74,9 @@ def launches_for(architecture: str, dtype: torch.dtype, *, every: bool = True) -
         _noisy_phases(2048, 2048, 32768, 16384, dtype, (True, SOFTCAPPED), (False, PLAIN), *alone)
         for bias, logits in [(True, SOFTCAPPED), (False, PLAIN), *alone]:
             _strips(2048, 2048, 16384, dtype, bias, logits)
+            _with_stats(2048, 4096, 2048, 32768, 16384, dtype, bias, logits)
         if every or low:
+            _with_stats(2047, 4095, 251, 30040, 15021, dtype, True, SOFTCAPPED)
             _noisy_phases(2047, 251, 30040, 15021, dtype, (True, SOFTCAPPED))  # the last chunk begins at no multiple
             # No multiple of anything; blocks of 256 where D is 251, and a last chunk of 37 rows. Then odd chunks of
             # rows that are aligned.
@@ -116,6 +119,20 @@ def _both_phases(N: int, M: int, D: int, V: int, chunk: int, dtype: torch.dtype,
             needs_hidden=True, needs_weight=w.low_rank is None, needs_low_rank=w.low_rank is not None,
             needs_bias=b is not None,
         )  # fmt: skip
+
+
+def _with_stats(N: int, M: int, D: int, V: int, chunk: int, dtype: torch.dtype, bias: bool, logits: Logits) -> None:
+    """Both phases with every figure, one chunk kept where phase 2 can do with that, as linear_logps decides."""
+    wanted = Wanted(frozenset(NAMES), frozenset(DIFFERENTIABLE))
+    plan = Plan(V, chunk=chunk, cached=0 if wanted.recomputes(logits.softcap) else 1)
+    rows, labels, g = (*torch.empty(2, N, dtype=torch.int64).unbind(), torch.empty(N))
+    hidden, weight = (torch.empty((s, D), dtype=dtype) for s in (M, V))
+    inputs = (hidden, weight, torch.empty(V, dtype=dtype) if bias else None, rows, labels)
+    saved = triton_fused.forward(*inputs, logits, plan, needs_acc=True, needs_exps=True, wanted=wanted)
+    for grads in (StatsGrads(g, g, g), StatsGrads(g, None, None)):
+        triton_fused.backward(
+            g, *inputs, saved, logits, plan, needs_hidden=True, needs_weight=True, needs_bias=bias, stats_grads=grads
+        )
 
 
 def _noisy_phases(N: int, D: int, V: int, chunk: int, dtype: torch.dtype, *cases: tuple[bool, Logits]) -> None:

@@ -31,6 +31,11 @@ def fused_linear_logps(
     hidden: Tensor, lm_head: Head, labels: Tensor, *, return_stats: Literal[True] | Collection[str],
     differentiable: Collection[str] = ..., **options: "Unpack[Keywords]",
 ) -> TokenStats: ...  # fmt: skip
+@overload
+def fused_linear_logps(
+    hidden: Tensor, lm_head: Head, labels: Tensor, *, return_stats: bool | Collection[str],
+    differentiable: Collection[str] = ..., **options: "Unpack[Keywords]",
+) -> Tensor | TokenStats: ...  # fmt: skip
 @explained
 def fused_linear_logps(
     hidden: Tensor,

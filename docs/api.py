@@ -13,6 +13,7 @@ from asft_kernels.options import Keywords, Options
 PAGE = Path(__file__).with_name("api.md")
 MODULES = {
     "asft_kernels": "The calls",
+    "asft_kernels.models": "Models",
     "asft_kernels.liger": "Liger's names",
 }
 SECTIONS = ("Args", "Attributes", "Returns", "Raises")
@@ -38,7 +39,7 @@ def entry(name: str, thing: Any) -> str:
     """A name with its signature, and its docstring: arguments as a table, the rest as text."""
     text, sections = split(inspect.getdoc(thing) or "")
     lines = [f"### `{name}`\n"]
-    if "Attributes" not in sections:
+    if "Attributes" not in sections and not is_error(thing):
         lines.append(f"```python\n{name}{signature(thing)}\n```\n")
     lines.append(prose(text))
     for title, heading in (("Args", "argument"), ("Attributes", "attribute")):
@@ -50,6 +51,10 @@ def entry(name: str, thing: Any) -> str:
         if title in sections:
             lines.append(f"**{title}** {cell(sections[title])}\n")
     return "\n".join(lines)
+
+
+def is_error(thing: Any) -> bool:
+    return isinstance(thing, type) and issubclass(thing, Exception)
 
 
 def signature(thing: Any) -> str:

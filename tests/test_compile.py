@@ -37,6 +37,10 @@ KERNELS = {
     "row_factors_kernel",
     "scaled_hidden_kernel",
     "settle_kernel",
+    "settle_stats_kernel",
+    "stats_of_logits_kernel",
+    "weigh_exps_kernel",
+    "weigh_logits_kernel",
 }
 # The instruction that makes the tile worth its registers, by chip; fp32 runs on FMA units or fp32 MFMA.
 MATRIX = {

@@ -141,13 +141,14 @@ def test_nothing_but_the_logps_is_differentiable():
     """What backward needs is an output of the operator; autograd must not carry gradients of E's size for it."""
     case = make_case()
     rows, labels = torch.arange(8), torch.arange(8)
-    *of_rows, exps, _ = torch.ops.asft_kernels.linear_logps(
+    *of_rows, exps, stats = torch.ops.asft_kernels.linear_logps(
         case.hidden.view(-1, 24), case.weight, None, None, "", [], rows, labels, "torch", 1.0, None, None, 2**20, False,
-        True, True, "", "",
+        True, True, "lse entropy", "lse",
     )  # fmt: skip
     assert of_rows[0].requires_grad
     assert exps
     assert not any(x.requires_grad for x in (*of_rows[1:], *exps))
+    assert [x.requires_grad for x in stats] == [True] + 6 * [False]
 
 
 def test_dynamic_shapes_compile_once():

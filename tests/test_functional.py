@@ -419,6 +419,9 @@ def test_signatures_agree():
     """Options, its type and the one explicit signature name the same keywords with the same defaults."""
     explicit = inspect.signature(fused_linear_logps).parameters
     keywords = {name: p.default for name, p in explicit.items() if p.kind is p.KEYWORD_ONLY}
+    assert {name: keywords.pop(name) for name in ("return_stats", "differentiable")} == {
+        "return_stats": False, "differentiable": ("lse",),
+    }  # fmt: skip
     assert vars(Options()) == keywords
     assert set(Keywords.__annotations__) == set(keywords)
     case = small()

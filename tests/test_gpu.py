@@ -6,6 +6,7 @@ import torch
 from asft_kernels import fused_asft_loss, fused_linear_logps, reference
 from bounds import fp32_bound, relative_error, rounded_once
 from cases import Case, make_case
+from test_token_stats import ALL, exact_gradients, gradients, oracle, stats_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,6 +42,25 @@ def test_parity_at_real_sizes(dtype, backend, softcap, D, V):
             factor = 1.9 if backend == "triton" and dtype == torch.bfloat16 else 1.1
             bound = factor * rounded_once(right, dtype)
         assert relative_error(got, right) <= bound
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stats_at_real_sizes(dtype, backend, softcap):
+    """Figures per token and their gradients; the bounds are tests/test_token_stats.py's."""
+    case = on_gpu(rows=4, T=260, D=1024, V=40_003, dtype=dtype, peaked=True)
+    exact, largest = oracle(case, softcap=softcap)
+    stats = stats_of(case, softcap=softcap, backend=backend, chunk_size=15_000)
+    for name in ("logps", "lse", "entropy", "log_sum_sq_probs"):
+        assert relative_error(getattr(stats, name), exact[name]) <= 2 * fp32_bound(largest)
+    assert torch.equal(stats.is_top1, exact["is_top1"])
+    grads = gradients(case, ALL, softcap=softcap, backend=backend, chunk_size=15_000, cache_bytes=2**25)
+    low = backend == "triton" and dtype == torch.bfloat16
+    factors = [4.0, 1.9] if low else [1.1, 1.1]
+    for got, want, factor in zip(grads, exact_gradients(case, ALL, softcap=softcap)[0], factors, strict=True):
+        rounding = 0.0 if dtype == torch.float32 else factor * rounded_once(want, dtype)
+        assert relative_error(got, want) <= max(2 * fp32_bound(largest), rounding)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")

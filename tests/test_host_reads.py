@@ -14,8 +14,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from asft_kernels import fused_asft_loss, fused_preference_loss, linear_logps
+from asft_kernels import fused_asft_loss, fused_linear_logps, fused_preference_loss, linear_logps
 from asft_kernels.backends import torch_chunked
+from asft_kernels.backends.token_stats import DIFFERENTIABLE
 from cases import make_case
 
 pytestmark = [
@@ -100,8 +101,13 @@ def watch(monkeypatch):
     return mode
 
 
+def loss_of_stats(*args, **options):
+    stats = fused_linear_logps(*args, return_stats=True, differentiable=DIFFERENTIABLE, **options)
+    return sum(x.sum() for x in vars(stats).values() if x.requires_grad)
+
+
 def step(watch, case, backend, *, loss="asft", **options) -> None:
-    call = fused_asft_loss if loss == "asft" else partial(fused_preference_loss, objective=loss)
+    call = {"asft": fused_asft_loss, "stats": loss_of_stats}.get(loss, partial(fused_preference_loss, objective=loss))
     with watch:
         result = call(case.hidden, case.head, case.labels, backend=backend, **options)
         (result[0] if isinstance(result, tuple) else result).backward()
@@ -112,6 +118,8 @@ OPTIONS = [
     {"softcap": 20.0, "logit_scale": 0.5},
     {"cache_bytes": 0, "return_outputs": True},
     {"loss": "sft"},
+    {"loss": "stats"},
+    {"loss": "stats", "softcap": 20.0},
 ]
 
 
@@ -143,7 +151,7 @@ def test_calls_and_shapes_do_not_depend_on_values(backend, options, watch):
         watch.trace.clear()
     assert traces[0] == traces[1]
     names = [name for name, *_ in traces[0]]
-    assert ("logits_exp_kernel" in names) == (backend == "triton")
+    assert any(kernel in names for kernel in ("logits_exp_kernel", "exps_of_logits_kernel")) == (backend == "triton")
     assert names.count("linear_logps") == names.count("linear_logps_backward") == 1
 
 

@@ -13,14 +13,11 @@ from torch import nn
 pytest.importorskip("transformers", reason="needs the train extra: transformers")
 
 import asft_kernels.functional
-from asft_kernels import fused_linear_logps
 from asft_kernels.models import FusedOutput, UnsupportedHead, fuse, unfuse
 from asft_kernels.models.check import product_unit
 from asft_kernels.models.config import logit_options
 from model_cases import ARCHITECTURES, FP32, batch, built, own_logps
 from tiny_lm import tiny_config, tiny_model
-
-HAS_STATS = "return_stats" in inspect.signature(fused_linear_logps).parameters
 
 
 def grads(model):
@@ -102,7 +99,6 @@ def test_the_output_is_read_by_name_and_by_key():
     assert all(getattr(out, name) is None for name in others)
 
 
-@pytest.mark.skipif(not HAS_STATS, reason="fused_linear_logps has no return_stats yet")
 def test_every_figure_per_token():
     names = ("log_probs", "entropy", "mean_logits", "log_sum_sq_probs", "is_top1", "lse")
     model, data = built("Gemma2"), batch()

@@ -229,12 +229,14 @@ def test_backend_is_the_same_in_check_scoring_and_training(loaded, monkeypatch):
     monkeypatch.setattr(
         "asft_kernels.token_logps.choose_backend", lambda name, *x: asked.append(name) or choose("torch", *x)
     )
-    model = PreferenceModel(tiny_model(), on_pairs(get_objective("kto")), step_inputs=MismatchInputs(), backend="mine")
+    model = PreferenceModel(
+        tiny_model(), on_pairs(get_objective("kto")), step_inputs=MismatchInputs(), backend="triton"
+    )
     mismatched = {f"mismatched_{name}": tensor for name, tensor in batch().items()}
     model(**batch(), **mismatched, mismatched_ref_logps=torch.zeros(4), ref_logps=torch.zeros(4))
     reference_logps(model, loaded, PairCollator(0))
     assert len(asked) >= 4
-    assert set(asked) == {"mine"}
+    assert set(asked) == {"triton"}
 
 
 def test_several_gpus_in_one_process_are_refused():

@@ -1,7 +1,5 @@
 """TRL's DPOTrainer on `fuse` in the place of its own fused head: the same losses and weights, step by step."""
 
-import inspect
-
 import pytest
 import torch
 
@@ -10,7 +8,6 @@ pytest.importorskip("datasets", reason="needs the train extra: datasets")
 
 import datasets
 
-from asft_kernels import fused_linear_logps
 from asft_kernels.models import fuse
 from asft_kernels.models.fused import FusedForward
 from tiny_lm import pairs, saved_tiny_model, tiny_tokenizer
@@ -43,10 +40,6 @@ def trained(tmp_path, monkeypatch, put_head, lora):
     return trainer, figures
 
 
-@pytest.mark.skipif(
-    "return_stats" not in inspect.signature(fused_linear_logps).parameters,
-    reason="fused_linear_logps has no return_stats yet",
-)
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_dpo(tmp_path, monkeypatch, adapter):
     from trl.trainer import utils

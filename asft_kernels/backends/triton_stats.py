@@ -76,7 +76,7 @@ def close_stats(
     inv_total: Tensor,
 ) -> Stats:  # fmt: skip
     """stats is None where lse alone is wanted."""
-    sums, accumulators = Sums(), [ref.new_empty(0)] * 2
+    sums, accumulators = Sums(), [ref.new_empty(0) for _ in range(2)]
     if stats is not None:
         logits, top, logs, squares = stats.running.unbind()
         flags = stats.flags
