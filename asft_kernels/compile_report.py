@@ -127,12 +127,13 @@ def _with_stats(N: int, M: int, D: int, V: int, chunk: int, dtype: torch.dtype, 
     plan = Plan(V, chunk=chunk, cached=0 if wanted.recomputes(logits.softcap) else 1)
     rows, labels, g = (*torch.empty(2, N, dtype=torch.int64).unbind(), torch.empty(N))
     hidden, weight = (torch.empty((s, D), dtype=dtype) for s in (M, V))
-    inputs = (hidden, weight, torch.empty(V, dtype=dtype) if bias else None, rows, labels)
+    inputs = (hidden, HeadRows(weight), torch.empty(V, dtype=dtype) if bias else None, rows, labels)
     saved = triton_fused.forward(*inputs, logits, plan, needs_acc=True, needs_exps=True, wanted=wanted)
     for grads in (StatsGrads(g, g, g), StatsGrads(g, None, None)):
         triton_fused.backward(
-            g, *inputs, saved, logits, plan, needs_hidden=True, needs_weight=True, needs_bias=bias, stats_grads=grads
-        )
+            g, *inputs, saved, logits, plan, needs_hidden=True, needs_weight=True, needs_low_rank=False,
+            needs_bias=bias, stats_grads=grads,
+        )  # fmt: skip
 
 
 def _noisy_phases(N: int, D: int, V: int, chunk: int, dtype: torch.dtype, *cases: tuple[bool, Logits]) -> None:
