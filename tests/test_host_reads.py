@@ -38,7 +38,10 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, leaves = func._schema.name.split("::")[1], tree_leaves((args, kwargs))
-        masks = name.startswith("index") and any(getattr(x, "dtype", None) == torch.bool for x in tree_leaves(args[1:]))
+        by_mask = name.startswith("index") and not name.startswith(
+            "index_copy"
+        )  # which takes no mask, but may copy one
+        masks = by_mask and any(getattr(x, "dtype", None) == torch.bool for x in tree_leaves(args[1:]))
         repeats = name == "repeat_interleave" and isinstance(leaves[-1], torch.Tensor)
         if not self.in_kernel:
             if name in READS + SIZED_BY_VALUES or masks or repeats:

@@ -152,5 +152,5 @@ def settle_stats(
         N, count, 0 if logs is None else logs.shape[1], 0 if acc is None else acc.shape[1],
         0 if logs is None else logs.stride(0), 0 if exps is None else exps.stride(0),
         STATS=chunk.flags, TILE_WIDTH=tiles.width, HAS_LOGS=logs is not None, HAS_ACC=log_acc is not None,
-        BLOCK_M=32, BLOCK_T=8, BLOCK=64, num_warps=8,
+        BLOCK_M=32, BLOCK_T=16, BLOCK=64, num_warps=4,
     )  # fmt: skip
