@@ -416,3 +416,17 @@ def test_a_fused_model_is_freed_at_once():
     alive = weakref.ref(model)
     del model
     assert alive() is None, "a cycle: memory of a large model would wait for the garbage collector"
+
+
+def test_the_check_leaves_dropout_and_modes_as_they_were():
+    """No random number is drawn: the step is that of a model whose check is off, however far training has come."""
+    outputs = []
+    for check in (True, False):
+        model = built("Llama", attention_dropout=0.5).train()
+        model.model.layers[0].eval()
+        before = [module.training for module in model.modules()]
+        fuse(model, check=check)
+        torch.manual_seed(3)
+        outputs.append(model(**batch(), fused_lm_head=True).log_probs)
+        assert [module.training for module in model.modules()] == before
+    assert outputs[0].equal(outputs[1])
