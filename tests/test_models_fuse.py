@@ -287,6 +287,29 @@ def test_autocast_passes_the_check():
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=0.2)  # logits of up to 10 in bf16: 2^-8 * 10 * 2
 
 
+def casts() -> bool:
+    try:
+        fused_linear_logps(torch.zeros(1, 2, 4).bfloat16(), nn.Linear(4, 4), torch.zeros(1, 2, dtype=torch.int64))
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not casts(), reason="fused_linear_logps does not cast hidden to a wider head yet")
+def test_an_fp32_head_over_a_bf16_body():
+    """Its own forward has no such product: log-probabilities are those of the cast hidden states."""
+    model, data = built("Llama").bfloat16(), batch()
+    model.lm_head.float()
+    fuse(model)
+    got = model(**data, fused_lm_head=True).log_probs
+    hidden = model.model(data["input_ids"], data["attention_mask"]).last_hidden_state.float()
+    logps = nn.functional.linear(hidden, model.lm_head.weight)[:, :-1].double().log_softmax(-1)
+    expected = logps.gather(-1, data["labels"][:, 1:, None].clamp(min=0))[..., 0].where(
+        data["labels"][:, 1:] != -100, 0
+    )
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=FP32)
+
+
 def test_heads_that_cannot_be_fused_say_why():
     model = tiny_model()
 
