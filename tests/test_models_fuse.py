@@ -160,6 +160,26 @@ def test_copies_pickles_and_saved_models(tmp_path):
         assert other(**data, fused_lm_head=True).log_probs.equal(expected)
 
 
+def test_accelerate_wraps_and_unwraps_the_forward():
+    accelerate = pytest.importorskip("accelerate", reason="needs the train extra: accelerate")
+    model, data = built("Llama"), batch()
+    fuse(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(**data, fused_lm_head=True).log_probs
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    prepared = accelerator.prepare_model(model)
+    assert "labels" in inspect.signature(prepared.forward).parameters
+    assert isinstance(prepared(**data, fused_lm_head=True), FusedOutput)
+    assert prepared(**data, fused_lm_head=True).log_probs.equal(expected)
+    with pytest.raises(ValueError, match="got a forward that something has wrapped since"):
+        unfuse(model)
+    plain = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert plain(**data, fused_lm_head=True).log_probs.dtype == torch.float32
+    assert plain.generate(data["input_ids"], max_new_tokens=1).shape == (4, 13)
+    unfuse(plain)
+    assert "forward" not in vars(plain)
+
+
 def test_gradient_checkpointing():
     model, plain, data = built("Llama").train(), built("Llama").train(), batch()
     fuse(model)
