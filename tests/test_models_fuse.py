@@ -156,6 +156,26 @@ def test_copies_pickles_and_saved_models(tmp_path):
         assert other(**data, fused_lm_head=True).log_probs.equal(expected)
 
 
+def test_accelerate_wraps_and_unwraps_the_forward():
+    accelerate = pytest.importorskip("accelerate", reason="needs the train extra: accelerate")
+    model, data = built("Llama"), batch()
+    fuse(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(**data, fused_lm_head=True).log_probs
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    prepared = accelerator.prepare_model(model)
+    assert "labels" in inspect.signature(prepared.forward).parameters
+    assert isinstance(prepared(**data, fused_lm_head=True), FusedOutput)
+    assert prepared(**data, fused_lm_head=True).log_probs.equal(expected)
+    with pytest.raises(ValueError, match="got a forward that something has wrapped since"):
+        unfuse(model)
+    plain = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert plain(**data, fused_lm_head=True).log_probs.dtype == torch.float32
+    assert plain.generate(data["input_ids"], max_new_tokens=1).shape == (4, 13)
+    unfuse(plain)
+    assert "forward" not in vars(plain)
+
+
 def test_gradient_checkpointing():
     model, plain, data = built("Llama").train(), built("Llama").train(), batch()
     fuse(model)
@@ -281,6 +301,29 @@ def test_autocast_passes_the_check():
         got = model(**data, fused_lm_head=True).log_probs
         expected = own_logps(plain, data)
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=0.2)  # logits of up to 10 in bf16: 2^-8 * 10 * 2
+
+
+def casts() -> bool:
+    try:
+        fused_linear_logps(torch.zeros(1, 2, 4).bfloat16(), nn.Linear(4, 4), torch.zeros(1, 2, dtype=torch.int64))
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not casts(), reason="fused_linear_logps does not cast hidden to a wider head yet")
+def test_an_fp32_head_over_a_bf16_body():
+    """Its own forward has no such product: log-probabilities are those of the cast hidden states."""
+    model, data = built("Llama").bfloat16(), batch()
+    model.lm_head.float()
+    fuse(model)
+    got = model(**data, fused_lm_head=True).log_probs
+    hidden = model.model(data["input_ids"], data["attention_mask"]).last_hidden_state.float()
+    logps = nn.functional.linear(hidden, model.lm_head.weight)[:, :-1].double().log_softmax(-1)
+    expected = logps.gather(-1, data["labels"][:, 1:, None].clamp(min=0))[..., 0].where(
+        data["labels"][:, 1:] != -100, 0
+    )
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=FP32)
 
 
 def test_heads_that_cannot_be_fused_say_why():
@@ -412,3 +455,17 @@ def test_a_fused_model_is_freed_at_once():
     alive = weakref.ref(model)
     del model
     assert alive() is None, "a cycle: memory of a large model would wait for the garbage collector"
+
+
+def test_the_check_leaves_dropout_and_modes_as_they_were():
+    """No random number is drawn: the step is that of a model whose check is off, however far training has come."""
+    outputs = []
+    for check in (True, False):
+        model = built("Llama", attention_dropout=0.5).train()
+        model.model.layers[0].eval()
+        before = [module.training for module in model.modules()]
+        fuse(model, check=check)
+        torch.manual_seed(3)
+        outputs.append(model(**batch(), fused_lm_head=True).log_probs)
+        assert [module.training for module in model.modules()] == before
+    assert outputs[0].equal(outputs[1])

@@ -120,7 +120,7 @@ class _AtHead:
         hidden = last_positions(hidden, self.all_labels, self.name)
         rows, self.labels = _some_tokens(self.all_labels.to(hidden.device), self.shift)
         self.hidden = hidden.flatten(0, 1)[rows][None]
-        self.output = own_forward(head)(self.hidden)
+        self.output = own_forward(head)(_as_wide(self.hidden, head))
         self.widest = _largest_row(head, self.hidden, self.output)
         try:
             self.fused = fused_linear_logps(
@@ -134,6 +134,14 @@ class _AtHead:
         probes = self.output.new_zeros(1, 1, self.output.shape[-1], dtype=torch.float64)
         probes[..., 0], probes[..., -1] = SMALL, LARGE
         return torch.cat([self.output.double(), probes], dim=1)
+
+
+def _as_wide(hidden: Tensor, head: Any) -> Tensor:
+    """In the dtype of a wider head, which no linear layer takes by itself: an fp32 head over a bf16 body."""
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or torch.is_autocast_enabled(hidden.device.type):
+        return hidden
+    return hidden.to(weight.dtype) if torch.promote_types(hidden.dtype, weight.dtype) == weight.dtype else hidden
 
 
 def _with_own_cache(inputs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -89,8 +89,8 @@ def unfuse(model: Any) -> None:
     inner = causal_lm(model)
     if "_replicate_for_data_parallel" not in vars(inner):
         return
-    forward = vars(inner).get("forward")
-    if not isinstance(forward, FusedForward):
+    forward = fused_forward(inner)
+    if forward is None:
         raise ValueError(
             f"{type(inner).__name__}: got a forward that something has wrapped since fuse(), need the fused one; undo "
             "that first (accelerate: unwrap_model(model, keep_fp32_wrapper=False))"
@@ -100,6 +100,13 @@ def unfuse(model: Any) -> None:
         del vars(inner)["forward"]
     else:
         vars(inner)["forward"] = forward.own
+
+
+def fused_forward(inner: Any) -> "FusedForward | None":
+    """Returns the forward that `fuse` gave a model; None if it has another."""
+    forward = vars(inner).get("forward")
+    forward = getattr(forward, "__func__", forward)  # accelerate binds what it unwraps
+    return forward if isinstance(forward, FusedForward) else None
 
 
 def refuse_replicas(name: str) -> NoReturn:
@@ -150,6 +157,8 @@ class FusedForward:
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
+        if args and args[0] is self.model:  # bound to it by accelerate
+            args = args[1:]
         if fused_lm_head:
             return self._fused(args, labels, shift_labels, num_items_in_batch, kwargs)
         own = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}

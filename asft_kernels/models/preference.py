@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from asft_kernels.functional import fused_preference_loss
 from asft_kernels.models.check import last_positions
-from asft_kernels.models.fused import FusedForward, aux_loss_coefficient, fuse, refuse_replicas
+from asft_kernels.models.fused import aux_loss_coefficient, fuse, fused_forward, refuse_replicas
 from asft_kernels.models.head import FusedHead
 from asft_kernels.models.seam import causal_lm
 from asft_kernels.objectives import Objective, get_objective
@@ -73,8 +73,8 @@ class PreferenceModel(nn.Module):
     @property
     def fused_head(self) -> FusedHead:
         """Options of the head, and what its first batch showed."""
-        forward = vars(causal_lm(self.model)).get("forward")
-        if not isinstance(forward, FusedForward):
+        forward = fused_forward(causal_lm(self.model))
+        if forward is None:
             raise RuntimeError("PreferenceModel: got a model that is no longer fused; do not unfuse() it")
         return forward.head
 
