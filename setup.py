@@ -62,6 +62,7 @@ setup(
         "test": [
             *TRAIN,  # the trainer's tests
             *PEERS,
+            "bitsandbytes>=0.49; platform_system == 'Linux'",  # heads of 4 and 8 bits
             "hypothesis>=6.100",
             "peft>=0.17",
             "pytest>=8.4",
