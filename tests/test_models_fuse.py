@@ -303,6 +303,17 @@ def test_autocast_passes_the_check():
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=0.2)  # logits of up to 10 in bf16: 2^-8 * 10 * 2
 
 
+def test_cast_lm_head_to_fp32_leaves_autocast_out():
+    model, plain, data = tiny_model(initializer_range=0.5), tiny_model(initializer_range=0.5), batch()
+    fuse(model, cast_lm_head_to_fp32=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(**data, fused_lm_head=True).log_probs
+        hidden = plain.model(data["input_ids"], data["attention_mask"]).last_hidden_state.float()
+    logps = nn.functional.linear(hidden, plain.lm_head.weight)[:, :-1].double().log_softmax(-1)
+    expected = logps.gather(-1, data["labels"][:, 1:, None].clamp(min=0))[..., 0]
+    torch.testing.assert_close(got.double(), expected.where(data["labels"][:, 1:] != -100, 0), rtol=0, atol=FP32)
+
+
 def test_an_fp32_head_over_a_bf16_body():
     """Its own forward has no such product: log-probabilities are those of the cast hidden states."""
     model, data = built("Llama").bfloat16(), batch()

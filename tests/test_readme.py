@@ -81,6 +81,16 @@ def test_a_lora_adapter_trains(tmp_path, monkeypatch):
     assert all("lora_" in name for name in trained)
 
 
+def test_a_fused_model_gives_what_the_page_names():
+    pytest.importorskip("transformers", reason="needs the train extra: transformers")
+    from tiny_lm import tiny_model
+
+    ids = torch.randint(3, 259, (4, 9))
+    names = {"model": tiny_model(), "input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    exec(code(3), names)
+    assert names["out"].log_probs.shape == names["out"].entropy.shape == (4, 8)
+
+
 def test_the_worked_memory(monkeypatch):
     N, V, D, MIB = 8192, 151936, 4096, 2**20
     block, accumulators = token_blocks(N, "cpu")[0].stop, 16 * N * D // MIB

@@ -24,6 +24,7 @@ def fuse(
     outputs: tuple[str, ...] = ("log_probs",),
     *,
     temperature: float = 1.0,
+    cast_lm_head_to_fp32: bool = False,
     logit_scale: float | None = None,
     softcap: float | None = None,
     check: bool = True,
@@ -48,6 +49,8 @@ def fuse(
         outputs: what to compute beside the loss: "log_probs" (always), "entropy", "mean_logits", "log_sum_sq_probs",
             "is_top1", "lse".
         temperature: logits are divided by it, > 0, default 1.
+        cast_lm_head_to_fp32: True: autocast is off at the head, so that an fp32 head stays so. Default False. Logits
+            are sums in fp32 either way, and are never rounded to fewer bits.
         logit_scale, softcap: what the model does to its head's output; None (default): found out.
         check: False leaves that batch's forward out: scale and cap are then read from the config, and a model that
             does something else is computed wrongly.
@@ -72,6 +75,7 @@ def fuse(
         statistics=tuple(name for name in STATISTICS if name in outputs),
         temperature=float(temperature),
         given=(logit_scale, softcap),
+        autocasts=not cast_lm_head_to_fp32,
         check=check,
         options={"backend": backend, "cache_bytes": cache_bytes, "chunk_size": chunk_size},
     )
@@ -184,10 +188,9 @@ class FusedForward:
             hidden, here = last_positions(hidden, targets, name), targets.to(hidden.device)
             asked = self.head.statistics
             options: dict[str, Any] = {"shift": shift, **self.head.keywords}
-            if not asked:
-                return fused_linear_logps(hidden, lm_head, here, **options)[..., None]
             options |= {"return_stats": asked, "differentiable": tuple(x for x in DIFFERENTIABLE if x in asked)}
-            found: Any = fused_linear_logps(hidden, lm_head, here, **options)
+            with self.head.precision(hidden):
+                found: Any = fused_linear_logps(hidden, lm_head, here, **options)
             statistics.update({x: getattr(found, x) for x in asked})
             return found.logps[..., None]
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,9 +28,11 @@ class FusedHead:
         given: tuple[float | None, float | None],
         check: bool,
         options: Mapping[str, Any],
+        autocasts: bool = True,
     ):
         self.statistics, self.temperature, self.given, self.options = statistics, temperature, given, options
         self.guess = logit_options(inner.config).but(*given)
+        self.autocasts = autocasts
         self.logits: LogitMap | None = None if check else self.guess
         self.difference: float | None = None
         takes = inspect.signature(type(inner).forward).parameters
@@ -41,6 +44,10 @@ class FusedHead:
         if self.logits is None:
             raise RuntimeError("logit_scale: not known before the first batch; call the model first")
         return {**self.logits.at(self.temperature)._asdict(), **self.options}
+
+    def precision(self, hidden: Tensor) -> AbstractContextManager[Any]:
+        """Where the head is computed: under the caller's autocast, or without it."""
+        return nullcontext() if self.autocasts else torch.autocast(hidden.device.type, enabled=False)
 
     # Frames below it are compiled: the model's own up to its head.
     @torch.compiler.disable(recursive=False)
