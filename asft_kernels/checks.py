@@ -13,6 +13,8 @@ FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BACKENDS = ("torch", "triton")
 REDUCTIONS = ("mean", "sum", "none")
 _PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+# GRPOTrainer's with cast_lm_head_to_fp32: input and weight to fp32, as heads.py has it for an fp32 head.
+_TRL_CAST = "cast_forward_to_fp32"
 _HEADS = "an nn.Linear or nn.Embedding, a (V, D) tensor or a (weight, bias) pair"
 
 
@@ -71,6 +73,8 @@ def _unpatched(linear: nn.Module, name: str) -> None:
     forward, hooked = vars(linear).get("forward"), bool(linear._forward_hooks or linear._forward_pre_hooks)
     if getattr(forward, "is_seam", False):  # models.seam has put us in its place: the hooks run around us
         forward, hooked = vars(forward)["own"], False
+    if getattr(forward, "__name__", "") == _TRL_CAST and str(getattr(forward, "__module__", "")).startswith("trl."):
+        forward = None
     replaced = forward is not None and not hasattr(linear, "_hf_hook")  # accelerate's only moves tensors
     if replaced or hooked:
         got = "an nn.Linear with " + ("a forward of its own" if replaced else "forward hooks")
