@@ -19,7 +19,7 @@ tokens of a chunk in one product.
 
 Logits and r are held in units of ln 2 (z log2(e)), but on Intel's processors, where torch's exp is faster than its
 exp2 (elsewhere it takes four times as long). The product writes z - r at once, the unit being in its factor and -r its
-addend.
+addend. torch_stats.py sums what figures are wanted beside the log-probabilities.
 """
 
 import math

@@ -111,8 +111,8 @@ class BlockStats:
             mean_logits=(ref + self.sum / self.entries) * nats if "mean_logits" in self.names else None,
             logs=self.logs * nats if "entropy" in self.names else None,
             squares=self.squares / (total * SHRINK).square() if "log_sum_sq_probs" in self.names else None,
-            # A reference that has moved did so for a logit above the label's.
-            is_top1=(self.own >= self.top) & (ref == self.z_y) if "is_top1" in self.names else None,
+            # Where r has moved, some logit stood above it, and so in top, which the label's never does.
+            is_top1=self.own >= self.top if "is_top1" in self.names else None,
         )
 
 

@@ -16,7 +16,8 @@
 E' stands relative to the final r of its row when phase 1 ends, so phase 2 has one factor a row.
 Products: fp32 operands as they are; bf16 ones with fp32 output (CUDA, ROCm), which a CPU does not
 have: there they are upcast. For fp16 inputs E' and Hs are fp32, as fp16 underflows, and the chunk of
-the head is upcast. No host reads, no atomics, nothing kept between calls.
+the head is upcast. No host reads, no atomics, nothing kept between calls. Where figures are wanted beside the
+log-probabilities, triton_stats.py makes each chunk's E' and sums, and phase 2's E' with factors of their own.
 """
 
 import torch
