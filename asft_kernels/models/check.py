@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from asft_kernels.functional import fused_linear_logps
+from asft_kernels.models.positions import last_positions
 from asft_kernels.models.seam import UnsupportedHead, causal_lm, own_forward, run_to_head
 
 CHECKED_TOKENS = 8  # (9, V) logits in float64: 11 MB at V = 151936
@@ -96,18 +97,6 @@ def check_head(
             "optimise what this model does not compute"
         )
     return guess, difference
-
-
-def last_positions(hidden: Any, labels: Tensor, name: str) -> Tensor:
-    """Returns the head's input at the positions of the labels (R, T): the last T, as prompt tuning prepends its own."""
-    fits = isinstance(hidden, Tensor) and hidden.dim() == 3 and len(hidden) == len(labels)
-    if not fits or hidden.shape[1] < labels.shape[1]:
-        got = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-        raise UnsupportedHead(
-            f"{name}: its output head is called with {got}, need ({labels.shape[0]}, {labels.shape[1]}, D), a position "
-            "each label; leave out logits_to_keep and what else makes its forward drop positions"
-        )
-    return hidden[:, hidden.shape[1] - labels.shape[1] :]
 
 
 class _AtHead:

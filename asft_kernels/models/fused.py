@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from asft_kernels.functional import fused_linear_logps
-from asft_kernels.models.check import last_positions
 from asft_kernels.models.head import FusedHead
 from asft_kernels.models.output import FusedOutput
-from asft_kernels.models.seam import UnsupportedHead, causal_lm, output_head
+from asft_kernels.models.positions import by_name, check_labels, last_positions
+from asft_kernels.models.seam import UnsupportedHead, causal_lm, output_head, refuse_masked_lm
+from asft_kernels.options import Options
 
 STATISTICS = ("entropy", "mean_logits", "log_sum_sq_probs", "is_top1", "lse")
 DIFFERENTIABLE = ("entropy", "lse")
@@ -57,9 +58,9 @@ def fuse(
         backend, cache_bytes, chunk_size: as in `asft_kernels.fused_linear_logps`.
 
     Raises:
-        UnsupportedHead: now, for encoder-decoders and models without a head; at the first batch, if its
+        UnsupportedHead: now, for encoder-decoders, masked LMs and models without a head; at the first batch, if its
             log-probabilities differ from the model's own by more than rounding explains.
-        ValueError: for names that are none of the outputs, or a temperature that is not above 0.
+        ValueError: for names that are none of the outputs, or an option that is none.
     """
     unknown = [name for name in outputs if name not in ("log_probs", *STATISTICS)]
     if isinstance(outputs, str) or unknown:
@@ -67,8 +68,11 @@ def fuse(
         raise ValueError(f"outputs: got {outputs!r}, need a tuple of {known}; leave the others out")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: got {temperature!r}, need a finite number > 0; logits are divided by it")
+    options = {"backend": backend, "cache_bytes": cache_bytes, "chunk_size": chunk_size}
+    Options(logit_scale=1.0 if logit_scale is None else logit_scale, softcap=softcap, **options)  # refuses wrong ones
     output_head(model)
     inner = causal_lm(model)
+    refuse_masked_lm(inner)
     unfuse(inner)
     head = FusedHead(
         inner,
@@ -77,7 +81,7 @@ def fuse(
         given=(logit_scale, softcap),
         autocasts=not cast_lm_head_to_fp32,
         check=check,
-        options={"backend": backend, "cache_bytes": cache_bytes, "chunk_size": chunk_size},
+        options=options,
     )
     vars(inner)["forward"] = FusedForward(inner, head, vars(inner).get("forward"))
     # torch.nn.DataParallel copies this dictionary, and with it the forward of the first device's model.
@@ -178,10 +182,10 @@ class FusedForward:
         kwargs: dict[str, Any],
     ) -> FusedOutput:
         shift = shift_labels is None
-        targets = labels if shift else shift_labels
-        name = type(self.model).__name__
-        if targets is None:
-            raise ValueError("labels: got None, need (R, T) integers, -100 where there is no loss; give them")
+        if labels is not None and shift_labels is not None:
+            raise ValueError("shift_labels: got labels as well, need one of the two; leave one out")
+        name, given = type(self.model).__name__, by_name(self.__signature__, args, kwargs)
+        targets = check_labels(labels if shift else shift_labels, given, "labels" if shift else "shift_labels")
         statistics: dict[str, Tensor] = {}
 
         def compute(hidden: Tensor, lm_head: Any) -> Tensor:

@@ -13,10 +13,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from asft_kernels.functional import fused_preference_loss
-from asft_kernels.models.check import last_positions
-from asft_kernels.models.fused import aux_loss_coefficient, fuse, fused_forward, refuse_replicas
+from asft_kernels.checks import objective_object
+from asft_kernels.functional import fused_linear_logps, fused_preference_loss
+from asft_kernels.models.arguments import argument_names, refuse_unknown
+from asft_kernels.models.fused import aux_loss_coefficient, fuse, refuse_replicas
 from asft_kernels.models.head import FusedHead
+from asft_kernels.models.positions import check_labels, last_positions
 from asft_kernels.models.seam import causal_lm
 from asft_kernels.objectives import Objective, get_objective
 
@@ -41,7 +43,9 @@ class PreferenceModel(nn.Module):
             scoring.
 
     Raises:
-        UnsupportedHead: for encoder-decoders and models without an output head.
+        UnsupportedHead: for encoder-decoders, masked language models and models without an output head.
+        ValueError: for an objective or an option that is none.
+        TypeError: for a keyword that is none of these; an objective's own go to `get_objective`.
     """
 
     # A Trainer would hand the number of tokens to the forward, which is no number of pairs.
@@ -59,24 +63,28 @@ class PreferenceModel(nn.Module):
         backend: str | None = None,
         cache_bytes: int | None = None,
         chunk_size: int | None = None,
+        **unknown: Any,
     ):
         super().__init__()
+        if unknown:
+            call = f"get_objective({objective!r}, {next(iter(unknown))}=...)"
+            raise TypeError(
+                f"PreferenceModel() got an unexpected keyword argument {next(iter(unknown))!r}; for an option of the "
+                f"objective give {call if isinstance(objective, str) else 'it to the object'}"
+            )
+        made: Any = get_objective(objective) if isinstance(objective, str) else objective
+        objective_object(made)
         fuse(
             model, logit_scale=logit_scale, softcap=softcap, check=check, backend=backend, cache_bytes=cache_bytes,
             chunk_size=chunk_size,
         )  # fmt: skip
         self.model: Any = model
         self.config = causal_lm(model).config
-        self.objective: Any = get_objective(objective) if isinstance(objective, str) else objective
+        # Its own, so that a later fuse() or unfuse() of the model changes no loss.
+        self.fused_head: FusedHead = vars(causal_lm(model))["forward"].head
+        self.objective: Any = made
         self.step_inputs: Any = step_inputs
-
-    @property
-    def fused_head(self) -> FusedHead:
-        """Options of the head, and what its first batch showed."""
-        forward = fused_forward(causal_lm(self.model))
-        if forward is None:
-            raise RuntimeError("PreferenceModel: got a model that is no longer fused; do not unfuse() it")
-        return forward.head
+        self._known = argument_names(model)
 
     @property
     def lm_head(self) -> Any:
@@ -84,10 +92,10 @@ class PreferenceModel(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
-        labels: Tensor,
+        labels: Tensor | None = None,
         num_pairs: Tensor | int | None = None,
         objective_inputs: Mapping[str, Tensor] | None = None,
         **batch: Any,
@@ -95,25 +103,32 @@ class PreferenceModel(nn.Module):
         """Computes the loss of a batch.
 
         Args:
-            input_ids: (2B, T), chosen rows first; (R, T) for unpaired objectives.
+            input_ids: (2B, T), chosen rows first; (R, T) for unpaired objectives. inputs_embeds may take its place.
             attention_mask: (2B, T).
-            labels: (2B, T), -100 at prompts and padding.
+            labels: (2B, T), -100 at prompts and padding; needed.
             num_pairs: None (default): the loss is the mean over the pairs (rows, of unpaired objectives) of this batch
                 that count. A number: their sum divided by it, so that micro-batches and ranks whose number is the total
                 of all add up to the mean over all, whatever their sizes.
             objective_inputs: as in `fused_preference_loss`; its entries may also be given by their own names.
             batch: ref_logps, token_weights, nll_labels go to the loss, what step_inputs names to step_inputs, all else
-                (pixel_values, position_ids, ...) to the model.
+                (pixel_values, position_ids, ...) to the model; names that nobody knows are refused.
 
         Returns:
             "loss", differentiable; detached "pair_losses" (B,), or "row_losses" (R,) of unpaired objectives, and every
             field of `PreferenceOutputs` or `SequenceOutputs`; "aux_loss" if the model made one, which is in the loss.
+
+        Raises:
+            ValueError: for labels of another shape than input_ids, missing entries, names that nobody knows.
+            UnsupportedHead: as `fuse` says.
         """
         if "num_items_in_batch" in batch:
             raise ValueError(
                 "num_items_in_batch: got a number of tokens, need num_pairs, the pairs of the whole step; leave it out "
                 "for the mean over this batch"
             )
+        if input_ids is None and batch.get("inputs_embeds") is None:
+            raise ValueError("input_ids: got None, need (R, T) token ids, chosen rows first; give them")
+        labels = check_labels(labels, {"input_ids": input_ids, **batch}, "labels")
         of_loss = {name: batch.pop(name) for name in LOSS_ENTRIES if name in batch}
         known = {**self.objective.inputs, **self.objective.optional_inputs}
         inputs = {**(objective_inputs or {}), **{name: batch.pop(name) for name in known if name in batch}}
@@ -121,12 +136,14 @@ class PreferenceModel(nn.Module):
         if self.step_inputs is not None:
             own = {name: batch.pop(name) for name in self.step_inputs.batch_entries}
             making = self.step_inputs(self, labels, **own)
+        name = type(causal_lm(self.model)).__name__
+        refuse_unknown(batch, self._known, (*LOSS_ENTRIES, *known), name)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, **batch}
         out: Any = None
 
         def compute(hidden: Tensor, lm_head: Any) -> Tensor:
             nonlocal out
-            hidden = last_positions(hidden, labels, type(causal_lm(self.model)).__name__)
+            hidden = last_positions(hidden, labels, name)
             made = {} if inputs_at_head is None else inputs_at_head(hidden)
             losses, out = fused_preference_loss(
                 hidden, lm_head, labels.to(hidden.device), self.objective, objective_inputs={**inputs, **made},
@@ -157,8 +174,16 @@ class PreferenceModel(nn.Module):
         Returns:
             (R, T) fp32 (float64 for float64 models): that of label t + 1 at t, 0 at masked places; differentiable.
         """
-        logps = self.model(**inputs, labels=labels, fused_lm_head=True).log_probs
-        return nn.functional.pad(logps[:, logps.shape[1] - (labels.shape[1] - 1) :], (0, 1))  # prompt tuning's go
+        name = type(causal_lm(self.model)).__name__
+        refuse_unknown(inputs, self._known, (), name)
+        labels = check_labels(labels, inputs, "labels")
+
+        def compute(hidden: Tensor, lm_head: Any) -> Tensor:
+            here = labels.to(hidden.device)
+            logps = fused_linear_logps(last_positions(hidden, labels, name), lm_head, here, **self.fused_head.keywords)
+            return logps[..., None]
+
+        return self.fused_head.run(self.model, self.model, compute, labels, inputs)[0].squeeze(-1)
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Computes what the model feeds to its head.

@@ -6,11 +6,13 @@ model's own business, and nothing of vocabulary size is made.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock, get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
 
 ComputeAtHead = Callable[[Tensor, nn.Module], Tensor]
 
@@ -43,6 +45,27 @@ def output_head(model: Any) -> nn.Module:
     return head
 
 
+def refuse_masked_lm(inner: Any) -> None:
+    """UnsupportedHead for a model that predicts the token at its own position, and no next one."""
+    name = type(inner).__name__
+    masked, causal, image_text = (_classes(x) for x in (
+        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    ))  # fmt: skip
+    if name.endswith("ForMaskedLM") or name in masked - causal - image_text:
+        raise UnsupportedHead(
+            f"{name}: is a masked language model, need a causal one, whose position t predicts label t+1; load it with "
+            "AutoModelForCausalLM, or compute the loss from its logits"
+        )
+
+
+def _classes(mapping: Mapping[str, Any]) -> set[str]:
+    names: set[str] = set()
+    for value in mapping.values():
+        names.update((value,) if isinstance(value, str) else value)
+    return names
+
+
 def run_to_head(
     model: Any, call: Callable[..., Any], compute: ComputeAtHead, inputs: Mapping[str, Any]
 ) -> tuple[Tensor, Any]:
@@ -66,6 +89,7 @@ def run_to_head(
     """
     head = output_head(model)
     name = type(causal_lm(model)).__name__
+    _refuse_hooks(head, name)
     run = _Run(name, compute)
     with _replaced_forward(head, run):
         try:
@@ -85,6 +109,23 @@ def run_to_head(
             "does; compute the loss from its logits"
         )
     return run.result, output
+
+
+# FSDP, accelerate and the like gather, move and cast; what anyone else's hook returns would not reach the loss.
+HOOKS_OF = ("torch", "accelerate", "deepspeed", "peft", "transformers")
+
+
+def _refuse_hooks(head: nn.Module, name: str) -> None:
+    for hook in head._forward_hooks.values():
+        while isinstance(hook, partial):
+            hook = hook.func
+        module = str(getattr(hook, "__module__", ""))
+        if module.partition(".")[0] not in HOOKS_OF:
+            what = getattr(hook, "__qualname__", type(hook).__qualname__)
+            raise UnsupportedHead(
+                f"{name}: its output head has the forward hook {module}.{what}, need none: there is no output for it "
+                "to see or change; remove it, or use a forward pre-hook, which sees the hidden states"
+            )
 
 
 class _Run:
@@ -120,6 +161,11 @@ class _HeadForward:
         run = self.runs.get(get_ident())
         if run is None:
             return own_forward(self.head)(hidden, *args, **kwargs)
+        if args or kwargs:  # PEFT's adapter_names: an adapter for each row
+            raise UnsupportedHead(
+                f"{run.name}: its output head is called with {', '.join([*map(repr, args), *kwargs])} beside the "
+                "hidden states, need these alone; leave that argument out, or keep the adapters off the head"
+            )
         return run(self.head, hidden)
 
 
@@ -140,6 +186,11 @@ def _replaced_forward(head: nn.Module, run: _Run) -> Iterator[None]:
     name = "_old_forward" if hasattr(head, "_hf_hook") else "forward"
     with _lock:
         forward = vars(head).get(name)
+        if isinstance(forward, _HeadForward) and get_ident() in forward.runs:
+            raise UnsupportedHead(
+                f"{run.name}: a fused call runs inside another of the same head, need one at a time; make the inner "
+                "call before or after the outer one"
+            )
         if not isinstance(forward, _HeadForward):
             forward = vars(head)[name] = _HeadForward(head, forward)
         forward.runs[get_ident()] = run
