@@ -14,8 +14,8 @@ pytest.importorskip("transformers", reason="needs the train extra: transformers"
 
 import asft_kernels.functional
 from asft_kernels.models import FusedOutput, UnsupportedHead, fuse, unfuse
-from asft_kernels.models.check import product_unit
 from asft_kernels.models.config import logit_options
+from asft_kernels.models.exact import product_unit
 from model_cases import ARCHITECTURES, FP32, batch, built, own_logps
 from tiny_lm import tiny_config, tiny_model
 

@@ -15,6 +15,7 @@ from asft_kernels.models.seam import causal_lm
 def argument_names(model: Any) -> frozenset[str]:
     """Returns the names that the model's forward, one of the models in it, transformers or PEFT knows."""
     names = set(TransformersKwargs.__annotations__) | set(FlashAttentionKwargs.__annotations__)
+    names |= {"return_dict"}  # of a decorator around the forward
     names |= set(getattr(model, "special_peft_forward_args", ()))
     inner = causal_lm(model)
     for module in [inner, *(x for x in inner.modules() if isinstance(x, PreTrainedModel))]:

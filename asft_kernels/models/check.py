@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from asft_kernels.functional import fused_linear_logps
+from asft_kernels.models.exact import exact_output
 from asft_kernels.models.positions import last_positions
 from asft_kernels.models.seam import UnsupportedHead, causal_lm, own_forward, run_to_head
 
@@ -52,7 +53,7 @@ def check_head(
     given: tuple[float | None, float | None],
     temperature: float,
     options: Mapping[str, Any],
-) -> tuple[LogitMap, float]:
+) -> tuple[LogitMap, float | None]:
     """Compares fused log-probabilities of a few tokens with log_softmax of the model's own logits.
 
     Args:
@@ -65,7 +66,7 @@ def check_head(
         options: keywords of `fused_linear_logps`, as in training: backend, cache_bytes, chunk_size.
 
     Returns:
-        (scale and cap of the head, largest difference of the log-probabilities).
+        (scale and cap of the head, largest difference of the finite log-probabilities, None if there is none).
 
     Raises:
         UnsupportedHead: naming class, difference and way out, if the two differ by more than rounding explains, or the
@@ -77,30 +78,34 @@ def check_head(
             at_head = _AtHead(name, labels, shift, guess.at(temperature), options)
             _, output = run_to_head(model, call, at_head, _with_own_cache(inputs))
             logits = _logits_of(output, at_head.output, name)
+            at_head.unit_after = torch.finfo(logits.dtype).eps / 2
+            logits = logits.double()
             found = _found_map(logits[-1], name)
             used = found.but(*given)
             if last or _same(used, guess):
                 break
             guess = used
     own = (logits[:-1] / temperature).log_softmax(-1).gather(-1, at_head.labels[:, None])[:, 0]
-    finite = own.isfinite()
-    if not finite.all() and finite.equal(at_head.fused.isfinite()):  # broken weights, which the losses will show
-        return guess, 0.0
-    difference = (own - at_head.fused.double()).abs().max().item()
-    allowed = _rounding(at_head, guess.at(temperature), logits[:-1] / temperature)
-    if not difference <= allowed:  # written so that NaN fails too
+    fused = at_head.fused.double()
+    broken = ~own.isfinite() & ~fused.isfinite()  # weights or labels that the losses will show
+    if broken.all():
+        return guess, None
+    difference = (own - fused).abs()[~broken]
+    allowed = _rounding(at_head, guess.at(temperature), logits[:-1] / temperature)[~broken]
+    if not (difference <= allowed).all():  # written so that NaN fails too
+        worst = int((difference / allowed).nan_to_num(nan=inf).argmax())
         raise UnsupportedHead(
             f"{name}: log-probabilities from hidden states and head differ from those of the model's own logits by up "
-            f"to {difference:.3g}, rounding explains {allowed:.2g}. Its head does more than scale (by "
-            f"{guess.logit_scale:g}) and cap (at {guess.softcap}) the output of one linear layer, or logit_scale and "
-            "softcap were given wrongly: leave them out to have them found, or use another model; training on would "
-            "optimise what this model does not compute"
+            f"to {difference[worst].item():.3g}, rounding explains {allowed[worst].item():.2g}. Its head does more "
+            f"than scale (by {guess.logit_scale:g}) and cap (at {guess.softcap}) the output of one linear layer, or "
+            "logit_scale and softcap were given wrongly: leave them out to have them found, or use another model; "
+            "training on would optimise what this model does not compute"
         )
-    return guess, difference
+    return guess, difference.max().item()
 
 
 class _AtHead:
-    """At the head: its own output for some tokens with the probes, and their fused log-probabilities."""
+    """At the head: its exact output for some tokens with the probes, and their fused log-probabilities."""
 
     def __init__(self, name: str, labels: Tensor, shift: bool, guess: LogitMap, options: Mapping[str, Any]):
         self.name, self.all_labels, self.shift, self.guess, self.options = name, labels, shift, guess, options
@@ -109,9 +114,8 @@ class _AtHead:
         hidden = last_positions(hidden, self.all_labels, self.name)
         rows, self.labels = _some_tokens(self.all_labels.to(hidden.device), self.shift)
         self.hidden = hidden.flatten(0, 1)[rows][None]
-        self.output = own_forward(head)(_as_wide(self.hidden, head))
-        self.widest = _largest_row(head, self.hidden, self.output)
         try:
+            self.exact = exact_output(head, self.hidden[0])
             self.fused = fused_linear_logps(
                 self.hidden, head, self.labels[None], shift=False, **self.guess._asdict(), **self.options
             )[0]
@@ -119,10 +123,33 @@ class _AtHead:
             if not str(error).startswith("lm_head"):
                 raise
             raise UnsupportedHead(f"{self.name}: its output head cannot be fused: {error}") from error
+        if not self.exact.quantised:  # bitsandbytes' own rounds hidden states to 8 bits, or repacks the codes
+            self._like_its_own(own_forward(head)(_as_wide(self.hidden, head))[0])
         # In float64 the model's own arithmetic after the head adds no rounding of its own.
-        probes = self.output.new_zeros(1, 1, self.output.shape[-1], dtype=torch.float64)
+        self.output = self.exact.values[None]
+        probes = self.output.new_zeros(1, 1, self.output.shape[-1])
         probes[..., 0], probes[..., -1] = SMALL, LARGE
-        return torch.cat([self.output.double(), probes], dim=1)
+        return torch.cat([self.output, probes], dim=1)
+
+    def _like_its_own(self, own: Tensor) -> None:
+        """Holds the exact output against what the head's own forward makes, within the rounding of that.
+
+        Into its dtype it rounds the output and the bias' sum, and partial sums of at most |h| |w|: one of a plain
+        layer (cuBLAS may reduce in it), and of PEFT's some 8, of both products, the scale, the norm and their sums.
+        """
+        exact, unit = self.exact, torch.finfo(own.dtype).eps / 2
+        largest = exact.sizes * (8 if exact.is_adapted else 1)
+        allowed = unit * (2 * exact.values.abs() + largest[:, None]) + exact.product_rounding[:, None]
+        finite = exact.values.isfinite()
+        difference = (own.double() - exact.values).abs().where(finite, 0)
+        if not (difference <= allowed).where(finite, True).all():
+            worst = int((difference / allowed).nan_to_num(nan=inf).argmax())
+            raise UnsupportedHead(
+                f"{self.name}: its output head's own forward differs from hidden states times weight by "
+                f"{difference.flatten()[worst].item():.3g}, rounding explains "
+                f"{allowed.expand_as(difference).flatten()[worst].item():.2g}: it does more than one linear layer; use "
+                "another model, or compute the loss from its logits"
+            )
 
 
 def _as_wide(hidden: Tensor, head: Any) -> Tensor:
@@ -156,7 +183,7 @@ def _some_tokens(labels: Tensor, shift: bool) -> tuple[Tensor, Tensor]:
 
 
 def _logits_of(output: Any, of_head: Tensor, name: str) -> Tensor:
-    """(N + 1, V) float64: what the model made of the (N, V) of its head and of the probes."""
+    """(N + 1, V): what the model made of the (N, V) of its head and of the probes."""
     logits = output.get("logits") if isinstance(output, Mapping) else output[0]
     shape = (1, of_head.shape[1] + 1, of_head.shape[2])
     if not isinstance(logits, Tensor) or logits.shape != shape:
@@ -165,11 +192,16 @@ def _logits_of(output: Any, of_head: Tensor, name: str) -> Tensor:
             f"{name}: makes logits {got} of its head's output {shape}, need the same shape: a scale and a cap are all "
             "that may follow; compute the loss from its logits"
         )
-    return logits[0].double()
+    return logits[0]
 
 
 def _found_map(probes: Tensor, name: str) -> LogitMap:
-    scale, largest = probes[0].item() / SMALL, probes[-1].item()
+    scale, of_zero, largest = probes[0].item() / SMALL, probes[1].item(), probes[-1].item()
+    if of_zero != 0:
+        raise UnsupportedHead(
+            f"{name}: does more than scale and cap its head's output: an output of 0 becomes a logit of {of_zero:.3g}; "
+            "use another model, or compute the loss from its logits"
+        )
     if not 0 < abs(scale) < inf:
         raise UnsupportedHead(f"{name}: its logits do not follow its head's output; compute the loss from its logits")
     # fp16 overflows at the large probe.
@@ -185,44 +217,19 @@ def _same(one: LogitMap, other: LogitMap) -> bool:
     )
 
 
-def _largest_row(head: Any, hidden: Tensor, output: Tensor) -> float:
-    """Norm of the longest row of the head's weight; of a head that has none to read, what its output allows."""
-    weight = getattr(head, "weight", None)
-    reached = output.abs().max().item() / max(_norms(hidden).min().item(), 1e-30)
-    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.shape[-1:] == hidden.shape[-1:]:
-        return max(reached, _norms(weight).max().item())
-    return reached * hidden.shape[-1] ** 0.5  # a random direction meets 1 / sqrt(D) of a row
+def _rounding(at_head: _AtHead, used: LogitMap, logits: Tensor) -> Tensor:
+    """How far each fused log-probability (N,) may lie from that of the model's logits (N, V), made of exact ones.
 
-
-def _norms(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.promote_types(rows.dtype, torch.float32))
-
-
-def _rounding(at_head: _AtHead, used: LogitMap, logits: Tensor) -> float:
-    """How far two correct computations of the same log-probability may lie apart.
-
-    logp = z_y - logsumexp(z) moves by at most 2 max|dz|. The head rounds its output into its dtype once, u max|z|,
-    u = eps / 2. The product's own rounding is that of sqrt(D) accumulated fp32 terms (TF32 inputs where the user
-    allows it), of size |h| |w|, in either path; the scale magnifies both. What follows the head may be in fp32: 4
-    roundings of a logit. The fused path sums V exponentials in fp32, a relative error of up to sqrt(V) roundings, and
-    rounds its fp32 result.
+    logp = z_y - logsumexp(z) moves by at most 2 max|dz|. The fused product is rounded as `exact_output` says, which
+    the scale magnifies. What follows the head may be in fp32, or in the dtype of the model's logits: 4 roundings of a
+    logit. The fused path sums V exponentials in fp32, a relative error of up to sqrt(V) roundings, and rounds its
+    fp32 result.
     """
-    hidden, output, scale = at_head.hidden, at_head.output, abs(used.logit_scale)
     fp32_unit = torch.finfo(torch.float32).eps / 2
-    product = 2 * product_unit(output.is_cuda) * hidden.shape[-1] ** 0.5 * _norms(hidden).max().item() * at_head.widest
-    stored = torch.finfo(output.dtype).eps / 2 * output.abs().max().item()
-    logit = scale * (product + stored) + 4 * fp32_unit * logits.abs().max().item()
-    return 2 * logit + fp32_unit * (output.shape[-1] ** 0.5 + 2 * at_head.fused.abs().max().item())
-
-
-def product_unit(on_gpu: bool) -> float:
-    """Rounding unit of a matrix product's fp32 inputs: TF32's where the user allows it.
-
-    Not `allow_tf32`: reading that raises once anyone (transformers' --tf32) has set fp32_precision.
-    """
-    if on_gpu and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return 2.0**-11
-    return torch.finfo(torch.float32).eps / 2
+    after = max(fp32_unit, at_head.unit_after)
+    largest = logits.abs().where(logits.isfinite(), 0).amax(-1)
+    logit = abs(used.logit_scale) * at_head.exact.product_rounding + 4 * after * largest
+    return 2 * logit + fp32_unit * (logits.shape[-1] ** 0.5 + 2 * at_head.fused.double().abs())
 
 
 @contextmanager

@@ -185,6 +185,8 @@ class FusedForward:
         if labels is not None and shift_labels is not None:
             raise ValueError("shift_labels: got labels as well, need one of the two; leave one out")
         name, given = type(self.model).__name__, by_name(self.__signature__, args, kwargs)
+        if given.get("use_cache"):
+            raise ValueError("use_cache: got True, need False: a fused forward returns no cache; leave it out")
         targets = check_labels(labels if shift else shift_labels, given, "labels" if shift else "shift_labels")
         statistics: dict[str, Tensor] = {}
 
@@ -207,10 +209,12 @@ class FusedForward:
             columns, mask = {x: value[:, :-1] for x, value in columns.items()}, mask[:, 1:]
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         loss, aux_loss = -columns["log_probs"].sum() / count, None
-        if isinstance(output, Mapping) and output.get("aux_loss") is not None:
-            aux_loss = output["aux_loss"]
+        of_model = output if isinstance(output, Mapping) else {}
+        if of_model.get("aux_loss") is not None:
+            aux_loss = of_model["aux_loss"]
             loss = loss + aux_loss_coefficient(self.model) * aux_loss.to(loss.device)
-        return FusedOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **columns)
+        further = {x: of_model.get(x) for x in ("hidden_states", "attentions")}
+        return FusedOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **columns, **further)
 
 
 class After(torch.autograd.Function):

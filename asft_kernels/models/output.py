@@ -25,6 +25,7 @@ class FusedOutput(ModelOutput):
         lse: log sum exp z; differentiable.
         label_mask: bool, whether the label is not -100.
         aux_loss: scalar, the load-balancing loss of a mixture of experts, if router logits were asked for.
+        hidden_states, attentions: the model's own, if asked for.
     """
 
     loss: Tensor | None = None
@@ -36,3 +37,5 @@ class FusedOutput(ModelOutput):
     lse: Tensor | None = None
     label_mask: Tensor | None = None
     aux_loss: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None

@@ -59,7 +59,7 @@ def refuse_masked_lm(inner: Any) -> None:
         )
 
 
-def _classes(mapping: Mapping[str, Any]) -> set[str]:
+def _classes(mapping: Mapping[Any, Any]) -> set[str]:
     names: set[str] = set()
     for value in mapping.values():
         names.update((value,) if isinstance(value, str) else value)
