@@ -44,15 +44,15 @@ def plain_module(module: nn.Module, name: str) -> None:
     linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     if linear or isinstance(module, nn.Embedding):  # a tied embedding's own forward is not the head's
         if linear:
-            _unpatched(module, name)
+            unpatched(module, name)
         return
     if hasattr(module, "get_output_embeddings"):
         refuse(name, type(module).__name__, f"{_HEADS} of tensors; pass the model's .lm_head")
     refuse(
         name,
         class_of(module),
-        f"{_HEADS}: its .weight alone would silently drop what the wrapper adds (adapter, quantisation); "
-        "merge the adapter or leave the head out of its target modules, dequantise it, or pass the weight",
+        f"{_HEADS}, or PEFT's LoRA, DoRA, modules_to_save or trainable_token_indices, or bitsandbytes' 4 or 8 bits: "
+        "its .weight alone would silently drop what the wrapper adds; merge or dequantise it, or pass the weight",
     )
 
 
@@ -69,15 +69,17 @@ def head_tensors(weight: Tensor, bias: Tensor | None, name: str) -> None:
             refuse(name, f"a bias of shape {tuple(bias.shape)}", need)
 
 
-def _unpatched(linear: nn.Module, name: str) -> None:
-    forward, hooked = vars(linear).get("forward"), bool(linear._forward_hooks or linear._forward_pre_hooks)
+def unpatched(module: nn.Module, name: str) -> None:
+    """Refuses a head with hooks or a forward of its own, which would not run."""
+    forward, hooked = vars(module).get("forward"), bool(module._forward_hooks or module._forward_pre_hooks)
     if getattr(forward, "is_seam", False):  # models.seam has put us in its place: the hooks run around us
         forward, hooked = vars(forward)["own"], False
     if getattr(forward, "__name__", "") == _TRL_CAST and str(getattr(forward, "__module__", "")).startswith("trl."):
         forward = None
-    replaced = forward is not None and not hasattr(linear, "_hf_hook")  # accelerate's only moves tensors
+    replaced = forward is not None and not hasattr(module, "_hf_hook")  # accelerate's only moves tensors
     if replaced or hooked:
-        got = "an nn.Linear with " + ("a forward of its own" if replaced else "forward hooks")
+        kind = "an nn.Linear" if type(module) is nn.Linear else class_of(module)
+        got = f"{kind} with " + ("a forward of its own" if replaced else "forward hooks")
         refuse(name, got, "a plain one, as they would not run; remove them, or pass its weight if that is whole")
 
 
