@@ -205,6 +205,12 @@ def objective_object(objective: object) -> None:
         refuse("objective", type(objective).__name__ + (f" without {', '.join(lacks)}" if lacks else ""), need)
 
 
+def loss_terms(terms: object, objective: str) -> None:
+    if not hasattr(terms, "loss") or not hasattr(terms, "align"):
+        need = "asft_kernels.objectives.LossTerms(loss, sft, align): (B,) of pairs or (R,) of rows each"
+        refuse("objective", f"{_what(terms)} from {objective}", need)
+
+
 def weights_like_labels(token_weights: object, labels: Tensor) -> None:
     given = token_weights if isinstance(token_weights, Tensor) else None
     if given is None or not given.is_floating_point() or given.shape != labels.shape:
