@@ -12,7 +12,7 @@ from torch import Tensor, nn
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BACKENDS = ("torch", "triton")
 REDUCTIONS = ("mean", "sum", "none")
-_PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 # GRPOTrainer's with cast_lm_head_to_fp32: input and weight to fp32, as heads.py has it for an fp32 head.
 _TRL_CAST = "cast_forward_to_fp32"
 _HEADS = "an nn.Linear or nn.Embedding, a (V, D) tensor or a (weight, bias) pair"
@@ -90,7 +90,7 @@ def _plain_tensor(name: str, tensor: Tensor) -> None:
     if hasattr(tensor, "ds_id") and getattr(getattr(tensor, "ds_status", None), "name", "") != "AVAILABLE":
         need = "it whole; wrap the call and its backward in deepspeed.zero.GatheredParameters([lm_head.weight])"
         refuse(name, "a DeepSpeed ZeRO-3 parameter that is partitioned", need)
-    if type(tensor) not in _PLAIN_TENSORS and not torch.compiler.is_compiling():
+    if type(tensor) not in PLAIN_TENSORS and not torch.compiler.is_compiling():
         refuse(name, f"a {type(tensor).__name__}", "a plain tensor; dequantise a quantised one")
     if tensor.device.type == "meta":
         refuse(name, "a tensor on the meta device", "a loaded one; materialise or un-offload the head first")

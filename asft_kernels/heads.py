@@ -92,7 +92,7 @@ def gathered(tensor: Tensor) -> Tensor:
 
     Without grad_placements each rank would keep its own slice of its own gradient, and the others' would be lost.
     """
-    if not torch.distributed.is_available():
+    if type(tensor) in checks.PLAIN_TENSORS or not torch.distributed.is_available():
         return tensor
     from torch.distributed.tensor import DTensor, Partial
 
