@@ -12,7 +12,7 @@ from torch import Tensor, nn
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BACKENDS = ("torch", "triton")
 REDUCTIONS = ("mean", "sum", "none")
-_PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 # GRPOTrainer's with cast_lm_head_to_fp32: input and weight to fp32, as heads.py has it for an fp32 head.
 _TRL_CAST = "cast_forward_to_fp32"
 _HEADS = "an nn.Linear or nn.Embedding, a (V, D) tensor or a (weight, bias) pair"
@@ -44,15 +44,15 @@ def plain_module(module: nn.Module, name: str) -> None:
     linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     if linear or isinstance(module, nn.Embedding):  # a tied embedding's own forward is not the head's
         if linear:
-            _unpatched(module, name)
+            unpatched(module, name)
         return
     if hasattr(module, "get_output_embeddings"):
         refuse(name, type(module).__name__, f"{_HEADS} of tensors; pass the model's .lm_head")
     refuse(
         name,
         class_of(module),
-        f"{_HEADS}: its .weight alone would silently drop what the wrapper adds (adapter, quantisation); "
-        "merge the adapter or leave the head out of its target modules, dequantise it, or pass the weight",
+        f"{_HEADS}, or PEFT's LoRA, DoRA, modules_to_save or trainable_token_indices, or bitsandbytes' 4 or 8 bits: "
+        "its .weight alone would silently drop what the wrapper adds; merge or dequantise it, or pass the weight",
     )
 
 
@@ -69,15 +69,17 @@ def head_tensors(weight: Tensor, bias: Tensor | None, name: str) -> None:
             refuse(name, f"a bias of shape {tuple(bias.shape)}", need)
 
 
-def _unpatched(linear: nn.Module, name: str) -> None:
-    forward, hooked = vars(linear).get("forward"), bool(linear._forward_hooks or linear._forward_pre_hooks)
+def unpatched(module: nn.Module, name: str) -> None:
+    """Refuses a head with hooks or a forward of its own, which would not run."""
+    forward, hooked = vars(module).get("forward"), bool(module._forward_hooks or module._forward_pre_hooks)
     if getattr(forward, "is_seam", False):  # models.seam has put us in its place: the hooks run around us
         forward, hooked = vars(forward)["own"], False
     if getattr(forward, "__name__", "") == _TRL_CAST and str(getattr(forward, "__module__", "")).startswith("trl."):
         forward = None
-    replaced = forward is not None and not hasattr(linear, "_hf_hook")  # accelerate's only moves tensors
+    replaced = forward is not None and not hasattr(module, "_hf_hook")  # accelerate's only moves tensors
     if replaced or hooked:
-        got = "an nn.Linear with " + ("a forward of its own" if replaced else "forward hooks")
+        kind = "an nn.Linear" if type(module) is nn.Linear else class_of(module)
+        got = f"{kind} with " + ("a forward of its own" if replaced else "forward hooks")
         refuse(name, got, "a plain one, as they would not run; remove them, or pass its weight if that is whole")
 
 
@@ -88,7 +90,7 @@ def _plain_tensor(name: str, tensor: Tensor) -> None:
     if hasattr(tensor, "ds_id") and getattr(getattr(tensor, "ds_status", None), "name", "") != "AVAILABLE":
         need = "it whole; wrap the call and its backward in deepspeed.zero.GatheredParameters([lm_head.weight])"
         refuse(name, "a DeepSpeed ZeRO-3 parameter that is partitioned", need)
-    if type(tensor) not in _PLAIN_TENSORS and not torch.compiler.is_compiling():
+    if type(tensor) not in PLAIN_TENSORS and not torch.compiler.is_compiling():
         refuse(name, f"a {type(tensor).__name__}", "a plain tensor; dequantise a quantised one")
     if tensor.device.type == "meta":
         refuse(name, "a tensor on the meta device", "a loaded one; materialise or un-offload the head first")
@@ -201,6 +203,12 @@ def objective_object(objective: object) -> None:
     if lacks or not callable(objective):
         need = "a name or an object such as asft_kernels.objectives.ASFT()"
         refuse("objective", type(objective).__name__ + (f" without {', '.join(lacks)}" if lacks else ""), need)
+
+
+def loss_terms(terms: object, objective: str) -> None:
+    if not hasattr(terms, "loss") or not hasattr(terms, "align"):
+        need = "asft_kernels.objectives.LossTerms(loss, sft, align): (B,) of pairs or (R,) of rows each"
+        refuse("objective", f"{_what(terms)} from {objective}", need)
 
 
 def weights_like_labels(token_weights: object, labels: Tensor) -> None:

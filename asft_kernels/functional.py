@@ -1,5 +1,6 @@
 """The public calls: log-probabilities, objective, reduction."""
 
+import inspect
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -10,8 +11,9 @@ from asft_kernels import checks
 from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, Wanted
 from asft_kernels.batch import TokenBatch
 from asft_kernels.heads import Head
-from asft_kernels.objectives import ASFT, Objective, get_objective
+from asft_kernels.objectives import ASFT, OBJECTIVES, Objective, get_objective
 from asft_kernels.objectives.base import counting, counting_rows, reduce_loss
+from asft_kernels.options import NAMES as NAMES_OF_OPTIONS
 from asft_kernels.options import Keywords, Options, explained, make_options
 from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, TokenStats, summarize
 from asft_kernels.sequence import Logps, reduce
@@ -229,6 +231,14 @@ def fused_preference_loss(
         objective = get_objective(objective)
     checks.objective_object(objective)
     own = ("ref_logps", "token_weights", "nll_labels", "objective_inputs", "reduction", "return_outputs")
+    others = [name for name in options if name not in NAMES_OF_OPTIONS]
+    parameters = inspect.signature(type(objective)).parameters if others else {}
+    for parameter in (name for name in others if name in parameters):
+        name = next((x for x, made in OBJECTIVES.items() if type(objective) is made), "dpo")
+        raise TypeError(
+            f"fused_preference_loss() got {parameter!r}, which is the objective's own parameter; need it there: "
+            f"get_objective({name!r}, {parameter}=...)"
+        )
     return _preference_loss(
         hidden,
         lm_head,
@@ -309,6 +319,7 @@ def _preference_loss(
             for key, x in inputs.items()
         }
         terms = objective(policy, ref, **inputs)
+        checks.loss_terms(terms, name)
     loss = reduce_loss(terms.loss, counting(policy, objective.paired), reduction).to(logps.dtype)
     if not return_outputs:
         return loss

@@ -10,11 +10,13 @@
     DTensor                                         gathered; gradients are averaged      as ever
     ZeRO-3 in GatheredParameters                    W                                     as ever
 
-Adapters are looked up at each call, so `disable_adapter()` and `set_adapter()` work. PEFT and bitsandbytes are
+W is never merged or rounded anew. Below fp32, A h and B go into the product in hidden's dtype; B's gradient stays in
+B's own. Adapters are looked up at each call, so `disable_adapter()` and `set_adapter()` work. PEFT and bitsandbytes are
 recognised by the modules that they make, and never imported before one is there.
 """
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +92,7 @@ def gathered(tensor: Tensor) -> Tensor:
 
     Without grad_placements each rank would keep its own slice of its own gradient, and the others' would be lost.
     """
-    if not torch.distributed.is_available():
+    if type(tensor) in checks.PLAIN_TENSORS or not torch.distributed.is_available():
         return tensor
     from torch.distributed.tensor import DTensor, Partial
 
@@ -104,6 +106,7 @@ def _of_peft(module: Any, name: str) -> ResolvedHead:
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
+    checks.unpatched(module, name)
     if isinstance(module, ModulesToSaveWrapper):
         active = not module.disable_adapters and module.active_adapters
         inner = module.modules_to_save[module.active_adapters[0]] if active else module.original_module
@@ -128,6 +131,10 @@ def _of_peft(module: Any, name: str) -> ResolvedHead:
 
 
 def _with_lora(module: Any, base: ResolvedHead, name: str) -> ResolvedHead:
+    if any(adapter in module.lora_embedding_A for adapter in module.active_adapters):
+        checks.refuse(name, "LoRA on an nn.Embedding", "LoRA on the model's lm_head, or the adapter merged")
+    if not hasattr(module, "lora_variant") or not all(isinstance(x, nn.Linear) for x in module.lora_A.values()):
+        checks.refuse(name, checks.class_of(module), "PEFT's LoRA, rsLoRA or DoRA; merge it or leave the head out")
     active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
     for adapter in active:
         variant = module.lora_variant.get(adapter)
@@ -171,30 +178,46 @@ def _with_dora(module: Any, base: ResolvedHead, adapter: str, name: str) -> Reso
 
 
 def _of_bitsandbytes(module: Any, name: str) -> ResolvedHead:
-    weight, bias = module.weight, module.bias
+    checks.unpatched(module, name)
     kind = type(module).__name__
     if kind == "Linear4bit":
-        state = weight.quant_state
-        if state is None:
-            checks.refuse(name, "a Linear4bit that is not quantised yet", "one on its device: call .to(device) first")
-        of_block = state.absmax
-        if state.nested:
-            from bitsandbytes.functional import dequantize_blockwise
-
-            of_block = dequantize_blockwise(state.absmax, state.state2) + state.offset
-        V, D = state.shape
-        if D % 2:
-            checks.refuse(name, f"a Linear4bit of {D} columns", "an even number: a byte holds two entries")
-        codes = codes_text(FOUR_BITS, state.blocksize, state.dtype)
-        byte = torch.arange(256, device=weight.device)
-        table = state.code.float()[torch.stack([byte >> 4, byte & 15], dim=1)]
-        rows = HeadRows(weight.data.view(torch.uint8).view(V, D // 2), None, codes, (of_block.float(), table))
-        return ResolvedHead(rows, bias)
+        return ResolvedHead(_four_bits(module.weight, name), module.bias)
     if kind == "Linear8bitLt":
-        values, scale = (getattr(weight, x, None) for x in ("CB", "SCB"))
-        values, scale = (module.state.CB, module.state.SCB) if scale is None else (values, scale)
-        if values is None or scale is None:
-            checks.refuse(name, "a Linear8bitLt that is not quantised yet", "one on its device: call .to(device) first")
-        rows = HeadRows(values, None, codes_text(EIGHT_BITS, 0, torch.float32), (scale.float().view(-1) / 127,))
-        return ResolvedHead(rows, bias)
+        return ResolvedHead(_eight_bits(module, name), module.bias)
     return checks.refuse(name, checks.class_of(module), "Linear4bit, Linear8bitLt or a plain head; dequantise it")
+
+
+def _four_bits(weight: Any, name: str) -> HeadRows:
+    data: Tensor = weight.data
+    state: Any = weight.quant_state
+    if state is None:
+        checks.refuse(name, "a Linear4bit that is not quantised yet", "one on its device: call .to(device) first")
+    if getattr(state, "packing_format_for_cpu", False):
+        # Linear4bit packs its weight anew, in place, in its first forward in evaluation on a CPU with bf16 units.
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
+
+        of_block, state = state.absmax.T.reshape(-1), copy(state)
+        state.original_nested = False  # its scales are there already
+        data, state = unpack(data, state)  # pyright: ignore[reportGeneralTypeIssues]
+    elif state.nested:
+        from bitsandbytes.functional import dequantize_blockwise
+
+        of_block: Tensor = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    else:
+        of_block = state.absmax
+    V, D = state.shape
+    if D % 2:
+        checks.refuse(name, f"a Linear4bit of {D} columns", "an even number: a byte holds two entries")
+    byte = torch.arange(256, device=data.device)
+    table = state.code.float()[torch.stack([byte >> 4, byte & 15], dim=1)]
+    codes = codes_text(FOUR_BITS, state.blocksize, state.dtype)
+    return HeadRows(data.view(torch.uint8).view(V, D // 2), None, codes, (of_block.float(), table))
+
+
+def _eight_bits(module: Any, name: str) -> HeadRows:
+    """The weight that the codes stand for: LLM.int8's own product rounds hidden to 8 bits as well, ours does not."""
+    values, scale = (getattr(module.weight, x, None) for x in ("CB", "SCB"))
+    values, scale = (module.state.CB, module.state.SCB) if scale is None else (values, scale)
+    if values is None or scale is None:
+        checks.refuse(name, "a Linear8bitLt that is not quantised yet", "one on its device: call .to(device) first")
+    return HeadRows(values, None, codes_text(EIGHT_BITS, 0, torch.float32), (scale.float().view(-1) / 127,))

@@ -59,10 +59,10 @@ def fused_noisy_linear_logps(
         labels: (R, T) or (M,) integers, aligned with input_ids.
         seed: 0 to 2^63 - 1. eps is standard normal, a function of the seed, the token's number among the valid ones
             of the batch, and the vocabulary entry; not of padding, dtype or chunk_size.
-        {keywords}
+        {keywords but cache_bytes}
 
     Returns:
-        `NoisyLogps`, differentiable in noise_head. (No exponentials are kept: cache_bytes is a TypeError.)
+        `NoisyLogps`, differentiable in noise_head.
 
     Raises:
         ValueError: What the caller got wrong: the argument, what it was, what it must be.

@@ -4,6 +4,7 @@
 """
 
 import difflib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar
@@ -93,9 +94,11 @@ def make_options(call: str, keywords: Keywords, others: tuple[str, ...] = (), wi
 
 
 def explained(call: Call) -> Call:
-    """Puts KEYWORDS and LM_HEAD in the places of {keywords} and {lm_head} in a docstring, so that help() tells all."""
+    """Puts texts in the places of {keywords}, {keywords but cache_bytes} and {lm_head}, so that help() tells all."""
+    uncached = re.sub(r"cache_bytes: .*?\n(?=\w)", "", KEYWORDS, flags=re.DOTALL)
+    texts = {"{keywords}": KEYWORDS, "{keywords but cache_bytes}": uncached, "{lm_head}": LM_HEAD}
     if call.__doc__:  # python -OO drops it
-        for place, text in (("{keywords}", KEYWORDS), ("{lm_head}", LM_HEAD)):
+        for place, text in texts.items():
             call.__doc__ = call.__doc__.replace(place, text.replace("\n", "\n        "))
     return call
 

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from asft_kernels.objectives import OBJECTIVES
+from asft_kernels.objectives import LDDPO, OBJECTIVES, WPO, LossTerms, Objective, WeightedSum
 from asft_kernels.options import Keywords, Options
+from asft_kernels.sequence import Logps
 
 PAGE = Path(__file__).with_name("api.md")
 MODULES = {
@@ -31,8 +32,17 @@ def page() -> str:
         loaded = importlib.import_module(module)
         parts.append(f"## {title}: `{module}`\n")
         parts += [entry(f"{name}", getattr(loaded, name)) for name in loaded.__all__]
+        parts += [entry(f"{name}.forward", call) for name, call in forwards(loaded)]
     parts.append(objectives())
+    parts.append("### Objectives of your own, and around others\n")
+    parts += [entry(x.__name__, x) for x in (Objective, LossTerms, Logps, WeightedSum, LDDPO, WPO)]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def forwards(module: Any) -> list[tuple[str, Any]]:
+    """The forward methods of a module's public classes that say what they take."""
+    calls = ((name, vars(getattr(module, name)).get("forward")) for name in module.__all__)
+    return [(name, call) for name, call in calls if call is not None and "Args:" in (call.__doc__ or "")]
 
 
 def entry(name: str, thing: Any) -> str:
@@ -61,9 +71,12 @@ def signature(thing: Any) -> str:
     """Names and defaults without annotations, which the table explains; of the shared keywords each."""
     shown = []
     for p in inspect.signature(thing).parameters.values():
-        if p.kind is p.VAR_KEYWORD and "\n    num_valid:" in (inspect.getdoc(thing) or ""):
-            defaults = Options()
-            shown += [f"{name}={getattr(defaults, name)!r}" for name in Keywords.__annotations__]
+        if p.name == "self":
+            continue
+        doc = inspect.getdoc(thing) or ""
+        if p.kind is p.VAR_KEYWORD and "\n    num_valid:" in doc:
+            named = [name for name in Keywords.__annotations__ if f"\n    {name}:" in doc]
+            shown += [f"{name}={getattr(Options(), name)!r}" for name in named]
         else:
             shown.append(str(p.replace(annotation=p.empty)))
         if p.kind is p.KEYWORD_ONLY and "*" not in shown and not any(x.startswith("*") for x in shown):

@@ -206,7 +206,7 @@ def partitioned():
     [
         (
             Wrapped(24, 97),
-            "Wrapped, need an nn.Linear or nn.Embedding, a (V, D) tensor or a (weight, bias) pair: its .weight alone",
+            "Wrapped, need an nn.Linear or nn.Embedding, a (V, D) tensor or a (weight, bias) pair, or PEFT's LoRA",
         ),
         (HasWeight(), "HasWeight, need an nn.Linear"),
         ("lm_head", "lm_head: got str, need an nn.Linear"),

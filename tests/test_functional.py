@@ -16,6 +16,7 @@ from asft_kernels import (
     fused_linear_logps,
     fused_noisy_linear_logps,
     fused_preference_loss,
+    get_objective,
     reference,
 )
 from asft_kernels.objectives import ASFT
@@ -433,11 +434,13 @@ def test_signatures_agree():
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
 def test_help_explains_every_argument(call):
-    assert textwrap.indent(KEYWORDS, 8 * " ") in call.__doc__
+    cached = call is not fused_noisy_linear_logps
+    assert (textwrap.indent(KEYWORDS, 8 * " ") in call.__doc__) == cached
     text = call.__doc__[call.__doc__.index("Args:") : call.__doc__.index("Returns:")]
     named = [name for line in re.findall(r"^        ([\w, *]+):", text, re.MULTILINE) for name in line.split(", ")]
     own = [name for name, p in inspect.signature(call).parameters.items() if p.kind is not p.VAR_KEYWORD]
-    assert sorted(named) == sorted({*own, *Keywords.__annotations__})
+    shared = set(Keywords.__annotations__) - (set() if cached else {"cache_bytes"})
+    assert sorted(named) == sorted({*own, *shared})
 
 
 def test_a_misspelt_keyword_is_named():
@@ -451,6 +454,25 @@ def test_a_misspelt_keyword_is_named():
         FusedASFTLoss(num_valid=3)
     with pytest.raises(TypeError, match=r"'cache_bytes', it takes seed, cu_seqlens"):
         fused_noisy_linear_logps(case.hidden, case.head, case.head, case.labels, seed=1, cache_bytes=0)
+
+
+def test_an_objectives_parameter_is_sent_to_the_objective():
+    case = small()
+    with pytest.raises(TypeError, match=r"got 'beta', which is the objective's own .*\('dpo', beta=...\)"):
+        fused_preference_loss(case.hidden, case.head, case.labels, "dpo", beta=0.1)
+    with pytest.raises(ValueError, match=r"dpo: got the parameter 'ldalpha', .*; did you mean 'ld_alpha'\?"):
+        get_objective("dpo", ldalpha=0.5)
+
+
+def test_an_objective_that_returns_a_tensor_is_told_what_to_return():
+    case = small()
+
+    class Plain(SumDPO):
+        def __call__(self, policy, ref_logps=None):
+            return policy.sum
+
+    with pytest.raises(ValueError, match=r"objective: got \(4,\) torch.float64 from Plain, need .*LossTerms\(loss"):
+        fused_preference_loss(case.hidden, case.head, case.labels, Plain(), ref_logps=torch.zeros(4))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

@@ -243,6 +243,28 @@ def test_quantised_heads_are_read_chunk_by_chunk(kind, options, backend):
     assert relative_error(*grads) <= BOUND
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("options", [{}, {"compress_statistics": False}], ids=str)
+def test_four_bits_that_an_evaluation_packed_anew(kind, options):
+    """As bitsandbytes does, in place, on a CPU with bf16 units; here by hand, so on any."""
+    bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, of the test extra")
+    rows = 96  # it packs 32 at a time
+    head = bnb.nn.Linear4bit(128, rows, bias=False, quant_type=kind, **options)
+    head.load_state_dict(nn.Linear(128, rows, bias=False).state_dict())
+    head = head.to("cpu")
+    hidden, labels = torch.randn(4, T, 128), torch.randint(rows, (4, T))
+    before = fused_linear_logps(hidden, head, labels)
+    data, head.weight.quant_state = bnb.functional._convert_weight_packed_for_cpu(
+        head.weight.data, head.weight.quant_state
+    )
+    head.weight.data = data
+    assert head.weight.quant_state.packing_format_for_cpu
+    after = fused_linear_logps(hidden, head, labels)
+    assert torch.equal(after, fused_linear_logps(hidden, head, labels)), "a call changes nothing"
+    # Packing rounds the scales to bf16: u of each weight, of logits of size 4 (|h| |w|), and the softmax doubles it.
+    assert 0 < (after - before).abs().max() <= 2 * 2**-9 * 4
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lora_on_a_quantised_head(backend):
     model = Model()
@@ -273,18 +295,44 @@ def test_autocast_takes_its_dtype():
     assert all(p.grad.dtype == torch.float32 for p in trained(head))
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (lambda: adapted(use_dora=True, lora_dropout=0.1)[1], "DoRA in 'default' with dropout, need lora_dropout=0"),
-        (
-            lambda: peft.get_peft_model(Model(), peft.IA3Config(
-                target_modules=["lm_head"], feedforward_modules=[])).base_model.model.lm_head,
-            "lm_head: got peft.tuners.ia3.layer.Linear, need an nn.Linear, or one with PEFT's LoRA",
-        ),
-    ],
-    ids=["dora-dropout", "ia3"],
-)  # fmt: skip
+def ia3():
+    config = peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[])
+    return peft.get_peft_model(Model(), config).base_model.model.lm_head
+
+
+def ada_lora():
+    config = peft.AdaLoraConfig(target_modules=["lm_head"], total_step=10, init_r=4, target_r=2)
+    return peft.get_peft_model(Model(), config).base_model.model.lm_head
+
+
+def lora_on_an_embedding():
+    model = nn.Sequential(nn.Embedding(V, D))
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"])).base_model.model[0]
+
+
+def hooked():
+    head = adapted()[1]
+    head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return head
+
+
+def patched():
+    head = adapted()[1]
+    head.forward = lambda hidden: head.base_layer(hidden)
+    return head
+
+
+REFUSED = [
+    (lambda: adapted(use_dora=True, lora_dropout=0.1)[1], "DoRA in 'default' with dropout, need lora_dropout=0"),
+    (ia3, "lm_head: got peft.tuners.ia3.layer.Linear, need an nn.Linear, or one with PEFT's LoRA"),
+    (ada_lora, "lm_head: got peft.tuners.adalora.layer.SVDLinear, need PEFT's LoRA, rsLoRA or DoRA"),
+    (lora_on_an_embedding, "lm_head: got LoRA on an nn.Embedding, need LoRA on the model's lm_head"),
+    (hooked, "lm_head: got peft.tuners.lora.layer.Linear with forward hooks"),
+    (patched, "lm_head: got peft.tuners.lora.layer.Linear with a forward of its own"),
+]
+
+
+@pytest.mark.parametrize(("config", "message"), REFUSED, ids=lambda x: getattr(x, "__name__", ""))
 def test_what_is_not_understood_is_refused(config, message):
     hidden, labels = batch()
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):

@@ -70,8 +70,8 @@ def get_objective(name: str, **parameters) -> Objective:
     Args:
         name: One of `OBJECTIVES`, or a weighted sum of them with their defaults: "dpo + 0.005 sft", "0.5 dpo" (then
             without parameters; `WeightedSum` takes objects).
-        **parameters: The objective's own, as on docs/api.md; and those of TRL's DPO trainer for any loss on pairs:
-            ld_alpha, 0 to 1 or None (default), see LDDPO; use_weighting, default False, see WPO.
+        **parameters: The objective's own, as on docs/api.md; and two of TRL's DPO trainer: ld_alpha, 0 to 1 or None
+            (default), for paired losses on log-ratios (`LDDPO`); use_weighting, default False, for paired ones (`WPO`).
 
     Returns:
         An `Objective`, for `fused_preference_loss`.
@@ -99,13 +99,14 @@ def get_objective(name: str, **parameters) -> Objective:
     ld_alpha, use_weighting = parameters.pop("ld_alpha", None), parameters.pop("use_weighting", False)
     if not isinstance(use_weighting, bool):
         raise ValueError(f"{name}: use_weighting: got {use_weighting!r}, need True or False")
-    known = list(inspect.signature(OBJECTIVES[name]).parameters)
-    unknown = [key for key in parameters if key not in known]
+    own = list(inspect.signature(OBJECTIVES[name]).parameters)
+    unknown = [key for key in parameters if key not in own]
     if unknown:
-        raise ValueError(
-            f"{name}: got the parameter {unknown[0]!r}, need one of {', '.join(known)}" if known
-            else f"{name}: got the parameter {unknown[0]!r}, it takes none"
-        )  # fmt: skip
+        known = [*own, "ld_alpha", "use_weighting"] if getattr(OBJECTIVES[name], "paired", False) else own
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        takes = f"need one of {', '.join(known)}" if known else "it takes none"
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}: got the parameter {unknown[0]!r}, {takes}{hint}")
     made = OBJECTIVES[name](**parameters)
     made = WPO(made) if use_weighting else made
     return made if ld_alpha is None else LDDPO(made, ld_alpha)

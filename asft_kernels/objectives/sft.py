@@ -33,7 +33,8 @@ class SFT(Objective):
         so that reduction="mean" is that mean, as in language modelling and in TRL's NLL terms.
     lse_square_scale: weight of the z-loss, the square of the log of the sum of exponentials (arXiv 2204.02311,
         section 5), >= 0, default 0. label_smoothing e: 0 (default) to 1, arXiv 1512.00567, section 7.
-    token_accuracy: whether to report the share of labels that are the largest logit, as the metric of that name.
+    token_accuracy: whether to report the share of labels that are the largest logit, each times its token_weights where
+        the call has some, as the metric of that name.
         Default False. Each of the three asks the call for figures per token, at no further matrix product.
     """
 

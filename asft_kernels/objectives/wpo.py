@@ -17,7 +17,8 @@ class WPO(Around):
 
         L = sg(w_w w_l) base loss,   w = exp(mean over the answer's tokens of [log p - log sum_v p_v^2])
 
-    sg: no gradient. Nothing clamps the weights: TRL before version 1 held w_w w_l at 1.
+    sg: no gradient. Around a sum with sft(normalization="token") each row's share is weighed, where TRL multiplies the
+    batch's mean by the mean weight. Nothing clamps the weights: TRL before version 1 held w_w w_l at 1.
     base: a paired objective, its name, or a sum such as "dpo + 0.1 sft". Not aot and aot_unpaired: they take the
     losses of ranks, not of pairs. LDDPO goes around it. `get_objective("dpo", use_weighting=True)` makes one.
     """
