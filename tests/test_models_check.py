@@ -9,11 +9,12 @@ from torch import nn
 
 pytest.importorskip("transformers", reason="needs the train extra: transformers")
 
+from transformers import LlamaForCausalLM
+
 from asft_kernels import fused_linear_logps
 from asft_kernels.models import PreferenceModel, UnsupportedHead, fuse
 from model_cases import FP32, batch, built
 from tiny_lm import tiny_config, tiny_model
-from transformers import LlamaForCausalLM
 
 
 class Doing(LlamaForCausalLM):
@@ -190,7 +191,9 @@ def test_quantised_heads(kind, train, lora):
     with torch.no_grad():
         logits = model(data["input_ids"], attention_mask=data["attention_mask"]).logits.float()
     again = model(**data, fused_lm_head=True)
-    torch.testing.assert_close(again.log_probs, first.log_probs, rtol=0, atol=FP32)
+    # Repacked scales are bf16: 2^-9 of logits of up to 20, twice in a log-probability.
+    repacked = kind == "4bit" and not train
+    torch.testing.assert_close(again.log_probs, first.log_probs, rtol=0, atol=0.08 if repacked else FP32)
     own = logits[:, :-1].log_softmax(-1).gather(-1, data["labels"][:, 1:, None].clamp(min=0))[..., 0]
     # LLM.int8 rounds hidden states to 1/127 of their largest, bf16 its logits of up to 20 by 0.08: not far, not equal.
     assert (own - first.log_probs).where(first.label_mask, 0).abs().max() < 1
