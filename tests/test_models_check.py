@@ -1,7 +1,9 @@
 """The check of `fuse`: tight in few bits, robust against broken values and quantised heads, one thread at a time."""
 
 import threading
+import time
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ class Doing(LlamaForCausalLM):
         return out
 
 
-def doing(do, bias, dtype):
+def doing(do, bias, dtype) -> Any:
     torch.manual_seed(0)
     return Doing(tiny_config(tie_word_embeddings=False), do, bias).to(dtype).eval()
 
@@ -131,6 +133,7 @@ def test_hidden_states_are_passed_on_and_a_cache_is_refused():
 def test_first_batches_of_two_threads_leave_modes_alone():
     model, data = built("Llama").train(), batch()
     fuse(model)
+    model.model.register_forward_pre_hook(lambda *_: time.sleep(0.05))  # a check lasts: the others come meanwhile
     start, failed = threading.Barrier(4), []
 
     def first():
@@ -151,7 +154,7 @@ def test_first_batches_of_two_threads_leave_modes_alone():
     assert all(module.training for module in model.modules())
 
 
-def quantised(kind):
+def quantised(kind) -> Any:
     bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, of the test extra")
     model = tiny_model(vocab_size=320, hidden_size=64, initializer_range=0.5, tie_word_embeddings=False).bfloat16()
     plain = model.lm_head
@@ -175,7 +178,8 @@ def quantised(kind):
 @pytest.mark.parametrize("kind", ["4bit", "8bit"])
 def test_quantised_heads(kind, train, lora):
     """Held against the codes' own product; repeated, after the model's own forward, which may repack the codes."""
-    model = inner = quantised(kind)
+    model: Any = quantised(kind)
+    inner = model
     if lora:
         peft = pytest.importorskip("peft", reason="peft is not installed")
         config = peft.LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False)

@@ -78,7 +78,7 @@ def check_head(
             at_head = _AtHead(name, labels, shift, guess.at(temperature), options)
             _, output = run_to_head(model, call, at_head, _with_own_cache(inputs))
             logits = _logits_of(output, at_head.output, name)
-            at_head.unit_after = torch.finfo(logits.dtype).eps / 2
+            after = max(torch.finfo(x).eps / 2 for x in (logits.dtype, torch.float32))
             logits = logits.double()
             found = _found_map(logits[-1], name)
             used = found.but(*given)
@@ -91,7 +91,7 @@ def check_head(
     if broken.all():
         return guess, None
     difference = (own - fused).abs()[~broken]
-    allowed = _rounding(at_head, guess.at(temperature), logits[:-1] / temperature)[~broken]
+    allowed = _rounding(at_head, guess.at(temperature), logits[:-1] / temperature, after)[~broken]
     if not (difference <= allowed).all():  # written so that NaN fails too
         worst = int((difference / allowed).nan_to_num(nan=inf).argmax())
         raise UnsupportedHead(
@@ -217,16 +217,15 @@ def _same(one: LogitMap, other: LogitMap) -> bool:
     )
 
 
-def _rounding(at_head: _AtHead, used: LogitMap, logits: Tensor) -> Tensor:
+def _rounding(at_head: _AtHead, used: LogitMap, logits: Tensor, after: float) -> Tensor:
     """How far each fused log-probability (N,) may lie from that of the model's logits (N, V), made of exact ones.
 
     logp = z_y - logsumexp(z) moves by at most 2 max|dz|. The fused product is rounded as `exact_output` says, which
-    the scale magnifies. What follows the head may be in fp32, or in the dtype of the model's logits: 4 roundings of a
-    logit. The fused path sums V exponentials in fp32, a relative error of up to sqrt(V) roundings, and rounds its
+    the scale magnifies. What follows the head may be in fp32, or in the dtype of the model's logits, of unit `after`: 4
+    roundings of a logit. The fused path sums V exponentials in fp32, a relative error of up to sqrt(V) roundings, and rounds its
     fp32 result.
     """
     fp32_unit = torch.finfo(torch.float32).eps / 2
-    after = max(fp32_unit, at_head.unit_after)
     largest = logits.abs().where(logits.isfinite(), 0).amax(-1)
     logit = abs(used.logit_scale) * at_head.exact.product_rounding + 4 * after * largest
     return 2 * logit + fp32_unit * (logits.shape[-1] ** 0.5 + 2 * at_head.fused.double().abs())

@@ -8,6 +8,7 @@ PreferenceModel, not the language model inside it.
 import dataclasses
 from collections.abc import Mapping
 from contextlib import nullcontext
+from os import PathLike
 from typing import Any, NoReturn
 
 import torch
@@ -85,6 +86,8 @@ class PreferenceModel(nn.Module):
         self.objective: Any = made
         self.step_inputs: Any = step_inputs
         self._known = argument_names(model)
+        self.register_state_dict_post_hook(_without_tied)
+        self.register_load_state_dict_pre_hook(_with_tied)
 
     @property
     def lm_head(self) -> Any:
@@ -217,6 +220,15 @@ class PreferenceModel(nn.Module):
             self.token_logps(**batch)
         return self.fused_head.difference or 0.0
 
+    def save_pretrained(self, folder: str | PathLike[str], **options: Any) -> None:
+        """Saves the model inside, config included, as its own save_pretrained does: from_pretrained reads the folder.
+
+        Args:
+            folder: where to.
+            options: the model's own, as safe_serialization or max_shard_size.
+        """
+        self.model.save_pretrained(folder, **options)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
@@ -229,3 +241,22 @@ class PreferenceModel(nn.Module):
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         refuse_replicas(type(causal_lm(self.model)).__name__)
+
+
+def _tied(module: PreferenceModel) -> dict[str, str]:
+    """Names of parameters that stand for one of another name, which comes first in the module."""
+    first: dict[int, str] = {}
+    names = [(name, first.setdefault(id(p), name)) for name, p in module.named_parameters(remove_duplicate=False)]
+    return {name: kept for name, kept in names if name != kept}
+
+
+def _without_tied(module: PreferenceModel, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """safetensors, with which a Trainer saves, refuses tensors that share memory."""
+    for name in _tied(module):
+        state.pop(prefix + name, None)
+
+
+def _with_tied(module: PreferenceModel, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, kept in _tied(module).items():
+        if prefix + kept in state:
+            state.setdefault(prefix + name, state[prefix + kept])
