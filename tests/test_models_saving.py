@@ -1,5 +1,7 @@
 """A plain Trainer saves and resumes a `PreferenceModel` around tied weights; from_pretrained reads what it saved."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ class SaveModel(TrainerCallback):
         model.save_pretrained(f"{args.output_dir}/checkpoint-{state.global_step}/model")
 
 
-def trainer(tmp_path):
+def trainer(tmp_path) -> Any:
     rows = load_pairs(write_lines(tmp_path / "pairs.jsonl", pairs(8)), tiny_tokenizer())[0]
     model = PreferenceModel(tiny_model(tie_word_embeddings=True), "simpo")
     arguments = TrainingArguments(

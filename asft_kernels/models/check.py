@@ -222,8 +222,8 @@ def _rounding(at_head: _AtHead, used: LogitMap, logits: Tensor, after: float) ->
 
     logp = z_y - logsumexp(z) moves by at most 2 max|dz|. The fused product is rounded as `exact_output` says, which
     the scale magnifies. What follows the head may be in fp32, or in the dtype of the model's logits, of unit `after`: 4
-    roundings of a logit. The fused path sums V exponentials in fp32, a relative error of up to sqrt(V) roundings, and rounds its
-    fp32 result.
+    roundings of a logit. The fused path sums V exponentials in fp32, a relative error of up to sqrt(V) roundings, and
+    rounds its fp32 result.
     """
     fp32_unit = torch.finfo(torch.float32).eps / 2
     largest = logits.abs().where(logits.isfinite(), 0).amax(-1)
