@@ -1,5 +1,7 @@
 """A plain Trainer saves and resumes a `PreferenceModel` around tied weights; from_pretrained reads what it saved."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,3 +59,14 @@ def test_tied_weights_stand_once_in_the_state():
     assert other.lm_head.weight.equal(model.lm_head.weight)
     untied = PreferenceModel(tiny_model(tie_word_embeddings=False))
     assert "model.lm_head.weight" in untied.state_dict()
+
+
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    (code,) = [x for x in re.findall(r"```python\n(.*?)```", page, re.S) if "SaveModel" in x]
+    write_lines(tmp_path / "pairs.jsonl", pairs(8))
+    monkeypatch.chdir(tmp_path)
+    names = {"model": tiny_model(tie_word_embeddings=True), "tokenizer": tiny_tokenizer()}
+    exec(code, names)
+    for folder in ("out/model", "out/checkpoint-2/model"):
+        assert AutoModelForCausalLM.from_pretrained(folder).state_dict().keys() == names["model"].state_dict().keys()
