@@ -61,6 +61,7 @@ def test_tied_weights_stand_once_in_the_state():
     assert "model.lm_head.weight" in untied.state_dict()
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")  # of a machine without a GPU
 def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
     page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
     (code,) = [x for x in re.findall(r"```python\n(.*?)```", page, re.S) if "SaveModel" in x]
