@@ -190,7 +190,7 @@ def with_rivals(case: Case, scale: float = 1.0) -> Case:
         (2, V // 2, 70),
         (2, V - 1, 200),
         (3, 90, 50),
-        (4, 150, 31.5),
+        (4, min(150, V - 3), 31.5),
     ):
         h = hidden[tuple(valid[t])]
         weight[v] = h * z / scale / h.square().sum()
@@ -247,7 +247,6 @@ def test_low_precision(backend, dtype, options):
     others = [rounded_exponents(case, **options) if low else 0.0, 0.0, 0.0]
     for g, want, other in zip(got, exact_gradients(case, ALL, **options)[0], others, strict=True):
         assert g.dtype == dtype
-        print(relative_error(g, want), rounded_once(want, dtype), other)
         assert relative_error(g, want) <= (1.9 if low else 1.1) * rounded_once(want, dtype) + other
 
 
@@ -267,7 +266,6 @@ def test_emulated(dtype, options):
     others = [rounded_exponents(case, **options), 0.0, 0.0]
     for g, want, other in zip(grads, exact_gradients(case, ALL, **options)[0], others, strict=True):
         rounding = 0.0 if dtype == torch.float32 else 1.9 * rounded_once(want, dtype) + other
-        print(relative_error(g, want), rounded_once(want, dtype), other)
         assert relative_error(g, want) <= max(2 * fp32_bound(largest), rounding)
 
 
