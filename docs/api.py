@@ -71,7 +71,7 @@ def signature(thing: Any) -> str:
     """Names and defaults without annotations, which the table explains; of the shared keywords each."""
     shown = []
     for p in inspect.signature(thing).parameters.values():
-        if p.name == "self":
+        if p.name in ("self", "unknown"):  # unknown: what is refused by name
             continue
         doc = inspect.getdoc(thing) or ""
         if p.kind is p.VAR_KEYWORD and "\n    num_valid:" in doc:
