@@ -176,7 +176,7 @@ class Contender:
         from asft_kernels.backends import Logits, triton_fused
 
         hidden, rows = self.inputs.hidden.flatten(0, 1), torch.empty(self.case.N)
-        tile = triton_fused._tile(hidden, triton_fused._aligned(self.inputs.weight), rows, Logits())
+        tile = triton_fused._tile(hidden, triton_fused.chunks_aligned(self.inputs.weight), rows, Logits())
         measured = tile.why.startswith("measured")
         if self.contestant.tuned and not measured:
             raise RuntimeError("no stored tile for this problem: run python -m asft_kernels.autotune")

@@ -378,7 +378,7 @@ def test_rows_that_are_not_aligned_are_told():
             (torch.zeros(3, 40, dtype=torch.bfloat16)[:, :32], wide[:, :32]),
             (hidden, torch.zeros(32, 11, dtype=torch.bfloat16).t()),
         ):
-            triton_fused._tile(h, w, rows, PLAIN)
+            triton_fused._tile(h, triton_fused.chunks_aligned(w), rows, PLAIN)
     assert told == [True, True, False, False, False, False, True]
 
 

@@ -208,7 +208,7 @@ class _Head:
         self.weight = weight
         if weight.is_plain:
             self.labels_weight, self.labels_bias, self.labels = weight.weight, bias, labels
-            self.aligned = weight.weight.stride(1) != 1 or _aligned(weight.weight)  # a transposed head is copied
+            self.aligned = chunks_aligned(weight.weight)
             return
         self.labels_weight = weight.take(labels, hidden.dtype)
         self.labels_bias = None if bias is None else bias.index_select(0, labels)
@@ -291,6 +291,11 @@ def _problem(hidden: Tensor, rows: Tensor, logits: Logits) -> Problem:
 
 def _tile(hidden: Tensor, aligned: bool, rows: Tensor, logits: Logits) -> Tile | Strips:
     return best_tile(hidden.device, _problem(hidden, rows, logits), aligned=_aligned(hidden) and aligned)
+
+
+def chunks_aligned(weight: Tensor) -> bool:
+    """Of a plain head; those of a transposed one are copied."""
+    return weight.stride(1) != 1 or _aligned(weight)
 
 
 def _aligned(x: Tensor) -> bool:
