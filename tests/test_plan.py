@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from asft_kernels import linear_logps
+from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import (
     default_cache_bytes,
     default_chunk,
@@ -86,12 +87,13 @@ def test_chunks_that_fill_a_chip(n, vocab, multiprocessors, rows, turns):
 def test_a_call_asks_for_the_multiprocessors_that_are_there(monkeypatch):
     """Unless the caller has said how many rows a chunk has; a fake tensor of a machine without a GPU has none."""
     hidden, weight, rows = (torch.empty(shape, device="meta") for shape in ((9, 64), (200_000, 64), (8192,)))
+    head = HeadRows(weight)
     monkeypatch.setattr(linear_logps, "multiprocessors", lambda device: 132)
     fit = default_chunk(8192, 64, exp_bytes=4, device_type="meta")
     asked = filled_chunk(fit, 8192, 200_000, 132)
     assert asked != fit
-    assert linear_logps._plan(hidden, weight, rows, "triton", None, 0).chunk == asked
-    assert linear_logps._plan(hidden, weight, rows, "triton", 1000, 0).chunk == 1000
+    assert linear_logps._plan(hidden, head, rows, "triton", None, 0).chunk == asked
+    assert linear_logps._plan(hidden, head, rows, "triton", 1000, 0).chunk == 1000
     monkeypatch.undo()
     with FakeTensorMode():
         assert multiprocessors(torch.empty(1, device="cuda").device) == 0 or torch.cuda.is_available()

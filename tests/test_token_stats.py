@@ -133,7 +133,6 @@ def test_gradients(backend, names, options, cache):
     exact, largest = exact_gradients(case, names, **options)
     got = gradients(case, names, backend=backend, chunk_size=100, cache_bytes=CACHES[cache], **options)
     for g, want in zip(got, exact, strict=True):
-        print(relative_error(g, want))
         assert relative_error(g, want) <= 2 * fp32_bound(largest)
 
 
@@ -146,7 +145,6 @@ def test_gradients_of_peaked_rows(backend, options):
     exact, largest = exact_gradients(case, ALL, **options)
     got = gradients(case, ALL, backend=backend, chunk_size=40, cache_bytes=20_000, **options)
     for g, want in zip(got, exact, strict=True):
-        print(relative_error(g, want), fp32_bound(largest))
         assert relative_error(g, want) <= 2 * fp32_bound(largest)
 
 
@@ -159,12 +157,12 @@ def test_a_label_far_below(gap, high, on_gpu, request):
     case = one_label_far_below(make_case(rows=4, T=17, D=32, V=300), gap, torch.arange(high, 300))
     exact, largest = oracle(case)
     got = stats_of(case, chunk_size=25)
+    # A mean of numbers z - r of the gap's size, r added: its error is as large as theirs, however small it comes out.
+    shrinks = {"mean_logits": max(1.0, gap / exact["mean_logits"].square().mean().sqrt().item())}
     for name in ("logps", "lse", "mean_logits", "entropy", "log_sum_sq_probs"):
-        print(name, relative_error(getattr(got, name), exact[name]), fp32_bound(largest))
-        assert relative_error(getattr(got, name), exact[name]) <= 2 * fp32_bound(largest)
+        assert relative_error(getattr(got, name), exact[name]) <= 2 * fp32_bound(largest) * shrinks.get(name, 1.0)
     assert torch.equal(got.is_top1, exact["is_top1"])
     for g, want in zip(gradients(case, ALL, chunk_size=25), exact_gradients(case, ALL)[0], strict=True):
-        print(relative_error(g, want), fp32_bound(largest))
         assert relative_error(g, want) <= 2 * fp32_bound(largest)
 
 
@@ -209,7 +207,6 @@ def test_references_that_move(backend, options, as_on_a_gpu):
     assert torch.equal(got.is_top1, exact["is_top1"])
     grads = gradients(case, ALL, backend=backend, chunk_size=100, cache_bytes=10_000, **options)
     for g, want in zip(grads, exact_gradients(case, ALL, **options)[0], strict=True):
-        print(relative_error(g, want), fp32_bound(largest))
         assert relative_error(g, want) <= 2 * fp32_bound(largest)
 
 
