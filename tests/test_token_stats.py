@@ -80,7 +80,6 @@ def test_values(backend, kind, options):
             assert torch.equal(value, exact[name])
         else:
             assert value.dtype == torch.float32
-            print(name, relative_error(value, exact[name]), fp32_bound(largest))
             assert relative_error(value, exact[name]) <= 2 * fp32_bound(largest)
 
 
@@ -202,7 +201,6 @@ def test_references_that_move(backend, options, as_on_a_gpu):
     exact, largest = oracle(case, **options)
     got = stats_of(case, backend=backend, chunk_size=100, **options)
     for name in ("logps", "lse", "mean_logits", "entropy", "log_sum_sq_probs"):
-        print(name, relative_error(getattr(got, name), exact[name]), fp32_bound(largest))
         assert relative_error(getattr(got, name), exact[name]) <= 2 * fp32_bound(largest)
     assert torch.equal(got.is_top1, exact["is_top1"])
     grads = gradients(case, ALL, backend=backend, chunk_size=100, cache_bytes=10_000, **options)
