@@ -146,10 +146,10 @@ def same_place(**tensors: Tensor | None) -> None:
             refuse(name, f"a tensor on {tensor.device}", need)
 
 
-def same_dtype(hidden: Tensor, weight: Tensor) -> None:
-    if weight.dtype != hidden.dtype:
+def same_dtype(hidden: Tensor, tensor: Tensor, name: str) -> None:
+    if tensor.dtype != hidden.dtype:
         need = f"{hidden.dtype}, the dtype of hidden (or float32); cast one, or call under torch.autocast"
-        refuse("lm_head weight", weight.dtype, need)
+        refuse(name, tensor.dtype, need)
 
 
 def label_layout(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> None:

@@ -53,8 +53,12 @@ class ResolvedHead:
             rows = rows._replace(weight=as_autocast(rows.weight))
             if rows.weight.dtype == torch.float32 and hidden.dtype in (torch.float16, torch.bfloat16):
                 hidden = hidden.float()  # an fp32 head over a body of fewer bits: exact
-            checks.same_dtype(hidden, rows.weight)
-        bias = None if bias is None else bias.to(hidden.dtype)
+            checks.same_dtype(hidden, rows.weight, "lm_head weight")
+        if bias is not None:
+            bias = as_autocast(bias)
+            if rows.is_plain:  # LoRA's own bias may be wider; bitsandbytes casts its
+                checks.same_dtype(hidden, bias, "lm_head bias")
+            bias = bias.to(hidden.dtype)
         if further is not None and rows.low_rank is not None:
             pad = -rows.low_rank.shape[1] % ALIGNED
             hidden = torch.cat([hidden, F.pad(further.to(hidden.dtype), (0, pad))], dim=-1)

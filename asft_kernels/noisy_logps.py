@@ -85,8 +85,10 @@ def fused_noisy_linear_logps(
     heads = {"lm_head weight": weight, "lm_head bias": bias, "noise_head": noise_weight, "noise_head bias": noise_bias}
     checks.same_place(hidden=hidden, **heads, labels=labels, cu_seqlens=o.cu_seqlens)
     hidden, weight = (as_autocast(x.detach()) for x in (hidden, weight))
-    bias = None if bias is None else bias.detach().to(hidden.dtype)
-    checks.same_dtype(hidden, weight)
+    if bias is not None:
+        bias = as_autocast(bias.detach())
+        checks.same_dtype(hidden, bias, "lm_head bias")
+    checks.same_dtype(hidden, weight, "lm_head weight")
     backend = choose_backend(o.backend, hidden.device, hidden.dtype)
 
     batch = pack(

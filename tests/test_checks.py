@@ -215,6 +215,10 @@ def partitioned():
         (nn.Linear(24, 97, device="meta"), "lm_head weight: got a tensor on the meta device"),
         (torch.ones(97, 24).long(), "lm_head weight: got dtype torch.int64"),
         ((torch.randn(97, 24), torch.randn(96)), "lm_head: got a bias of shape (96,), need (97,)"),
+        (
+            (torch.randn(97, 24), torch.randn(97).half()),
+            "lm_head bias: got torch.float16, need torch.float32",
+        ),
         ((torch.randn(97, 24), 0.5), "lm_head bias: got float, need a tensor"),
         (
             torch.randn(24, 97),
