@@ -74,7 +74,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "asft-data = asft_kernels.data_commands:main",
+            "asft-data = asft_kernels.cli.data:main",
             "asft-score = asft_kernels.score:main",
             "asft-train = asft_kernels.train:main",
         ]

@@ -6,7 +6,6 @@ First of all ASFT: Aligned Supervised Fine-Tuning through Absolute Likelihood, a
 
 from asft_kernels.functional import fused_asft_loss, fused_linear_logps, fused_preference_loss
 from asft_kernels.nn import FusedASFTLoss
-from asft_kernels.noisy_logps import fused_noisy_linear_logps
 from asft_kernels.objectives import get_objective
 from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, TokenStats
 
@@ -18,7 +17,6 @@ __all__ = [
     "TokenStats",
     "fused_asft_loss",
     "fused_linear_logps",
-    "fused_noisy_linear_logps",
     "fused_preference_loss",
     "get_objective",
 ]

@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 import triton
 
-from asft_kernels.backends import Logits, exp_dtype, noisy_triton, triton_fused
+from asft_kernels import methods
+from asft_kernels.backends import Logits, exp_dtype, triton_fused
 from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan
 from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, StatsGrads, Wanted
@@ -71,18 +72,18 @@ def launches_for(architecture: str, dtype: torch.dtype, *, every: bool = True) -
     with assume_architecture(architecture), record_launches() as launches, torch.device("meta"):
         _both_phases(2048, 4096, 2048, 32768, 16384, dtype, with_alone=every or low)
         alone = [(True, PLAIN), (False, SOFTCAPPED)] if every else []
-        _noisy_phases(2048, 2048, 32768, 16384, dtype, (True, SOFTCAPPED), (False, PLAIN), *alone)
         for bias, logits in [(True, SOFTCAPPED), (False, PLAIN), *alone]:
             _strips(2048, 2048, 16384, dtype, bias, logits)
             _with_stats(2048, 4096, 2048, 32768, 16384, dtype, bias, logits)
         if every or low:
             _with_stats(2047, 4095, 251, 30040, 15021, dtype, True, SOFTCAPPED)
-            _noisy_phases(2047, 251, 30040, 15021, dtype, (True, SOFTCAPPED))  # the last chunk begins at no multiple
             # No multiple of anything; blocks of 256 where D is 251, and a last chunk of 37 rows. Then odd chunks of
             # rows that are aligned.
             for D in (251, 1024):
                 _both_phases(2047, 4095, D, 30040, 10001, dtype, with_alone=every)
             _strips(2047, 251, 10001, dtype, True, SOFTCAPPED)
+        for method in methods.modules("compiled").values():
+            method.launch(dtype, every=every)
         if dtype == torch.float32:  # its inputs are fp32 log-probabilities whatever the model's dtype
             offsets, N = torch.empty(17, dtype=torch.int64), 2048
             terms = asft_sequence(torch.empty(N), offsets, lam=1.0, beta=1.0, sft_weight=1.0)
@@ -134,17 +135,6 @@ def _with_stats(N: int, M: int, D: int, V: int, chunk: int, dtype: torch.dtype, 
             g, *inputs, saved, logits, plan, needs_hidden=True, needs_weight=True, needs_low_rank=False,
             needs_bias=bias, stats_grads=grads,
         )  # fmt: skip
-
-
-def _noisy_phases(N: int, D: int, V: int, chunk: int, dtype: torch.dtype, *cases: tuple[bool, Logits]) -> None:
-    """cases: whether there are biases, and what makes logits. The noise head is in fp32, as trainers have it."""
-    plan, seed = Plan(V, chunk=chunk, cached=0), 2**40  # of 64 bits, as nearly all are
-    per_token, labels = torch.empty(N), torch.empty(N, dtype=torch.int64)
-    for biased, logits in cases:
-        heads = [(torch.empty((V, D), dtype=d), torch.empty(V, dtype=d) if biased else None) for d in (dtype, None)]
-        inputs = (torch.empty((N, D), dtype=dtype), *heads[0], *heads[1], labels)
-        noisy_triton.forward(*inputs, seed, logits, plan)
-        noisy_triton.backward(per_token, per_token, *inputs, per_token, per_token, seed, logits, plan)
 
 
 def tile_launch(tile: Tile, dtype: torch.dtype, *, softcap: bool, bias: bool = False) -> Launch:

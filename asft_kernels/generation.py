@@ -76,7 +76,7 @@ class TransformersGenerator:
     def from_pretrained(cls, name: str, *, batch_size: int = 8) -> "TransformersGenerator":
         """name: a folder that from_pretrained reads, or a hub name. On a GPU if there is one.
 
-        Raises ModelProblem for what cannot be loaded, ImportError without transformers.
+        Raises InputError for what cannot be loaded, ImportError without transformers.
         """
         try:
             tokenizer, _ = load_tokenizer(name)

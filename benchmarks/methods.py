@@ -73,8 +73,8 @@ METHODS = (
     Method("mrpo", ("--ref-scores", "{own_scores}", "{sft_scores}"), needs=("own_scores", "sft_scores")),
     Method("bmc", ("--objective-args", "base=dpo")),
     Method("fpo", ("--sae", "{sae}"), needs=("sae",)),
-    Method("dnpo", module="asft_kernels.dnpo"),
-    Method("sapo-asft", ("--token-generate-length", "32"), objective="asft", module="asft_kernels.sapo"),
+    Method("dnpo", module="asft_kernels.methods.dnpo"),
+    Method("sapo-asft", ("--token-generate-length", "32"), objective="asft", module="asft_kernels.methods.sapo"),
     Method("rad-dpo", objective="dpo", data="rad"),
     Method("rso-hinge_norm", objective="hinge_norm", data="rso"),
     Method("bridged-bmc", ("--objective-args", "base=dpo"), objective="bmc", data="bridged"),
@@ -148,7 +148,7 @@ def prepare(name: str, model: Path, train: Path, work: Path) -> Path:
         path = work / "sae.safetensors"
         if not path.exists():
             given = ("--model", str(model), "--data", str(train), "--output", str(path), "--max-length", "512")
-            run(python("asft_kernels.sae", *given), work / "sae.log")
+            run(python("asft_kernels.methods.fpo", *given), work / "sae.log")
         return path
     if name in ("rad", "rso", "bridged"):
         return prepare_pairs(name, model, train, work)
@@ -191,7 +191,7 @@ def command_of(method: Method, args: argparse.Namespace, train: Path, held_out: 
     data = prepare(method.data, args.model, train, args.work) if method.data else train
     given = ["--model", str(args.model), "--data", str(data), "--output-dir", str(out)]
     given += ["--max-steps", str(args.steps), *BUDGET, *LIMITS]
-    if method.module == "asft_kernels.dnpo":
+    if method.module == "asft_kernels.methods.dnpo":
         return python(method.module, *given, "--batch-size", str(args.pairs), *own)
     # Evaluation and the reference's scores take no larger batches: the peak is to be that of a step.
     given += [f"--per-device-{kind}-batch-size={args.pairs}" for kind in ("train", "eval")]

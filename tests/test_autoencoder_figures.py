@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from asft_kernels.sae.__main__ import _parser
+from asft_kernels.methods.fpo.__main__ import _parser
 from benchmarks import autoencoder
 from benchmarks.run import rows_of
 

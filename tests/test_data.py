@@ -6,12 +6,14 @@ import json
 import pytest
 import torch
 
+from asft_kernels.errors import InputError
+
 pytest.importorskip("transformers", reason="needs the train extra: transformers")
 pytest.importorskip("datasets", reason="needs the train extra: datasets")
 
 from asft_kernels.data import (
     BadRow,
-    DataError,
+    InputError,
     PairCollator,
     load_pairs,
     parse_pair,
@@ -161,7 +163,7 @@ def test_one_summary_names_every_row_left_out(tmp_path):
     for number, name in enumerate(BAD, start=4):
         assert kind_of(name) in text
         assert number in report.bad[kind_of(name)]
-    with pytest.raises(DataError, match=rf"{len(BAD)} rows cannot be used, and --strict is on.*line 4"):
+    with pytest.raises(InputError, match=rf"{len(BAD)} rows cannot be used, and --strict is on.*line 4"):
         load_pairs(path, tiny_tokenizer(), max_length=60, max_prompt_length=40, strict=True)
 
 
@@ -209,15 +211,15 @@ def test_gzip_is_recognised_by_content(tmp_path):
 
 
 def test_files_that_cannot_be_used(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere.jsonl', no such file; need a file of JSON lines"):
+    with pytest.raises(InputError, match=r"nowhere.jsonl', no such file; need a file of JSON lines"):
         load_pairs(tmp_path / "nowhere.jsonl", tiny_tokenizer())
-    with pytest.raises(DataError, match="is a folder"):
+    with pytest.raises(InputError, match="is a folder"):
         load_pairs(tmp_path, tiny_tokenizer())
-    with pytest.raises(DataError, match=r"no usable pair; first: line 1: missing key 'chosen'"):
+    with pytest.raises(InputError, match=r"no usable pair; first: line 1: missing key 'chosen'"):
         load_pairs(write_lines(tmp_path / "all_bad.jsonl", [{"prompt": "a"}]), tiny_tokenizer())
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(gzip.compress(b"".join(b'{"a": %d}\n' % i for i in range(9999)))[:-900])
-    with pytest.raises(DataError, match=r"cannot be read beyond line \d+.*is the copy complete"):
+    with pytest.raises(InputError, match=r"cannot be read beyond line \d+.*is the copy complete"):
         list(read_rows(cut))
 
 
@@ -227,9 +229,9 @@ def test_split_goes_by_line_number(tmp_path):
     train, evaluation = split_every_nth(load_pairs(path, tiny_tokenizer())[0], 8)
     assert evaluation["line"][:] == [8, 16, 24]
     assert len(train) == 20
-    with pytest.raises(DataError, match="eval_every_nth: got 1, need at least 2"):
+    with pytest.raises(InputError, match="eval_every_nth: got 1, need at least 2"):
         split_every_nth(train, 1)
-    with pytest.raises(DataError, match="leaves 20 pairs for training and 0 for evaluation"):
+    with pytest.raises(InputError, match="leaves 20 pairs for training and 0 for evaluation"):
         split_every_nth(train, 1000)
 
 

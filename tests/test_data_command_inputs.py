@@ -17,8 +17,10 @@ import datasets
 import pyarrow as pa
 from pyarrow import parquet
 
-from asft_kernels.data import DataError, load_pairs, read_rows
-from asft_kernels.data_commands import main, partial
+from asft_kernels.cli.data import main
+from asft_kernels.data import load_pairs, read_rows
+from asft_kernels.data_commands import partial
+from asft_kernels.errors import InputError
 from tiny_lm import ARROW_KINDS, stored, tiny_tokenizer, write_lines
 
 COUNT = 150  # more than a reader holds at a time
@@ -274,7 +276,7 @@ def test_files_of_other_kinds(tmp_path, capsys, content, text):
     said = capsys.readouterr().err
     assert said.startswith(f"asft-data: input: {path} {text}")
     assert not (tmp_path / "out.jsonl").exists()
-    with pytest.raises(DataError, match=r"^data: "):
+    with pytest.raises(InputError, match=r"^data: "):
         list(read_rows(path))
 
 

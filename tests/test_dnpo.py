@@ -14,13 +14,13 @@ import torch
 pytest.importorskip("transformers", reason="needs the train extra: transformers")
 pytest.importorskip("datasets", reason="needs the train extra: datasets")
 
+from asft_kernels.cli.data import main as data_main
 from asft_kernels.data import PairCollator, load_pairs
-from asft_kernels.data_commands import main as data_main
-from asft_kernels.dnpo import main
-from asft_kernels.dnpo import trainer as trainer_module
-from asft_kernels.dnpo.labelling import label_pair
-from asft_kernels.dnpo.run import _order
-from asft_kernels.dnpo.trainer import INITIAL_STD, DNPOTrainer
+from asft_kernels.methods.dnpo import main
+from asft_kernels.methods.dnpo import trainer as trainer_module
+from asft_kernels.methods.dnpo.labelling import label_pair
+from asft_kernels.methods.dnpo.run import _order
+from asft_kernels.methods.dnpo.trainer import INITIAL_STD, DNPOTrainer
 from asft_kernels.objectives import DNPO, DPO, get_objective
 from asft_kernels.sequence import Logps
 from tiny_lm import pairs, saved_tiny_model, tiny_model, tiny_tokenizer, write_lines
@@ -292,7 +292,7 @@ def test_ctrl_c_ends_after_the_step_with_the_model_saved(job, tmp_path, capsys, 
     monkeypatch.setattr(DNPOTrainer, "step", interrupted)
     folder = tmp_path / "out"
     assert main([*job, "--max-steps", "50", "--output-dir", str(folder)]) == 130
-    assert "stopped by Ctrl-C after step 2; go on with: python -m asft_kernels.dnpo" in capsys.readouterr().out
+    assert "stopped by Ctrl-C after step 2; go on with: python -m asft_kernels.methods.dnpo" in capsys.readouterr().out
     assert len(rows(folder)) == 2
     assert (folder / "model.safetensors").is_file()
 
@@ -473,6 +473,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(job, tmp_path, capsys, monkeypat
 
 
 def test_missing_packages_are_named(job, capsys, monkeypatch):
-    monkeypatch.setattr("asft_kernels.dnpo.missing_extra", lambda needed: "transformers: not installed")
+    monkeypatch.setattr("asft_kernels.methods.dnpo.missing_extra", lambda needed: "transformers: not installed")
     assert main(job) == 2
     assert capsys.readouterr().err == "dnpo: transformers: not installed\n"

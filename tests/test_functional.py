@@ -14,11 +14,11 @@ from asft_kernels import (
     FusedASFTLoss,
     fused_asft_loss,
     fused_linear_logps,
-    fused_noisy_linear_logps,
     fused_preference_loss,
     get_objective,
     reference,
 )
+from asft_kernels.methods.dnpo.noisy_logps import fused_noisy_linear_logps
 from asft_kernels.objectives import ASFT
 from asft_kernels.objectives.base import LossTerms
 from asft_kernels.options import KEYWORDS, Keywords, Options

@@ -9,12 +9,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "asft_kernels"
 LAYERS = [  # each may import those before it
-    "checks philox",
+    "errors files",
+    "checks",
     "batch",
     "kernels reference",
     "backends",
     "machine_code",
-    "compile_report",
     "linear_logps sequence",
     "autotune",
     "options",
@@ -23,14 +23,15 @@ LAYERS = [  # each may import those before it
     "objectives",
     "outputs",
     "functional",
-    "noisy_logps",
     "nn liger",
     "models data",
     "generation",
-    "sae score",
+    "score data_commands",
     "train",
-    "sapo dnpo",
-    "data_commands",
+    "training",
+    "methods",
+    "compile_report",
+    "cli",
     "demo",
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}

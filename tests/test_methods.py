@@ -14,8 +14,8 @@ pytest.importorskip("datasets", reason="needs the train extra: datasets")
 pytest.importorskip("accelerate", reason="needs the train extra: accelerate")
 pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
 
-from asft_kernels.dnpo import _parser as dnpo_parser
-from asft_kernels.sapo.arguments import SapoArguments
+from asft_kernels.methods.dnpo import _parser as dnpo_parser
+from asft_kernels.methods.sapo.arguments import SapoArguments
 from asft_kernels.train.arguments import JobArguments, RunArguments
 from benchmarks import methods, methods_report
 from benchmarks.method_data import CANDIDATES, rewards
@@ -91,10 +91,10 @@ def test_every_command_is_one_that_its_program_takes(method, monkeypatch, tmp_pa
     monkeypatch.setattr(methods, "prepare", lambda name, *_: tmp_path / name)
     args = argparse.Namespace(model=Path("m"), steps=40, pairs=4, work=tmp_path)
     command = command_of(method, args, Path("train"), Path("eval"), tmp_path / "out")[3:]
-    if method.module == "asft_kernels.dnpo":
+    if method.module == "asft_kernels.methods.dnpo":
         assert dnpo_parser().parse_args(command).max_steps == 40
         return
-    job = SapoArguments if method.module == "asft_kernels.sapo" else JobArguments
+    job = SapoArguments if method.module == "asft_kernels.methods.sapo" else JobArguments
     parsed, running = HfArgumentParser([job, RunArguments]).parse_args_into_dataclasses(command)
     assert parsed.objective == (method.objective or method.name)
     assert (running.max_steps, running.per_device_eval_batch_size) == (40, 4)

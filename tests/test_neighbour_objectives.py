@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from asft_kernels import fused_linear_logps, fused_preference_loss, reference
-from asft_kernels.data.diff_marks import diff_marks
+from asft_kernels.methods.bmc.diff_marks import diff_marks
 from asft_kernels.objectives import (
     ASFT,
     BMC,

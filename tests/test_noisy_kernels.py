@@ -9,12 +9,12 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from asft_kernels.backends import Logits, noisy_torch, noisy_triton, triton_runs_on_cpu
+from asft_kernels.backends import Logits, triton_runs_on_cpu
 from asft_kernels.backends.plan import Plan
-from asft_kernels.kernels import noisy_logits
 from asft_kernels.kernels.device_math import cos_sin
-from asft_kernels.kernels.noisy_logits import noisy_gradient, noisy_statistics
-from asft_kernels.philox import normals
+from asft_kernels.methods.dnpo import noisy_logits, noisy_torch, noisy_triton
+from asft_kernels.methods.dnpo.noisy_logits import noisy_gradient, noisy_statistics
+from asft_kernels.methods.dnpo.philox import normals
 from bounds import fp32_bound, relative_error
 from test_kernels import DTYPES, assert_within, both, u
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from asft_kernels import fused_linear_logps, fused_noisy_linear_logps
-from asft_kernels.philox import normals, philox
+from asft_kernels import fused_linear_logps
+from asft_kernels.methods.dnpo.noisy_logps import fused_noisy_linear_logps
+from asft_kernels.methods.dnpo.philox import normals, philox
 from bounds import fp32_bound, relative_error
 from cases import IGNORE, gemms, make_case, packed
 

@@ -13,7 +13,7 @@ pytest.importorskip("safetensors", reason="needs the train extra: transformers, 
 
 from safetensors.torch import save_file
 
-from asft_kernels.sae import (
+from asft_kernels.methods.fpo import (
     SparseAutoencoder,
     feature_distance,
     features,
@@ -274,7 +274,7 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, suffix, library):
 MEASURE = """
 import json, sys
 import torch
-from asft_kernels.sae import SparseAutoencoder, features, fpo_inputs
+from asft_kernels.methods.fpo import SparseAutoencoder, features, fpo_inputs
 torch.manual_seed(0)
 N, D, F, chunk = json.loads(sys.argv[1])
 features.CHUNK_BYTES = chunk

@@ -10,14 +10,14 @@ pytest.importorskip("transformers", reason="needs the train extra: transformers"
 
 from asft_kernels import fused_preference_loss
 from asft_kernels.data import PairCollator, load_pairs
+from asft_kernels.methods.fpo import SparseAutoencoder, fpo_inputs, pooled_features, read_sae, write_sae
+from asft_kernels.methods.fpo.__main__ import main as train_main
+from asft_kernels.methods.fpo.cache import ReferenceFeatures, write_reference_features
+from asft_kernels.methods.fpo.cache import main as cache_main
+from asft_kernels.methods.fpo.collect import collect_tokens
+from asft_kernels.methods.fpo.hidden import hidden_states
+from asft_kernels.methods.fpo.training import Trainer, quality
 from asft_kernels.objectives import get_objective
-from asft_kernels.sae import SparseAutoencoder, fpo_inputs, pooled_features, read_sae, write_sae
-from asft_kernels.sae.__main__ import main as train_main
-from asft_kernels.sae.cache import ReferenceFeatures, write_reference_features
-from asft_kernels.sae.cache import main as cache_main
-from asft_kernels.sae.collect import collect_tokens
-from asft_kernels.sae.hidden import hidden_states
-from asft_kernels.sae.training import Trainer, quality
 from test_sae import make_sae, plain_distance, plain_pooled
 from tiny_lm import pairs, saved_tiny_model, tiny_model, tiny_tokenizer, write_lines
 
@@ -91,7 +91,7 @@ def test_reference_features_of_something_else_are_refused(tmp_path, loaded):
     with pytest.raises(ValueError, match=r"ref\.arrow: got another file .*, need a file that python -m"):
         ReferenceFeatures(path, sae)
     with pytest.raises(
-        ValueError, match="no such file; python -m asft_kernels.sae.cache makes one".replace(".", r"\.")
+        ValueError, match="no such file; python -m asft_kernels.methods.fpo.cache makes one".replace(".", r"\.")
     ):
         ReferenceFeatures(tmp_path / "none.arrow", sae)
 

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asft_kernels.sapo.buffer import ReplayBuffer
-from asft_kernels.sapo.ema import MovingModels
-from asft_kernels.sapo.negatives import Regeneration
-from asft_kernels.sapo.segments import Segment, choose_segment, splice
+from asft_kernels.methods.sapo.buffer import ReplayBuffer
+from asft_kernels.methods.sapo.ema import MovingModels
+from asft_kernels.methods.sapo.negatives import Regeneration
+from asft_kernels.methods.sapo.segments import Segment, choose_segment, splice
 
 EOS = 1
 

@@ -1,4 +1,4 @@
-"""`python -m asft_kernels.sapo` from arguments to files: each loss, the order of a step, resume, Ctrl-C, errors."""
+"""`python -m asft_kernels.methods.sapo` from arguments to files: each loss, the order of a step, resume, Ctrl-C, errors."""
 
 import json
 import os
@@ -14,15 +14,15 @@ pytest.importorskip("accelerate", reason="needs the train extra: accelerate")
 pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
 
 from asft_kernels.data import PairCollator
-from asft_kernels.data.rows import DataError
+from asft_kernels.errors import InputError
+from asft_kernels.methods.sapo import main
+from asft_kernels.methods.sapo.buffer import ReplayBuffer
+from asft_kernels.methods.sapo.data import load_chosen
+from asft_kernels.methods.sapo.ema import MovingModels
+from asft_kernels.methods.sapo.negatives import Regeneration
+from asft_kernels.methods.sapo.trainer import SapoTrainer, sequence_logps
 from asft_kernels.models import PreferenceModel
 from asft_kernels.objectives import get_objective
-from asft_kernels.sapo import main
-from asft_kernels.sapo.buffer import ReplayBuffer
-from asft_kernels.sapo.data import load_chosen
-from asft_kernels.sapo.ema import MovingModels
-from asft_kernels.sapo.negatives import Regeneration
-from asft_kernels.sapo.trainer import SapoTrainer, sequence_logps
 from asft_kernels.train.arguments import RunArguments
 from asft_kernels.train.metrics import MetricsFile
 from tiny_lm import pairs, saved_tiny_model, tiny_model, tiny_tokenizer, write_lines
@@ -189,7 +189,7 @@ def test_ctrl_c_saves_and_resume_goes_on_identically(job, whole_run, tmp_path, m
     monkeypatch.setattr(MetricsFile, "write", write_and_interrupt)
     assert main([*job, "--output-dir", str(folder)]) == 130
     said = capsys.readouterr().out
-    assert "stopped after step 3; go on with: python -m asft_kernels.sapo " in said
+    assert "stopped after step 3; go on with: python -m asft_kernels.methods.sapo " in said
     monkeypatch.undo()
     torch.manual_seed(99)  # the checkpoint alone decides
     assert main([*job, "--output-dir", str(folder), "--resume"]) == 0
@@ -262,13 +262,13 @@ def test_chosen_side_of_any_row(tmp_path):
     data, _ = load_chosen(file, tiny_tokenizer(), **limits)
     assert len({(tuple(row["prompt"]), tuple(row["chosen"])) for row in data}) == 1
     write_lines(file, [*same, {"prompt": "p"}])
-    with pytest.raises(DataError, match=r"1 rows cannot be used, and --strict is on; first: line 4: missing key"):
+    with pytest.raises(InputError, match=r"1 rows cannot be used, and --strict is on; first: line 4: missing key"):
         load_chosen(file, tiny_tokenizer(), **limits, strict=True)
-    with pytest.raises(DataError, match=r"no usable row; first: line 1: missing key 'chosen'"):
+    with pytest.raises(InputError, match=r"no usable row; first: line 1: missing key 'chosen'"):
         load_chosen(write_lines(file, [{"prompt": "p"}]), tiny_tokenizer(), **limits)
 
 
 def test_missing_extra_is_named(monkeypatch, capsys):
-    monkeypatch.setattr("asft_kernels.sapo.missing_extra", lambda: "transformers: not installed")
+    monkeypatch.setattr("asft_kernels.methods.sapo.missing_extra", lambda: "transformers: not installed")
     assert main([]) == 2
     assert "sapo: transformers: not installed" in capsys.readouterr().err

@@ -23,9 +23,9 @@ from pyarrow import parquet
 from torch.profiler import ProfilerActivity, profile
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from asft_kernels.data import DataError, PairCollator, load_pairs, read_rows
+from asft_kernels.data import PairCollator, load_pairs, read_rows
+from asft_kernels.errors import InputError
 from asft_kernels.models import PreferenceModel
-from asft_kernels.models.loading import ModelProblem
 from asft_kernels.score import main
 from asft_kernels.score import run as run_module
 from asft_kernels.score.run import score_path
@@ -298,7 +298,7 @@ def test_k_references_in_the_order_given(data, two, scores):
     several = load_scores([scores, two[0]], dataset, tiny_tokenizer())
     assert several.shape == (2, 2, 24)
     assert torch.equal(several[0], several[1])
-    with pytest.raises(DataError, match=r"made with another tokenizer, that of '.*'; need the one of the model"):
+    with pytest.raises(InputError, match=r"made with another tokenizer, that of '.*'; need the one of the model"):
         load_scores(two, dataset, tiny_tokenizer())
 
 
@@ -335,13 +335,13 @@ def test_files_that_do_not_fit_are_refused(data, scores, two, tmp_path):
     more = load_pairs(write_lines(tmp_path / "more.jsonl", pairs(30)), tiny_tokenizer(), **LIMITS)[0]
     lacks = r"lacks 7 of 30 pairs \(lines 24, 25, 26, 27, 28, 29, 30; first id [0-9a-f]{64}\).*from 'pairs.jsonl' with"
     for refuse in (lambda: load_scores(scores, more, tiny_tokenizer()), lambda: mean_avg_logps([*two, scores], more)):
-        with pytest.raises(DataError, match=lacks):
+        with pytest.raises(InputError, match=lacks):
             refuse()
     short = load_pairs(data, tiny_tokenizer(), max_length=20, max_prompt_length=19)[0]
     cut = r"answers of other lengths for \d+ of 24 pairs \(lines .*max_length 64, max_prompt_length 48; use the same"
-    with pytest.raises(DataError, match=cut):
+    with pytest.raises(InputError, match=cut):
         load_scores(scores, short, tiny_tokenizer())
-    with pytest.raises(DataError, match="no log-probabilities per token; score again with --token-logps"):
+    with pytest.raises(InputError, match="no log-probabilities per token; score again with --token-logps"):
         load_token_logps(two[0], loaded(data), tiny_tokenizer())
     parquet.write_table(pa.table({"id": ["a"]}), tmp_path / "foreign.parquet")
     for path, message in (
@@ -350,9 +350,9 @@ def test_files_that_do_not_fit_are_refused(data, scores, two, tmp_path):
         (data, "is no Parquet file"),
         (tmp_path / "foreign.parquet", "without the notes of asft-score"),
     ):
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(InputError, match=message):
             load_scores(path, more, tiny_tokenizer())
-    with pytest.raises(DataError, match="got no file, need at least one"):
+    with pytest.raises(InputError, match="got no file, need at least one"):
         load_scores([], more, tiny_tokenizer())
 
 
@@ -360,7 +360,7 @@ def test_scores_that_are_not_finite_are_refused(data):
     model = PreferenceModel(tiny_model())
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")
-    with pytest.raises(ModelProblem, match=r"log-probability of line \d+ is not a finite number, need one"):
+    with pytest.raises(InputError, match=r"log-probability of line \d+ is not a finite number, need one"):
         reference_logps(model, loaded(data), PairCollator(0))
 
 
@@ -462,18 +462,18 @@ def test_arrow_files_that_cannot_be_used(tmp_path):
     whole = stored(pairs(500), tmp_path, "parquet")
     cut = tmp_path / "cut.parquet"
     cut.write_bytes(whole.read_bytes()[:-200])
-    with pytest.raises(DataError, match=r"cut.parquet cannot be read beyond row 0 .*is the copy complete"):
+    with pytest.raises(InputError, match=r"cut.parquet cannot be read beyond row 0 .*is the copy complete"):
         list(read_rows(cut))
     stream = stored(pairs(500), tmp_path, "arrow stream")
     stream.write_bytes(stream.read_bytes()[:-2000])
-    with pytest.raises(DataError, match=r"cannot be read beyond row \d+ .*is the copy complete"):
+    with pytest.raises(InputError, match=r"cannot be read beyond row \d+ .*is the copy complete"):
         list(read_rows(stream))
     splits = datasets.DatasetDict({name: datasets.Dataset.from_list(pairs(3)) for name in ("train", "test")})
     splits.save_to_disk(tmp_path / "splits")
-    with pytest.raises(DataError, match="holds the splits test, train; name the folder of one of them"):
+    with pytest.raises(InputError, match="holds the splits test, train; name the folder of one of them"):
         list(read_rows(tmp_path / "splits"))
     assert len(list(read_rows(tmp_path / "splits" / "train"))) == 3
-    with pytest.raises(DataError, match="is a folder that datasets did not save"):
+    with pytest.raises(InputError, match="is a folder that datasets did not save"):
         list(read_rows(tmp_path))
 
 

@@ -10,12 +10,13 @@ pytest.importorskip("datasets", reason="needs the train extra: datasets")
 pytest.importorskip("accelerate", reason="needs the train extra: accelerate")
 
 from asft_kernels import fused_preference_loss
-from asft_kernels.data import DataError, PairCollator, load_pairs
+from asft_kernels.data import PairCollator, load_pairs
+from asft_kernels.errors import InputError
+from asft_kernels.methods.fpo import SparseAutoencoder, feature_distance, pooled_features, read_sae, write_sae
+from asft_kernels.methods.fpo.cache import ReferenceFeatures, write_reference_features
+from asft_kernels.methods.fpo.hidden import hidden_states
 from asft_kernels.models import PreferenceModel
 from asft_kernels.objectives import FPO, KTO
-from asft_kernels.sae import SparseAutoencoder, feature_distance, pooled_features, read_sae, write_sae
-from asft_kernels.sae.cache import ReferenceFeatures, write_reference_features
-from asft_kernels.sae.hidden import hidden_states
 from asft_kernels.train import main
 from asft_kernels.train.on_pairs import on_pairs
 from asft_kernels.train.reference import ObjectiveCollator, with_reference
@@ -99,7 +100,7 @@ def test_mismatched_answers_fit_and_are_of_other_pairs(loaded, kto_batch):
 def test_one_pair_has_no_other_answers(loaded):
     model = PreferenceModel(tiny_model(), on_pairs(KTO()), step_inputs=MismatchInputs())
     options = {"scores": [], "tokenizer": tiny_tokenizer(), "batch_size": 2, "label": "reference"}
-    with pytest.raises(DataError, match="got 1 pair, need at least 2"):
+    with pytest.raises(InputError, match="got 1 pair, need at least 2"):
         with_reference(loaded.select([0]), model, **options, max_length=MAX_LENGTH)
 
 

@@ -399,11 +399,11 @@ def test_accumulation_gives_the_same_gradients(tmp_path, micro, accumulation, co
 
 
 def test_several_gpus_in_one_process_are_refused(tmp_path):
-    from asft_kernels.train.arguments import ArgumentProblem
+    from asft_kernels.errors import InputError
 
     arguments = RunArguments(output_dir=str(tmp_path), disable_tqdm=True)
     arguments._n_gpu = 2
-    with pytest.raises(ArgumentProblem, match=r"2 GPUs in one process: .* torchrun --nproc-per-node 2"):
+    with pytest.raises(InputError, match=r"2 GPUs in one process: .* torchrun --nproc-per-node 2"):
         PreferenceTrainer(PreferenceModel(tiny_model()), arguments, tokenizer=tiny_tokenizer(), metrics=None)
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
 
 from asft_kernels import fused_linear_logps
 from asft_kernels.data import PairCollator, load_pairs
-from asft_kernels.data.diff_marks import diff_marks
+from asft_kernels.methods.bmc.diff_marks import diff_marks
 from asft_kernels.models import PreferenceModel
 from asft_kernels.objectives import BMC, KTO, MRPO, OBJECTIVES, SFT, PoFT, get_objective
 from asft_kernels.score import main as score
@@ -228,9 +228,9 @@ def test_single_answers_on_pairs_see_pairs_that_count():
         (["--objective", "dpo + kto"], "got dpo + kto, need kto by itself"),
         (["--objective", "kto + 0.1 sft"], "got kto + 0.1 sft, need kto by itself"),
         (["--objective", "kto", "--ref-scores", "a.parquet"], "its reference is --model as it comes"),
-        (["--objective", "dnpo"], "python -m asft_kernels.dnpo"),
-        (["--objective", "dnpo + sft"], "python -m asft_kernels.dnpo"),
-        (["--objective", "bmc", "--objective-args", "base=dnpo + sft"], "python -m asft_kernels.dnpo"),
+        (["--objective", "dnpo"], "python -m asft_kernels.methods.dnpo"),
+        (["--objective", "dnpo + sft"], "python -m asft_kernels.methods.dnpo"),
+        (["--objective", "bmc", "--objective-args", "base=dnpo + sft"], "python -m asft_kernels.methods.dnpo"),
         (["--objective", "bmc"], "--objective: bmc: base: got None, need a name such as 'dpo'"),
         (["--objective", "dpo + poft"], "--objective: weighted sum: got DPO, whose ref_logps are sums and PoFT"),
         (["--objective", "mrpo", "--objective-args", "swap_weights=no"], "mrpo: swap_weights: got 'no', need True or"),

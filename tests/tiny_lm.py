@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from asft_kernels.sae import SparseAutoencoder, write_sae
+from asft_kernels.methods.fpo import SparseAutoencoder, write_sae
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}<eos>\n{% endfor %}"

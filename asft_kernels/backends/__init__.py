@@ -2,7 +2,7 @@
 
 A backend is a module with the two functions of the `Backend` protocol. It sees compacted tokens and
 knows no loss. DESIGN of the two phases: docs/algorithm.md. noisy_torch and noisy_triton are pairs of
-another contract, that of asft_kernels/noisy_logps.py.
+another contract, that of asft_kernels/methods/dnpo/noisy_logps.py.
 """
 
 import os

@@ -6,11 +6,10 @@ row left out; `PairCollator` makes (2B, T) batches from it, chosen rows first.
 
 from asft_kernels.data.dialogue import Pair, parse_pair, render_pair
 from asft_kernels.data.pairs import PairCollator, load_pairs, split_every_nth, tokenize_pair
-from asft_kernels.data.rows import BadRow, DataError, DataReport, read_rows
+from asft_kernels.data.rows import BadRow, DataReport, read_rows
 
 __all__ = [
     "BadRow",
-    "DataError",
     "DataReport",
     "Pair",
     "PairCollator",

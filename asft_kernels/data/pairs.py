@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from asft_kernels.data.dialogue import Pair, parse_pair, render_pair
-from asft_kernels.data.rows import BadRow, DataError, DataReport, read_rows
+from asft_kernels.data.rows import BadRow, DataReport, read_rows
+from asft_kernels.errors import InputError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -88,12 +89,12 @@ def load_pairs(
     strict: rows that cannot be used are an error instead.
 
     Returns a dataset with the columns line (from 1), id (`pair_id`), prompt, chosen, rejected (token
-    ids), and the report on the whole file. Raises DataError for a file that cannot be read or holds no pair.
+    ids), and the report on the whole file. Raises InputError for a file that cannot be read or holds no pair.
     """
     from datasets import Dataset
 
     if max_length < 2 or max_prompt_length < 1:
-        raise DataError(
+        raise InputError(
             f"max_length, max_prompt_length: got {max_length}, {max_prompt_length}; need at least 2 and 1 tokens"
         )
     report = DataReport(str(path), max_length=max_length)
@@ -117,9 +118,9 @@ def load_pairs(
     report.kept = len(columns["line"])
     if not report.kept:
         first = f"; first: {report.first_bad}" if report.first_bad else ""
-        raise DataError(f"data: no usable pair{first}\n{report}")
+        raise InputError(f"data: no usable pair{first}\n{report}")
     if strict and report.left_out:
-        raise DataError(
+        raise InputError(
             f"data: {report.left_out} rows cannot be used, and --strict is on; "
             f"first: {report.first_bad}; "
             f"mend them, or go without --strict to leave them out\n{report}"
@@ -134,12 +135,12 @@ def split_every_nth(pairs: "Dataset", nth: int) -> "tuple[Dataset, Dataset]":
     file, so a row left out moves no other row to the other side.
     """
     if nth < 2:
-        raise DataError(f"eval_every_nth: got {nth}, need at least 2 (8 evaluates on an eighth)")
+        raise InputError(f"eval_every_nth: got {nth}, need at least 2 (8 evaluates on an eighth)")
     held_out = [line % nth == 0 for line in pairs["line"]]
     train = [index for index, out in enumerate(held_out) if not out]
     evaluation = [index for index, out in enumerate(held_out) if out]
     if not train or not evaluation:
-        raise DataError(
+        raise InputError(
             f"eval_every_nth: {nth} leaves {len(train)} pairs for training and {len(evaluation)} "
             "for evaluation, need at least one of each; give more data or a smaller number"
         )

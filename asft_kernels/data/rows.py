@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from asft_kernels.errors import InputError
+
 GZIP_MAGIC = b"\x1f\x8b"
 OTHER_KINDS = {  # what else data often comes as, by its first bytes
     b"PK\x03\x04": "a ZIP archive",
@@ -20,10 +22,6 @@ KINDS = "JSON lines (plain or gzipped), Parquet or Arrow, or a folder that datas
 ROWS_AT_ONCE = 64  # of Parquet and Arrow, as Python objects
 PEEKED = 512  # bytes of text in which a file of another kind shows
 LINES_SHOWN = 8  # line numbers that a summary spells out for each kind of problem
-
-
-class DataError(ValueError):
-    """A data file that cannot be used; the text says which, why, and what to do."""
 
 
 class BadRow(ValueError):
@@ -88,7 +86,7 @@ class RowFile:
     A few rows are in memory at a time. An empty line is a row of no bytes, except at the very end of the file.
     Arrow cannot tell a missing key from a null: both are missing, inside of rows too.
 
-    Raises DataError where the file cannot be read, or is of another kind.
+    Raises InputError where the file cannot be read, or is of another kind.
     """
 
     def __init__(self, path: str | Path, argument: str = "data"):
@@ -164,10 +162,10 @@ class RowFile:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """What goes wrong inside becomes a DataError."""
+        """What goes wrong inside becomes a InputError."""
         try:
             yield
-        except DataError:
+        except InputError:
             raise
         except ImportError as error:
             raise self._wrong(f'{self.path} needs {error.name}: pip install "asft_kernels[train]"') from error
@@ -176,8 +174,8 @@ class RowFile:
                 f"{self.path} cannot be read beyond {self.numbered} {self.number} ({error}); is the copy complete?"
             ) from error
 
-    def _wrong(self, text: str) -> DataError:
-        return DataError(f"{self.argument}: {text}")
+    def _wrong(self, text: str) -> InputError:
+        return InputError(f"{self.argument}: {text}")
 
 
 @dataclass(frozen=True)

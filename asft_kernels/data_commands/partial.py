@@ -17,9 +17,10 @@ from datetime import time as clock_time
 from pathlib import Path
 from typing import Any
 
-from asft_kernels.data import BadRow, DataError
+from asft_kernels.data import BadRow
 from asft_kernels.data.rows import RowFile
 from asft_kernels.data_commands.report import Report
+from asft_kernels.errors import InputError
 
 COMMIT_BYTES = 1 << 20  # of output held back at most, before OUT.partial and OUT.state are brought together
 COMMIT_SECONDS = 1.0  # and after this time at the next batch
@@ -57,13 +58,13 @@ class Partial:
             fields = json.loads(self.state_path.read_text())
             state = State(**{**fields, "report": Report(**fields["report"])})
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"output: {self.state_path} cannot be read ({error}); {self._anew}") from error
+            raise InputError(f"output: {self.state_path} cannot be read ({error}); {self._anew}") from error
         if state.settings != self.settings:
             names = [name for name in self.settings if state.settings.get(name) != self.settings[name]]
             was, now = ({name: of.get(name) for name in names} for of in (state.settings, self.settings))
-            raise DataError(f"output: {self.path} was begun with {was}, and now it is {now}; {self._anew}")
+            raise InputError(f"output: {self.path} was begun with {was}, and now it is {now}; {self._anew}")
         if self.path.stat().st_size < state.size:
-            raise DataError(f"output: {self.path} is shorter than the {state.size} bytes written; {self._anew}")
+            raise InputError(f"output: {self.path} is shorter than the {state.size} bytes written; {self._anew}")
         print(f"goes on after {state.report.numbered} {state.line} of {state.report.source}")
         return state
 
@@ -82,9 +83,9 @@ class Partial:
         self.file.close()
 
     def new_rows(self, rows: Iterable[tuple[int, bytes | Row]]) -> Iterator[tuple[int, bytes | Row]]:
-        """Those of a RowFile that were not done before. Raises DataError if the first are not those that were done."""
+        """Those of a RowFile that were not done before. Raises InputError if the first are not those that were done."""
         number, done = 0, self.state.line
-        other = DataError(f"output: {self.path} was begun from another input than {self.source.path}; {self._anew}")
+        other = InputError(f"output: {self.path} was begun from another input than {self.source.path}; {self._anew}")
         for number, stored in rows:
             # As text with str() of what JSON lacks: the same for the same row, and nothing reads it back.
             text = stored.rstrip() if isinstance(stored, bytes) else json.dumps(stored, default=str).encode()
@@ -127,7 +128,7 @@ class Partial:
         """OUT.partial becomes OUT."""
         if not self.report.written:
             first = f"; first bad row: {self.report.first_bad}" if self.report.first_bad else ""
-            raise DataError(f"input: no row of {self.source.path} gave a row to write{first}\n{self.report}")
+            raise InputError(f"input: no row of {self.source.path} gave a row to write{first}\n{self.report}")
         self._flush()
         self.file.close()
         self.path.replace(self.output)

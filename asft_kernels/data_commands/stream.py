@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from asft_kernels.data.rows import KINDS, BadRow, DataError, RowFile, parse_row
+from asft_kernels.data.rows import KINDS, BadRow, RowFile, parse_row
 from asft_kernels.data_commands.partial import Partial, Row
 from asft_kernels.data_commands.report import Report
+from asft_kernels.errors import InputError
 
 NOT_SETTINGS = ("input", "output", "strict", "overwrite")  # a run may go on with others
 NOT_WRITTEN = (".parquet", ".arrow")
@@ -41,18 +42,18 @@ def by_row(convert_row: Callable[[int, Row, Report], list[Row]]) -> Convert:
 def run_stream(args: argparse.Namespace, convert: Convert, *, batch_size: int = 1) -> Report:
     """Convert `args.input` into `args.output` and print the report.
 
-    Raises DataError for files that cannot be used, for a bad row under `args.strict`, and where
+    Raises InputError for files that cannot be used, for a bad row under `args.strict`, and where
     nothing was written.
     """
     from tqdm import tqdm
 
     source, output = RowFile(args.input, "input"), Path(args.output)
     if output.suffix in NOT_WRITTEN:
-        raise DataError(f"output: got {str(output)!r}, need a name of JSON lines: .jsonl, or .jsonl.gz for gzipped")
+        raise InputError(f"output: got {str(output)!r}, need a name of JSON lines: .jsonl, or .jsonl.gz for gzipped")
     if output.exists() and not args.overwrite:
-        raise DataError(f"output: {output} is there already; add --overwrite to replace it, or name another file")
+        raise InputError(f"output: {output} is there already; add --overwrite to replace it, or name another file")
     if output.is_dir() or (output.exists() and output.samefile(source.path)):
-        raise DataError(f"output: got {str(output)!r}, a folder or the input itself; need another file")
+        raise InputError(f"output: got {str(output)!r}, a folder or the input itself; need another file")
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     unit: dict[str, Any] = {"unit": "B", "unit_scale": True} if source.numbered == "line" else {"unit": " rows"}
     # The bar shows on terminals only.
@@ -62,7 +63,7 @@ def run_stream(args: argparse.Namespace, convert: Convert, *, batch_size: int = 
     ):
         report = partial.report
         if args.strict and report.bad:
-            raise DataError(f"input: {source.path}: {report.first_bad}; {STRICT}")
+            raise InputError(f"input: {source.path}: {report.first_bad}; {STRICT}")
         for batch in _batches(partial.new_rows(_shown(source, bar)), batch_size):
             report.rows += len(batch)
             rows, problems = [], {}
@@ -80,7 +81,7 @@ def run_stream(args: argparse.Namespace, convert: Convert, *, batch_size: int = 
                     problems[line] = problem
             for line, problem in sorted(problems.items()):
                 if args.strict:
-                    raise DataError(f"input: {source.path}: {source.numbered} {line}: {problem}; {STRICT}")
+                    raise InputError(f"input: {source.path}: {source.numbered} {line}: {problem}; {STRICT}")
                 report.add_bad(line, problem)
             partial.batch_done(batch[-1][0])
         partial.finish()

@@ -5,13 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-
-class ModelProblem(ValueError):
-    """A model that cannot be loaded or used; the text names it, says why, and what is needed."""
+from asft_kernels.errors import InputError
 
 
 def load_tokenizer(model: str) -> tuple[Any, Any]:
-    """(tokenizer, config). ModelProblem before the hub is asked for what cannot be a name there."""
+    """(tokenizer, config). InputError before the hub is asked for what cannot be a name there."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
     from transformers import AutoConfig, AutoTokenizer
 
@@ -24,7 +22,7 @@ def load_tokenizer(model: str) -> tuple[Any, Any]:
             plausible = False
         if not plausible:
             what = "a file" if path.exists() else "no such folder, and no hub name either"
-            raise ModelProblem(
+            raise InputError(
                 f"--model: got {model!r}, {what}; need a folder that from_pretrained reads, or a hub name as org/name"
             )
     with _loading(model):
@@ -46,14 +44,14 @@ def _loading(model: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelProblem(
+        raise InputError(
             f"--model: {model!r} cannot be loaded as a causal language model with its "
             f"tokenizer ({reason}); need a folder that from_pretrained reads, or a hub name"
         ) from error
 
 
 def check_positions(config: Any, max_length: int) -> None:
-    """ModelProblem where max_length tokens pass what the model was made for."""
+    """InputError where max_length tokens pass what the model was made for."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and max_length > positions:
-        raise ModelProblem(f"--max-length: got {max_length}, need at most {positions}, the model's positions")
+        raise InputError(f"--max-length: got {max_length}, need at most {positions}, the model's positions")

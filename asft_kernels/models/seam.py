@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
+from asft_kernels.errors import InputError
+
 ComputeAtHead = Callable[[Tensor, nn.Module], Tensor]
 
 
-class UnsupportedHead(ValueError):
+class UnsupportedHead(InputError):
     """The output head, or what the model does with its output, is more than this package computes."""
 
 

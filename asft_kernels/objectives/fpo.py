@@ -20,7 +20,7 @@ class FPO(Objective):
         L = -log sigmoid(beta [(avg_w - ref_avg_w) - (avg_l - ref_avg_l) - alpha (D_l - sg D_w)])
 
     D: mean squared distance between the policy's and the reference's pooled sparse-autoencoder features, the input
-        `feature_distance`; asft_kernels.sae computes it. sg: no gradient.
+        `feature_distance`; asft_kernels.methods.fpo computes it. sg: no gradient.
     ref_logps: (R,) sums under the reference; their lengths are the policy's.
     beta: > 0, default 0.1; means are far smaller than sums, so this is not DPO's scale. alpha: weight of the
     constraint, >= 0, default 0.5; 0 is TRL's sigmoid_norm. top_k: features compared, >= 1, default 50 (the authors'

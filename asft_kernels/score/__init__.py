@@ -24,14 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     import torch
 
-    from asft_kernels.data import DataError
+    from asft_kernels.errors import InputError
     from asft_kernels.models import UnsupportedHead
-    from asft_kernels.models.loading import ModelProblem
     from asft_kernels.score.run import run
 
     try:
         run(args)
-    except (DataError, ModelProblem, UnsupportedHead) as error:
+    except InputError as error:
         print(f"asft-score: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:

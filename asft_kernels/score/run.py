@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from asft_kernels import __version__
-from asft_kernels.data import DataError, PairCollator, load_pairs
+from asft_kernels.data import PairCollator, load_pairs
+from asft_kernels.errors import InputError
 from asft_kernels.models import PreferenceModel
-from asft_kernels.models.loading import ModelProblem, check_positions, load_causal_lm, load_tokenizer
+from asft_kernels.models.loading import check_positions, load_causal_lm, load_tokenizer
 from asft_kernels.score.scoring import ScoredBatch, score_pairs
 from asft_kernels.score.table import SIDES, read_metadata, tokenizer_fingerprint, write_scores
 from asft_kernels.score.unfinished import UnfinishedScores
@@ -22,12 +23,12 @@ SAME_TO_GO_ON = ("model", "dtype", "tokenizer", "ids", "max_length", "max_prompt
 
 
 def run(args: Namespace, say: Callable[[str], None] = print) -> list[Path]:
-    """Scores args.data under each of args.model; the files. ModelProblem, DataError, UnsupportedHead on bad input."""
+    """Scores args.data under each of args.model; the files. InputError on bad input."""
     paths = [score_path(args.output, model) for model in args.model]
     for index, path in enumerate(paths):
         if path in paths[:index]:
             both = f"{args.model[paths.index(path)]!r} and {args.model[index]!r}"
-            raise ModelProblem(f"--model: {both} would both be written to {path}; need names that differ")
+            raise InputError(f"--model: {both} would both be written to {path}; need names that differ")
     tokenizers = []
     for model in args.model:  # what is wrong with the last one is said before the first is scored
         tokenizer, config = load_tokenizer(model)
@@ -110,7 +111,7 @@ def _same_command(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         if old[name] != new[name]:
             what = "pairs" if name == "ids" else name.replace("_", "-")
             shown = "others" if name in ("ids", "tokenizer") else f"{old[name]!r} then and {new[name]!r} now"
-            raise DataError(
+            raise InputError(
                 f"--output: {path} is of another command (its {what}: {shown}); "
                 "delete that file, or name another folder"
             )

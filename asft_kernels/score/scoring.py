@@ -10,8 +10,8 @@ from torch import Tensor
 
 from asft_kernels.data import PairCollator
 from asft_kernels.data.pairs import IGNORE_INDEX
+from asft_kernels.errors import InputError
 from asft_kernels.models import PreferenceModel
-from asft_kernels.models.loading import ModelProblem
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,7 +46,7 @@ def score_pairs(
     once. Dropout is off meanwhile. progress: label of a progress bar, None for none; it counts tokens,
     so that the time left is right although the short pairs come last.
 
-    Raises ModelProblem for a score that is not finite, naming the line.
+    Raises InputError for a score that is not finite, naming the line.
     """
     from tqdm import tqdm
 
@@ -65,7 +65,7 @@ def score_pairs(
                 finite = scored.logps.isfinite().all(dim=0)
                 if not finite.all():
                     line = pairs[int(scored.rows[~finite][0])]["line"]
-                    raise ModelProblem(
+                    raise InputError(
                         f"score: the log-probability of line {line} is not a finite number, need one; the model's "
                         "weights are damaged, or it overflows in its dtype: try float32"
                     )

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asft_kernels.data import DataError
 from asft_kernels.data.rows import line_numbers
+from asft_kernels.errors import InputError
 from asft_kernels.score.scoring import token_counts
 
 if TYPE_CHECKING:
@@ -46,18 +46,18 @@ def write_scores(path: Path, rows: Iterable[dict[str, Any]], metadata: dict[str,
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What `write_scores` was given. DataError for a file that it did not write."""
+    """What `write_scores` was given. InputError for a file that it did not write."""
     from pyarrow import parquet
 
     if not Path(path).is_file():
         what = "is a folder; name the files in it" if Path(path).is_dir() else "no such file"
-        raise DataError(f"scores: got {str(path)!r}, {what}; need a file that asft-score wrote")
+        raise InputError(f"scores: got {str(path)!r}, {what}; need a file that asft-score wrote")
     try:
         found = (parquet.read_schema(path).metadata or {}).get(METADATA)
     except (OSError, ValueError) as error:
-        raise DataError(f"scores: {path} is no Parquet file ({error}); need one that asft-score wrote") from error
+        raise InputError(f"scores: {path} is no Parquet file ({error}); need one that asft-score wrote") from error
     if found is None:
-        raise DataError(f"scores: {path} is a Parquet file without the notes of asft-score; need one that it wrote")
+        raise InputError(f"scores: {path} is a Parquet file without the notes of asft-score; need one that it wrote")
     return json.loads(found)
 
 
@@ -66,7 +66,7 @@ def load_scores(paths: Paths, pairs: "Dataset", tokenizer: Any) -> Tensor:
 
     paths: one file of asft-score or K of them. pairs: what `load_pairs` returned, or a part of it.
 
-    Raises DataError for files of another tokenizer or of other data, and for those whose answers have
+    Raises InputError for files of another tokenizer or of other data, and for those whose answers have
     another length here: they were made under other limits.
     """
     return torch.stack(
@@ -80,7 +80,7 @@ def load_scores(paths: Paths, pairs: "Dataset", tokenizer: Any) -> Tensor:
 def load_token_logps(path: str | Path, pairs: "Dataset", tokenizer: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Of a file made with --token-logps: for chosen and rejected, n tensors (length,) fp32. Checks as `load_scores`."""
     if not read_metadata(path)["token_logps"]:
-        raise DataError(f"scores: {path} has no log-probabilities per token; score again with --token-logps")
+        raise InputError(f"scores: {path} has no log-probabilities per token; score again with --token-logps")
     names = [f"{side}_token_logps" for side in SIDES]
     (columns,) = _same_tokens(path, pairs, tokenizer, names)
     chosen, rejected = ([torch.from_numpy(np.array(row.values)) for row in columns[name]] for name in names)
@@ -90,7 +90,7 @@ def load_token_logps(path: str | Path, pairs: "Dataset", tokenizer: Any) -> tupl
 def mean_avg_logps(paths: Paths, pairs: "Dataset") -> Tensor:
     """(2, n) float64: mean over the models of sum/length, each with its own tokenizer and lengths (PoFT's r̄).
 
-    Raises DataError where a file lacks one of the pairs.
+    Raises InputError where a file lacks one of the pairs.
     """
     names = [f"{side}_{what}" for side in SIDES for what in ("logps", "length")]
     averages = []
@@ -105,7 +105,7 @@ def mean_avg_logps(paths: Paths, pairs: "Dataset") -> Tensor:
 def _listed(paths: Paths) -> Sequence[str | Path]:
     listed = [paths] if isinstance(paths, str | Path) else paths
     if not listed:
-        raise DataError("scores: got no file, need at least one that asft-score wrote")
+        raise InputError("scores: got no file, need at least one that asft-score wrote")
     return listed
 
 
@@ -116,7 +116,7 @@ def _same_tokens(paths: Paths, pairs: "Dataset", tokenizer: Any, names: list[str
     for path in _listed(paths):
         metadata = read_metadata(path)
         if metadata["tokenizer"] != fingerprint:
-            raise DataError(
+            raise InputError(
                 f"scores: {path} was made with another tokenizer, that of {metadata['model']!r}; "
                 "need the one of the model that is trained: vocabulary, special tokens and chat template the same"
             )
@@ -125,7 +125,7 @@ def _same_tokens(paths: Paths, pairs: "Dataset", tokenizer: Any, names: list[str
         other = np.flatnonzero((scored != lengths).any(axis=0))
         if len(other):
             lines = pairs.select(other)["line"][:]
-            raise DataError(
+            raise InputError(
                 f"scores: {path} has answers of other lengths for {len(other)} of {len(pairs)} pairs "
                 f"({line_numbers(lines)}): it was made with {_limits(metadata)}; use the same limits"
             )
@@ -142,7 +142,7 @@ def _aligned(path: str | Path, metadata: dict[str, Any], pairs: "Dataset", names
     missing = [index for index, pair in enumerate(ids) if pair not in row_of]
     if missing:
         lines = pairs.select(missing)["line"][:]
-        raise DataError(
+        raise InputError(
             f"scores: {path} lacks {len(missing)} of {len(ids)} pairs ({line_numbers(lines)}; first id "
             f"{ids[missing[0]]}): it was made from {metadata['data']!r} with {_limits(metadata)}; score this data "
             "under these limits"

@@ -25,10 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if problem := missing_extra():
         print(f"asft-train: {problem}", file=sys.stderr)
         return 2
-    from asft_kernels.data import DataError
+    from asft_kernels.errors import InputError
     from asft_kernels.models import UnsupportedHead
-    from asft_kernels.models.loading import ModelProblem
-    from asft_kernels.train.arguments import ArgumentProblem, JobArguments
+    from asft_kernels.train.arguments import JobArguments
     from asft_kernels.train.parser import training_parser
     from asft_kernels.train.run import run
 
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return 130 if run(job, args).stopped else 0
-    except (ArgumentProblem, DataError, ModelProblem, UnsupportedHead) as error:
+    except InputError as error:
         print(f"asft-train: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -7,11 +7,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from asft_kernels.data.rows import KINDS
+from asft_kernels.errors import InputError
 from asft_kernels.objectives import ASFT, BMC, DNPO, FPO, KTO, WeightedSum, get_objective
-
-
-class ArgumentProblem(ValueError):
-    """An impossible argument; the text names it, what it was, and what it must be."""
 
 
 @dataclass
@@ -46,7 +43,7 @@ class JobArguments:
     )  # fmt: skip
     sae: str | None = field(
         default=None,
-        metadata={"help": "fpo's autoencoder, .npz or .safetensors: python -m asft_kernels.sae"},
+        metadata={"help": "fpo's autoencoder, .npz or .safetensors: python -m asft_kernels.methods.fpo"},
     )
     sae_layer: int = field(
         default=-1, metadata={"help": "where it reads hidden states: -1 the head's input, l the output of block l"}
@@ -79,74 +76,74 @@ class JobArguments:
     def __post_init__(self) -> None:
         self.build_objective()
         if self.max_length < 2 or not self.max_prompt_length >= 1:
-            raise ArgumentProblem(
+            raise InputError(
                 f"--max-length, --max-prompt-length: got {self.max_length}, "
                 f"{self.max_prompt_length}; need at least 2 and 1"
             )
         if self.eval_every_nth is not None and self.eval_every_nth < 2:
-            raise ArgumentProblem(f"--eval-every-nth: got {self.eval_every_nth}, need at least 2")
+            raise InputError(f"--eval-every-nth: got {self.eval_every_nth}, need at least 2")
         if self.eval_data is not None and self.eval_every_nth is not None:
-            raise ArgumentProblem("--eval-data, --eval-every-nth: got both, need one or neither")
+            raise InputError("--eval-data, --eval-every-nth: got both, need one or neither")
         if self.backend not in (None, "torch", "triton"):
-            raise ArgumentProblem(f"--backend: got {self.backend!r}, need 'torch' or 'triton'")
+            raise InputError(f"--backend: got {self.backend!r}, need 'torch' or 'triton'")
 
     def build_objective(self) -> Any:
-        """The objective that the arguments name, ArgumentProblem if there is none."""
+        """The objective that the arguments name, InputError if there is none."""
         parameters: dict[str, Any] = {}
         for given in self.objective_args:
             name, equals, value = given.partition("=")
             if not (name and equals):
-                raise ArgumentProblem(f"--objective-args: got {given!r}, need NAME=VALUE")
+                raise InputError(f"--objective-args: got {given!r}, need NAME=VALUE")
             parameters[name] = _literal(value)
         for name in ("lam", "beta", "sft_weight"):
             value = getattr(self, name)
             if value is not None:
                 parameters[name] = value
         if parameters and "+" in self.objective:
-            raise ArgumentProblem(
+            raise InputError(
                 f"--objective: got the sum {self.objective!r} and values for {', '.join(parameters)}, need a sum "
                 "alone: its terms have their papers' defaults"
             )
         try:
             objective = get_objective(self.objective, **parameters)
         except (TypeError, ValueError) as error:
-            raise ArgumentProblem(f"--objective: {str(error).removeprefix('objective: ')}") from error
+            raise InputError(f"--objective: {str(error).removeprefix('objective: ')}") from error
         self._can_train(objective)
         if isinstance(objective, ASFT) and objective.lam == objective.sft_weight == 0:
-            raise ArgumentProblem("--lam, --sft-weight: both are 0, need one above 0: there is no loss")
+            raise InputError("--lam, --sft-weight: both are 0, need one above 0: there is no loss")
         return objective
 
     def _can_train(self, objective: Any) -> None:
         if _has_dnpo(objective):
-            raise ArgumentProblem("--objective: dnpo trains its reference's noise, too: python -m asft_kernels.dnpo")
+            raise InputError("--objective: dnpo trains its reference's noise, too: python -m asft_kernels.methods.dnpo")
         if "desirable" in objective.inputs and not isinstance(objective, KTO):
-            raise ArgumentProblem(
+            raise InputError(
                 f"--objective: got {self.objective}, need kto by itself: a sum does not tell it which answers are good"
             )
         if "feature_distance" in objective.inputs and fpo_of(objective) is None:
-            raise ArgumentProblem(
+            raise InputError(
                 f"--objective: {self.objective} has fpo for its base, which asft-train does not train; need fpo by "
                 "itself or in a sum"
             )
         if ("feature_distance" in objective.inputs) != (self.sae is not None):
-            raise ArgumentProblem(
-                "--sae: fpo needs the file of an autoencoder; python -m asft_kernels.sae trains one"
+            raise InputError(
+                "--sae: fpo needs the file of an autoencoder; python -m asft_kernels.methods.fpo trains one"
                 if self.sae is None
                 else f"--sae: got {self.sae}, need none: {self.objective} reads no features"
             )
         if self.ref_scores and {"feature_distance", "kl"} & {*objective.inputs, *objective.optional_inputs}:
-            raise ArgumentProblem(
+            raise InputError(
                 f"--ref-scores: got files, need none: {self.objective} asks the reference for more than they hold, so "
                 "its reference is --model as it comes"
             )
         if self.ref_scores and not objective.needs_reference:
-            raise ArgumentProblem(f"--ref-scores: got files, need none: {self.objective} has no reference")
+            raise InputError(f"--ref-scores: got files, need none: {self.objective} has no reference")
         if (isinstance(objective, BMC) or objective.ref_per_token) and len(self.ref_scores) > 1:
-            raise ArgumentProblem(
+            raise InputError(
                 f"--ref-scores: got {len(self.ref_scores)} files, need one: {self.objective} has one reference"
             )
         if self.nll_on_prompt and not objective.uses_nll_labels:
-            raise ArgumentProblem(f"--nll-on-prompt: {self.objective} has no separate likelihood term; leave it out")
+            raise InputError(f"--nll-on-prompt: {self.objective} has no separate likelihood term; leave it out")
 
 
 def fpo_of(objective: Any) -> FPO | None:
@@ -190,7 +187,7 @@ class RunArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.label_smoothing_factor:
-            raise ArgumentProblem(
+            raise InputError(
                 f"--label-smoothing-factor: got {self.label_smoothing_factor}, need 0: "
                 "the loss is computed inside the model, from hard labels"
             )

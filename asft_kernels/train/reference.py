@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from asft_kernels.data import DataError, PairCollator
-from asft_kernels.data.diff_marks import diff_marks
+from asft_kernels.data import PairCollator
 from asft_kernels.data.pairs import IGNORE_INDEX
+from asft_kernels.errors import InputError
+from asft_kernels.methods.bmc.diff_marks import diff_marks
+from asft_kernels.methods.fpo.cache import ReferenceFeatures
 from asft_kernels.models import PreferenceModel
 from asft_kernels.objectives import BMC, weighted_reference
-from asft_kernels.sae.cache import ReferenceFeatures
 from asft_kernels.score.scoring import reference_logps, score_pairs
 from asft_kernels.score.table import SIDES, load_scores, load_token_logps, mean_avg_logps
 from asft_kernels.train.step_inputs import MismatchInputs
@@ -35,7 +36,7 @@ def with_reference(
     """pairs with the columns that `ObjectiveCollator` hands to the model's objective and step_inputs.
 
     scores: files of asft-score, one a reference model; none: the model as it is now is the reference, scored here
-    under a progress bar named label. max_length: of the pairs, in tokens. DataError for files that do not fit them.
+    under a progress bar named label. max_length: of the pairs, in tokens. InputError for files that do not fit them.
     """
     objective = model.objective
     live: dict[str, Any] = {"batch_size": batch_size, "progress": label}
@@ -71,7 +72,9 @@ def _with_mismatched(pairs: "Dataset", model: PreferenceModel, max_length: int, 
     """
     count = len(pairs)
     if count < 2:
-        raise DataError("kto: got 1 pair, need at least 2: the reference point joins prompts to other prompts' answers")
+        raise InputError(
+            "kto: got 1 pair, need at least 2: the reference point joins prompts to other prompts' answers"
+        )
     room = [max_length - len(prompt) for prompt in pairs["prompt"]]
     moved = pairs.select([(row + count // 2) % count for row in range(count)])
     answers = {side: [answer[:left] for answer, left in zip(moved[side], room, strict=True)] for side in SIDES}

@@ -10,10 +10,10 @@ import numpy as np
 from transformers import TrainerState
 
 from asft_kernels.data import PairCollator, load_pairs, split_every_nth
+from asft_kernels.methods.fpo.cache import ReferenceFeatures, write_reference_features
 from asft_kernels.models import PreferenceModel
 from asft_kernels.models.loading import check_positions, load_causal_lm, load_tokenizer
 from asft_kernels.objectives import BMC
-from asft_kernels.sae.cache import ReferenceFeatures, write_reference_features
 from asft_kernels.train import run_folder
 from asft_kernels.train.arguments import JobArguments, RunArguments
 from asft_kernels.train.metrics import Evaluation, MetricsFile, change, change_table
@@ -38,7 +38,7 @@ class Result:
 
 
 def run(job: JobArguments, args: RunArguments, say: Any = print, say_at_once: Any = None) -> Result:
-    """Train as the arguments say. ArgumentProblem, DataError, ModelProblem or UnsupportedHead on bad input.
+    """Train as the arguments say. InputError on bad input.
 
     say: takes the report, text by text; say_at_once: what a user who stops the run waits for.
     """

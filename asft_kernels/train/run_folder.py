@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import transformers
 
-from asft_kernels.train.arguments import ArgumentProblem, JobArguments, RunArguments
+from asft_kernels.errors import InputError
+from asft_kernels.train.arguments import JobArguments, RunArguments
 from asft_kernels.train.metrics import MetricsFile
 
 # A resumed run that changed one of these would go on as another experiment, without a word.
@@ -31,15 +32,15 @@ def find_checkpoint(job: JobArguments, args: RunArguments, folder: Path) -> Path
     wanted = job.resume or args.resume_from_checkpoint
     if wanted is None:
         if _holds_run(folder):
-            raise ArgumentProblem(
+            raise InputError(
                 f"--output-dir: {folder} holds a run already; add --resume to go on with it, or name another folder"
             )
         return None
     if wanted != "last":
         if not _complete(Path(wanted)):
-            raise ArgumentProblem(f"--resume: {wanted} is no complete checkpoint (trainer_state.json is missing)")
+            raise InputError(f"--resume: {wanted} is no complete checkpoint (trainer_state.json is missing)")
         if not same_folder(Path(wanted).parent, folder) and _holds_run(folder):
-            raise ArgumentProblem(
+            raise InputError(
                 f"--output-dir: {folder} holds a run already, and {wanted} is of another; "
                 "name the folder of that run, or a fresh one"
             )
@@ -50,7 +51,7 @@ def find_checkpoint(job: JobArguments, args: RunArguments, folder: Path) -> Path
     )
     complete = [path for path in found if _complete(path)]
     if not complete:
-        raise ArgumentProblem(
+        raise InputError(
             f"--resume: no complete checkpoint in {folder}; leave --resume out and name a fresh --output-dir"
         )
     return complete[-1]
@@ -87,7 +88,7 @@ def require_same_settings(path: Path, settings: dict[str, Any], say: Any) -> Non
     old = json.loads(path.read_text())["settings"]
     for name in SAME_ON_RESUME:
         if name in old and name in settings and old[name] != settings[name]:
-            raise ArgumentProblem(
+            raise InputError(
                 f"--resume: --{name.replace('_', '-')} was {old[name]!r} and is {settings[name]!r} "
                 "now, need the same; start another run in another --output-dir to change it"
             )

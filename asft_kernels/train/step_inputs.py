@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from asft_kernels.errors import InputError
+from asft_kernels.methods.fpo.autoencoder import SparseAutoencoder
+from asft_kernels.methods.fpo.features import fpo_inputs
+from asft_kernels.methods.fpo.files import read_sae
+from asft_kernels.methods.fpo.hidden import check_layer, layer_output
 from asft_kernels.models import PreferenceModel
 from asft_kernels.objectives import kto_kl
-from asft_kernels.sae.autoencoder import SparseAutoencoder
-from asft_kernels.sae.features import fpo_inputs
-from asft_kernels.sae.files import read_sae
-from asft_kernels.sae.hidden import check_layer, layer_output
-from asft_kernels.train.arguments import ArgumentProblem, fpo_of
+from asft_kernels.train.arguments import fpo_of
 
 InputsAtHead = Callable[[Tensor], dict[str, Tensor]]  # of the head's input
 
@@ -22,7 +23,7 @@ InputsAtHead = Callable[[Tensor], dict[str, Tensor]]  # of the head's input
 class FeatureInputs(nn.Module):
     """fpo: distance of the answers' features from the reference's, at one layer of the loss's own pass.
 
-    layer, top_k: as `asft_kernels.sae.hidden` and `fpo_inputs` take them. The batch brings ref_pooled (2B, F).
+    layer, top_k: as `asft_kernels.methods.fpo.hidden` and `fpo_inputs` take them. The batch brings ref_pooled (2B, F).
     """
 
     batch_entries = ("ref_pooled",)
@@ -58,7 +59,7 @@ class MismatchInputs(nn.Module):
 def step_inputs_for(objective: Any, sae: str | os.PathLike[str] | None, layer: int, model: Any) -> nn.Module | None:
     """The module that objective needs, None for one without inputs of each step.
 
-    sae, layer: of --sae and --sae-layer. ArgumentProblem where they do not fit model.
+    sae, layer: of --sae and --sae-layer. InputError where they do not fit model.
     """
     if "kl" in {**objective.inputs, **objective.optional_inputs}:
         return MismatchInputs()
@@ -68,18 +69,18 @@ def step_inputs_for(objective: Any, sae: str | os.PathLike[str] | None, layer: i
     try:
         autoencoder = read_sae(sae)
     except ValueError as error:
-        raise ArgumentProblem(f"--sae: {error}") from error
+        raise InputError(f"--sae: {error}") from error
     try:
         check_layer(model, layer)
     except ValueError as error:
-        raise ArgumentProblem(f"--sae-layer: {error}") from error
+        raise InputError(f"--sae-layer: {error}") from error
     size = model.config.get_text_config().hidden_size
     if autoencoder.hidden_size != size:
-        raise ArgumentProblem(
+        raise InputError(
             f"--sae: {sae} is of hidden size {autoencoder.hidden_size}, need {size}, --model's; was it trained on it?"
         )
     if fpo.top_k > autoencoder.features:
-        raise ArgumentProblem(
+        raise InputError(
             f"--objective-args: top_k: got {fpo.top_k}, need at most {autoencoder.features}, the features of {sae}"
         )
     return FeatureInputs(autoencoder, layer, fpo.top_k)

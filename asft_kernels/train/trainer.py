@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerCallback
 
 from asft_kernels.data import PairCollator
+from asft_kernels.errors import InputError
 from asft_kernels.models import PreferenceModel
 from asft_kernels.models.seam import causal_lm
-from asft_kernels.train.arguments import ArgumentProblem, RunArguments
+from asft_kernels.train.arguments import RunArguments
 from asft_kernels.train.metrics import COLUMNS, Evaluation, MetricsFile, Window, counting_pairs
 
 BEFORE = "eval_before.json"  # in the output folder: a resumed run compares with it
@@ -41,7 +42,7 @@ class PreferenceTrainer(Trainer):
         **kwargs: Any,
     ):
         if args.n_gpu > 1:
-            raise ArgumentProblem(
+            raise InputError(
                 f"{args.n_gpu} GPUs in one process: nn.DataParallel would put chosen and rejected "
                 "rows on different devices; start one process a GPU: "
                 f"torchrun --nproc-per-node {args.n_gpu} -m asft_kernels.train ..."
@@ -195,7 +196,7 @@ class PreferenceTrainer(Trainer):
         missing = set(load_result.missing_keys) - tied
         if missing or load_result.unexpected_keys:
             names = sorted(missing | set(load_result.unexpected_keys))[:3]
-            raise ArgumentProblem(f"--resume: the checkpoint is not of --model: {', '.join(names)} ... do not match")
+            raise InputError(f"--resume: the checkpoint is not of --model: {', '.join(names)} ... do not match")
 
 
 def pad_token(tokenizer: Any) -> int:

@@ -1,0 +1,1 @@
+"""The `asft` command: one parser, one way to fail."""

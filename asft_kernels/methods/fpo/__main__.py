@@ -1,0 +1,130 @@
+"""`python -m asft_kernels.methods.fpo`: trains a sparse autoencoder on the hidden states of a causal language model.
+
+Writes the autoencoder (--output) and, beside it, OUTPUT.json with the settings and its quality on pairs that were
+held out (every 8th line). Ctrl-C ends training early and writes what there is.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asft_kernels.data import load_pairs, split_every_nth
+from asft_kernels.data.rows import KINDS
+from asft_kernels.methods.fpo.collect import collect_tokens
+from asft_kernels.methods.fpo.files import check_suffix, write_sae
+from asft_kernels.methods.fpo.hidden import HEAD_INPUT, check_layer
+from asft_kernels.methods.fpo.training import Trainer, quality
+from asft_kernels.models.loading import check_positions, load_causal_lm, load_tokenizer
+
+HELD_OUT_NTH, HELD_OUT_SHARE = 8, 0.1  # lines; evaluation tokens for each training token
+SHOWN_EVERY = 10  # steps
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m asft_kernels.methods.fpo", description=(__doc__ or "").split("\n", 2)[2]
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="folder or hub name of a causal language model")
+    add("--data", required=True, help=f"preference pairs: {KINDS}")
+    add("--output", required=True, help="file to write: .safetensors, or .npz as Gemma Scope's")
+    add("--layer", type=int, default=HEAD_INPUT, help="-1 (default): the head's input; 0, 1, ...: that block's output")
+    add("--features", type=_positive, default=4096, help="F, default 4096")
+    add("--tokens", type=_positive, default=60_000, help="to train on, kept in memory in fp32; default 60000")
+    add("--steps", type=_positive, default=600, help="default 600")
+    add("--batch-size", type=_positive, default=1024, help="tokens a step, default 1024")
+    add("--learning-rate", type=float, default=1e-3, help="default 1e-3")
+    add("--l1", type=float, default=5.0, help="weight of the sparsity penalty, default 5")
+    add("--max-length", type=_positive, default=512, help="tokens of prompt and answer, default 512")
+    add("--seed", type=int, default=0, help="default 0")
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "auto"], help="of the model, default float32")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 done or ended by Ctrl-C with a file, 2 bad input (said on stderr), 130 stopped before a step."""
+    options = _parser().parse_args(argv)
+    try:
+        return _run(options)
+    except ImportError as error:
+        print(f'sae: {error}; pip install "asft_kernels[train]"', file=sys.stderr)
+        return 2
+    except (OSError, ValueError) as error:
+        print(f"sae: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sae: interrupted before training began; nothing was written", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    check_suffix(options.output)
+    begin = time.perf_counter()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer, config = load_tokenizer(options.model)
+    check_positions(config, options.max_length)
+    limits = {"max_length": options.max_length, "max_prompt_length": options.max_length // 2}
+    pairs, report = load_pairs(options.data, tokenizer, **limits)
+    print(report)
+    train_pairs, held_out_pairs = split_every_nth(pairs, HELD_OUT_NTH)
+    model = load_causal_lm(options.model, options.dtype).to(device).eval()
+    check_layer(model, options.layer)
+    collect: dict[str, Any] = {"layer": options.layer, "seed": options.seed}
+    tokens = collect_tokens(model, train_pairs, options.tokens, label="hidden states", **collect)
+    wanted = max(1, int(HELD_OUT_SHARE * options.tokens))
+    held_out = collect_tokens(model, held_out_pairs, wanted, label="held-out states", **collect)
+    del model
+    if options.batch_size > len(tokens):
+        raise ValueError(f"--batch-size: got {options.batch_size}, need at most {len(tokens)}, the tokens of the data")
+    collected = time.perf_counter()
+    trainer = Trainer(
+        tokens, options.features, steps=options.steps, batch_size=options.batch_size, seed=options.seed,
+        learning_rate=options.learning_rate, l1=options.l1, device=device,
+    )  # fmt: skip
+    _train(trainer)
+    sae = trainer.finished()
+    figures = asdict(quality(sae, held_out))
+    write_sae(sae, options.output)
+    metrics = {
+        "settings": vars(options), "steps_done": trainer.done, "training_tokens": len(tokens), "held_out": figures,
+        "seconds": {"collecting": collected - begin, "training": time.perf_counter() - collected},
+    }  # fmt: skip
+    Path(f"{options.output}.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    print(
+        f"{options.output}: {trainer.done} steps; on {len(held_out)} held-out tokens explained variance "
+        f"{figures['explained_variance']:.3f}, {figures['l0']:.1f} features a token, {figures['dead']:.1%} dead"
+    )
+    return 0
+
+
+def _train(trainer: Trainer) -> None:
+    from tqdm import tqdm
+
+    try:
+        with tqdm(total=trainer.steps, desc="autoencoder", unit="step") as bar:
+            while trainer.done < trainer.steps:
+                loss = trainer.step()
+                bar.update()
+                if trainer.done % SHOWN_EVERY == 0:
+                    bar.set_postfix(loss=f"{loss:.1f}")
+    except KeyboardInterrupt:
+        if not trainer.done:
+            raise
+        print(f"\nstopped after step {trainer.done}; writing what there is", file=sys.stderr)
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, need at least 1")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

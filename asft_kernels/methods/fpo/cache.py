@@ -1,0 +1,191 @@
+"""`python -m asft_kernels.methods.fpo.cache`: a reference model's pooled features of both answers of every pair, once.
+
+One Arrow file, memory-mapped when read: a row a pair, keyed by the pair's id (`load_pairs`), each answer as the
+indices and values of its features that are not 0. All of them: FPO compares the reference at the policy's top k
+too, which the reference's own top k does not hold. Values are float16: off by 2^-11 of themselves, they move D by
+less than a drift of a thousandth would. 4 bytes a feature that is active somewhere in the answer (6 with more than
+65536 features), against 2 F for the whole vector.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asft_kernels.data import PairCollator, load_pairs
+from asft_kernels.data.rows import KINDS
+from asft_kernels.methods.fpo.autoencoder import SparseAutoencoder
+from asft_kernels.methods.fpo.features import pooled_features
+from asft_kernels.methods.fpo.files import read_sae
+from asft_kernels.methods.fpo.hidden import HEAD_INPUT, check_layer, hidden_states
+from asft_kernels.models.loading import check_positions, load_causal_lm, load_tokenizer
+
+SIDES = ("chosen", "rejected")
+LARGEST = torch.finfo(torch.float16).max
+MADE_BY = b"asft_kernels.methods.fpo"  # key of the file's metadata
+
+
+def encoder_digest(sae: SparseAutoencoder) -> str:
+    """sha256 of what features depend on."""
+    digest = hashlib.sha256()
+    for tensor in (sae.W_enc, sae.b_enc, sae.floor):
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def write_reference_features(
+    path: str | os.PathLike[str],
+    model: Any,
+    sae: SparseAutoencoder,
+    pairs: Any,
+    *,
+    layer: int = HEAD_INPUT,
+    batch_size: int = 8,
+) -> None:
+    """Features of `pairs` (rows with id, prompt, chosen, rejected, as load_pairs makes them) under `model`.
+
+    layer: `asft_kernels.methods.fpo.hidden`. batch_size: pairs at a time. The file appears when it is complete.
+    """
+    import pyarrow as pa
+    from tqdm import tqdm
+
+    check_layer(model, layer)
+    index_type = pa.uint16() if sae.features <= 2**16 else pa.uint32()
+    fields = [pa.field("id", pa.string())]
+    for side in SIDES:
+        fields += [pa.field(f"{side}_tokens", pa.int32()), pa.field(f"{side}_features", pa.list_(index_type))]
+        fields += [pa.field(f"{side}_values", pa.list_(pa.float16()))]
+    made_by = {"encoder": encoder_digest(sae), "features": sae.features, "layer": layer}
+    schema = pa.schema(fields, metadata={MADE_BY: json.dumps(made_by).encode()})
+    collate, device = PairCollator(0), sae.W_enc.device
+    columns = (pairs[name] for name in ("prompt", *SIDES))
+    lengths = [len(prompt) + max(len(c), len(r)) for prompt, c, r in zip(*columns, strict=True)]
+    order = sorted(range(len(pairs)), key=lambda i: -lengths[i])  # little padding, and too large a batch shows at once
+    partial = Path(f"{os.fspath(path)}.partial")
+    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as file:
+        for start in tqdm(range(0, len(order), batch_size), desc="reference features", unit="batch"):
+            rows = [pairs[i] for i in order[start : start + batch_size]]
+            batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
+            _, hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"], layer)
+            pooled = pooled_features(sae, hidden, batch["labels"]).float().cpu()
+            if not pooled.max() <= LARGEST:
+                raise ValueError(f"sae: gives a pooled feature of {pooled.max():g}, need at most {LARGEST:g} (float16)")
+            out: dict[str, list[Any]] = {"id": [row["id"] for row in rows]}
+            for side, half in zip(SIDES, pooled.chunk(2), strict=True):
+                active = [vector.nonzero().squeeze(1) for vector in half]
+                out[f"{side}_tokens"] = [len(row[side]) for row in rows]
+                out[f"{side}_features"] = [index.numpy().astype(index_type.to_pandas_dtype()) for index in active]
+                out[f"{side}_values"] = [v[index].half().numpy() for v, index in zip(half, active, strict=True)]
+            file.write_batch(pa.record_batch(out, schema=schema))
+    os.replace(partial, path)
+
+
+class ReferenceFeatures:
+    """A file of `write_reference_features`, for batches of pairs by their ids.
+
+    sae, layer: those of the run. pairs: the run's, all of which the file must hold with answers of the same
+    length; None leaves that to the look-up. Raises ValueError, beginning with the path, where one does not fit.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], sae: SparseAutoencoder, *, layer: int = HEAD_INPUT, pairs: Any = None
+    ):
+        import pyarrow as pa
+
+        self.path, self.features = Path(path), sae.features
+        if not self.path.is_file():
+            raise ValueError(f"{self.path}: no such file; python -m asft_kernels.methods.fpo.cache makes one")
+        try:
+            self.table = pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()
+            made_by = json.loads((self.table.schema.metadata or {})[MADE_BY])
+        except (pa.ArrowInvalid, KeyError) as error:
+            need = "a file that python -m asft_kernels.methods.fpo.cache wrote"
+            raise ValueError(f"{self.path}: got another file ({error}), need {need}") from error
+        for name, own in (("encoder", encoder_digest(sae)), ("layer", layer)):
+            if made_by[name] != own:
+                raise ValueError(f"{self.path}: made with the {name} {made_by[name]}, need {own}; make it anew")
+        self.row_of = {key: row for row, key in enumerate(self.table["id"].to_pylist())}
+        if pairs is not None:
+            self._check(pairs)
+
+    def _check(self, pairs: Any) -> None:
+        lengths = {side: self.table[f"{side}_tokens"].to_pylist() for side in SIDES}
+        for pair in pairs:
+            row = self._row(pair["id"])
+            for side in SIDES:
+                if lengths[side][row] != len(pair[side]):
+                    raise ValueError(
+                        f"{self.path}: pair {pair['id']} has {lengths[side][row]} tokens in its {side} answer, "
+                        f"need {len(pair[side])}; make the file with this run's tokenizer and lengths"
+                    )
+
+    def _row(self, key: str) -> int:
+        if key not in self.row_of:
+            raise ValueError(f"{self.path}: no pair {key} among its {len(self.row_of)}; make the file with this data")
+        return self.row_of[key]
+
+    def pooled(self, ids: Sequence[str]) -> Tensor:
+        """(2B, F) fp32, chosen rows first: `ref_pooled` of `fpo_inputs` for the pairs with these ids."""
+        rows = [self._row(key) for key in ids]
+        dense = torch.zeros(2 * len(rows), self.features)
+        for half, side in enumerate(SIDES):
+            for at, row in enumerate(rows):
+                features, values = (
+                    self.table[f"{side}_{what}"][row].values.to_numpy() for what in ("features", "values")
+                )
+                index = torch.from_numpy(features.astype("int64"))
+                dense[half * len(rows) + at, index] = torch.from_numpy(values.astype("float32"))
+        return dense
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 done, 2 bad input (said on stderr), 130 stopped by Ctrl-C, with no file left."""
+    parser = argparse.ArgumentParser(
+        prog="python -m asft_kernels.methods.fpo.cache", description=(__doc__ or "").split(":")[0]
+    )
+    parser.add_argument("--model", required=True, help="folder or hub name of the reference model")
+    parser.add_argument("--data", required=True, help=f"preference pairs: {KINDS}")
+    parser.add_argument("--sae", required=True, help="autoencoder: .npz or .safetensors")
+    parser.add_argument("--output", required=True, help="file to write, .arrow")
+    parser.add_argument("--layer", type=int, default=HEAD_INPUT, help="-1 (default): the head's input; l: block l")
+    parser.add_argument("--max-length", type=int, default=1024, help="as in asft-train; default 1024")
+    parser.add_argument("--max-prompt-length", type=int, default=512, help="as in asft-train; default 512")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "auto"], help="default float32")
+    parser.add_argument("--batch-size", type=int, default=8, help="pairs; default 8")
+    options = parser.parse_args(argv)
+    try:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        sae = read_sae(options.sae).to(device)
+        tokenizer, config = load_tokenizer(options.model)
+        check_positions(config, options.max_length)
+        limits = {"max_length": options.max_length, "max_prompt_length": options.max_prompt_length}
+        pairs, report = load_pairs(options.data, tokenizer, **limits)
+        print(report)
+        model = load_causal_lm(options.model, options.dtype).to(device).eval()
+        write_reference_features(options.output, model, sae, pairs, layer=options.layer, batch_size=options.batch_size)
+    except ImportError as error:
+        print(f'sae.cache: {error}; pip install "asft_kernels[train]"', file=sys.stderr)
+        return 2
+    except (OSError, ValueError) as error:
+        print(f"sae.cache: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        Path(f"{options.output}.partial").unlink(missing_ok=True)
+        print("sae.cache: interrupted", file=sys.stderr)
+        return 130
+    size = os.path.getsize(options.output)
+    print(f"{options.output}: {len(pairs)} pairs, {size / len(pairs) / 1024:.1f} KiB a pair")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

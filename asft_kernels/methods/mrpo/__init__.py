@@ -1,0 +1,1 @@
+"""MRPO: several reference models, from score files."""

@@ -1,0 +1,1 @@
+"""PoFT: the mean log-probability of other models' answers, from score files."""

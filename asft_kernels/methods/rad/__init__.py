@@ -1,0 +1,1 @@
+"""RAD: reward-conditioned data."""

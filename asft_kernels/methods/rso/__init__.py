@@ -1,0 +1,1 @@
+"""RSO, arXiv 2309.06657: rejection sampling from scored candidates."""
