@@ -13,7 +13,6 @@ pytest.importorskip("datasets", reason="needs the train extra: datasets")
 
 from asft_kernels.data import (
     BadRow,
-    InputError,
     PairCollator,
     load_pairs,
     parse_pair,

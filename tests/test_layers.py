@@ -27,9 +27,8 @@ LAYERS = [  # each may import those before it
     "models data",
     "generation",
     "score data_commands",
-    "train",
+    "methods train",  # train goes
     "training",
-    "methods",
     "compile_report",
     "cli",
     "demo",

@@ -14,7 +14,7 @@ class BMC(Around):
 
         L = base loss on S~ = sum_t W_t logp_t,   W_t = 1 + M_t min(1 / sg(p_t), delta)
 
-    M: 1 on the tokens in which the answers differ (`asft_kernels.methods.bmc.diff_marks`): the call's token_weights. Means
+    M: 1 on the tokens in which the answers differ (`asft_kernels.methods.bmc`): the call's token_weights. Means
         stay sums over the plain number of tokens.
     base: a paired objective of sums or means, or its name, or a sum such as "dpo + 0.005 sft"; it has no default.
     delta: largest weight beside 1, > 0, default 2; the authors take 1.5 to 3.

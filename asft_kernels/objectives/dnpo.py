@@ -21,7 +21,7 @@ class DNPO(Objective):
 
     ref_logps: (R,) sums, of the chosen rows under the reference as it is, of the rejected rows under its noisy logits
         (`fused_noisy_linear_logps`); without noise this is DPO with beta = lam. Calling the object gives the
-        model's loss, `noise_loss` the noise's, each with the other side detached; `asft_kernels.methods.dnpo` alternates.
+        model's loss, `noise_loss` the noise's, each with the other side detached; `methods.dnpo` alternates.
     lam: scale of the margin, > 0. alpha: weight of the noise's mean square, >= 0, of `noise_loss` alone.
     The paper gives neither: 0.1 and 1.0 are our defaults. Its Eq. 10 leaves open what is detached: our reading,
     as docs/objectives/dnpo.md explains.

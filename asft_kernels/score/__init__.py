@@ -25,7 +25,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from asft_kernels.errors import InputError
-    from asft_kernels.models import UnsupportedHead
     from asft_kernels.score.run import run
 
     try:

@@ -26,7 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"asft-train: {problem}", file=sys.stderr)
         return 2
     from asft_kernels.errors import InputError
-    from asft_kernels.models import UnsupportedHead
     from asft_kernels.train.arguments import JobArguments
     from asft_kernels.train.parser import training_parser
     from asft_kernels.train.run import run

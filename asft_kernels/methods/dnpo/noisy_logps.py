@@ -9,9 +9,9 @@
     dWn_k, dbn_k      C^T H, sum over t of C                                          (k, D), (k,)
 
 g and q are the gradients to logp and power. Nothing of size N*V exists: eps is computed from its counter
-(`asft_kernels.methods.dnpo.philox`), in the backward pass again. GEMMs: 2 forward, 3 backward (the two products again, and
+(philox.py), in the backward pass again. GEMMs: 2 forward, 3 backward (the two products again, and
 C^T H). Everything between inputs and results is fp32 (fp64 for fp64 hidden), eps fp32 always. What is done chunk by
-chunk stands in backends/noisy_torch.py (ATen calls) and noisy_triton.py (two kernels beside the products).
+chunk stands in noisy_torch.py (ATen calls) and noisy_triton.py (two kernels beside the products).
 """
 
 from types import ModuleType

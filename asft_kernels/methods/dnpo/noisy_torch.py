@@ -1,6 +1,6 @@
 """Noisy log-probabilities in ATen calls, chunk by chunk, on any device: the default on a CPU, the path for float64.
 
-What is computed: asft_kernels/methods/dnpo/noisy_logps.py. fp32 between inputs and results (fp64 for fp64 hidden), eps fp32 always.
+What is computed: noisy_logps.py. fp32 between inputs and results (fp64 for fp64 hidden), eps fp32 always.
 """
 
 import torch

@@ -21,7 +21,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from asft_kernels.errors import InputError
     from asft_kernels.methods.sapo.arguments import SapoArguments
     from asft_kernels.methods.sapo.run import run
-    from asft_kernels.models import UnsupportedHead
     from asft_kernels.train.parser import training_parser
 
     parser = training_parser(SapoArguments, prog="python -m asft_kernels.methods.sapo", description=__doc__)
