@@ -8,6 +8,7 @@ from asft_kernels.functional import fused_asft_loss, fused_linear_logps, fused_p
 from asft_kernels.nn import FusedASFTLoss
 from asft_kernels.objectives import get_objective
 from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, TokenStats
+from asft_kernels.token_loss import preference_loss_from_logps
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "fused_linear_logps",
     "fused_preference_loss",
     "get_objective",
+    "preference_loss_from_logps",
 ]

@@ -4,20 +4,17 @@ import inspect
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from asft_kernels import checks
 from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, Wanted
-from asft_kernels.batch import TokenBatch
 from asft_kernels.heads import Head
 from asft_kernels.objectives import ASFT, OBJECTIVES, Objective, get_objective
-from asft_kernels.objectives.base import counting, counting_rows, reduce_loss
 from asft_kernels.options import NAMES as NAMES_OF_OPTIONS
 from asft_kernels.options import Keywords, Options, explained, make_options
-from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, TokenStats, summarize
-from asft_kernels.sequence import Logps, reduce
+from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, TokenStats
 from asft_kernels.token_logps import token_logps
+from asft_kernels.token_loss import LossInputs, loss_of_tokens
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -267,69 +264,15 @@ def _preference_loss(
     nll_labels: Tensor | None = None,
     objective_inputs: Mapping[str, Tensor] | None = None,
 ) -> Any:  # what the overloads of the public calls say
-    name = type(objective).__name__
-    checks.reduction(reduction)
     checks.hidden_layout(hidden)
     checks.label_layout(hidden, labels, options.cu_seqlens)
     rows = hidden.shape[0] if options.cu_seqlens is None else options.cu_seqlens.numel() - 1
-    per_token = getattr(objective, "ref_per_token", False)
-    checks.reference_logps(ref_logps, labels if per_token else rows, name, objective.needs_reference)
-    weigh = getattr(objective, "weigh_tokens", None)
-    if token_weights is not None or getattr(objective, "needs_token_weights", False):
-        checks.weights_like_labels(token_weights, labels)
-    if nll_labels is not None:
-        checks.nll_layout(nll_labels, labels, options.cu_seqlens, name, objective.uses_nll_labels)
-        nll_labels = torch.cat([nll_labels, torch.full_like(nll_labels, options.ignore_index)])
-    inputs = checks.objective_inputs(objective, objective_inputs)
-    checks.same_place(hidden=hidden, ref_logps=ref_logps, token_weights=token_weights, nll_labels=nll_labels, **inputs)
+    given = LossInputs(ref_logps, token_weights, nll_labels, objective_inputs, reduction)
+    given = given.checked(objective, hidden, labels, rows, options)
     names, with_grad = (frozenset(getattr(objective, key, ())) for key in ("stats", "stats_with_grad"))
     logps, stats, batch, backend = token_logps(
         hidden, lm_head, labels, options, wanted=Wanted(names, with_grad) if names else None, paired=objective.paired,
-        nll_labels=nll_labels,
+        nll_labels=given.nll_labels,
     )  # fmt: skip
-
-    from_tokens = getattr(objective, "from_tokens", None)
-    plain = token_weights is None and nll_labels is None
-    at_once = from_tokens(logps, batch.offsets, backend) if from_tokens and plain else None
-    if at_once is not None:
-        policy, terms = at_once
-    else:
-        given = weights = None if token_weights is None else batch.take_at_labels(token_weights)
-        if weigh is not None:
-            weights = weigh(logps.detach(), given, batch.offsets)
-        lengths, nll_sums, nll_lengths = batch.lengths, None, None
-        if nll_labels is not None:
-            # The batch holds the union of both label sets: each sum takes its own tokens.
-            own, nll = (batch.take_at_labels(x).ne(options.ignore_index) for x in (labels, nll_labels))
-            given, weights = (own.double() if x is None else x.where(own, 0) for x in (given, weights))
-            lengths, nll_lengths = (reduce(x, batch).long() for x in (own, nll))
-            nll_sums = reduce(logps, batch, nll)
-        # Masked in the loss alone, a NaN of a row that does not count would come back in its gradient, as 0 * NaN.
-        rows = counting_rows(lengths, objective.paired)
-        given, weights = (_finite_weights(x, rows, batch) for x in (given, weights))
-        per_token_terms = objective.per_token(logps, stats) if stats else {}
-        terms_of_rows = {key: reduce(x, batch, given) for key, x in per_token_terms.items()}
-        policy = Logps(reduce(logps, batch, weights), lengths, nll_sums, nll_lengths, terms_of_rows)
-        ref = None if ref_logps is None else ref_logps.detach()
-        if per_token and ref is not None:
-            ref = reduce(batch.take_at_rows(ref), batch, weights)
-        ref = None if ref is None else ref.where(rows, 0)
-        inputs = {
-            key: x.where(rows, 0) if x.is_floating_point() and x.shape[-1:] == rows.shape else x
-            for key, x in inputs.items()
-        }
-        terms = objective(policy, ref, **inputs)
-        checks.loss_terms(terms, name)
-    loss = reduce_loss(terms.loss, counting(policy, objective.paired), reduction).to(logps.dtype)
-    if not return_outputs:
-        return loss
-    return loss, summarize(policy, terms, paired=objective.paired, dtype=logps.dtype)
-
-
-def _finite_weights(weights: Tensor | None, counts: Tensor, batch: TokenBatch) -> Tensor | None:
-    """(N,) weights with 0 for what is not finite in rows that do not count (counts (R,) bool)."""
-    if weights is None:
-        return None
-    tokens = torch.arange(len(weights), device=weights.device)
-    row = torch.bucketize(tokens, batch.offsets[1:-1], right=True)
-    return weights.where(counts.index_select(0, row) | weights.isfinite(), 0)
+    loss, outputs = loss_of_tokens(logps, stats, batch, objective, given, labels, options.ignore_index, backend)
+    return (loss, outputs()) if return_outputs else loss

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from asft_kernels import fused_preference_loss, reference
+from asft_kernels import fused_linear_logps, fused_preference_loss, preference_loss_from_logps, reference
 from asft_kernels.objectives import OBJECTIVES
 from asft_kernels.objectives.base import counting, reduce_loss
 from bounds import fp32_bound, relative_error, unit_roundoff
@@ -32,6 +32,26 @@ def test_parity_with_the_reference(name, dtype):
     for got, right in zip(grads, truths, strict=True):
         # bf16 gradients are rounded once: by the unit roundoff of each entry at most.
         assert relative_error(got, right) <= fp32_bound(32) + (unit_roundoff(dtype) if dtype == torch.bfloat16 else 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_from_log_probabilities(name):
+    """The same numbers in the same order after the primitive: equal to a few roundings of float32."""
+    case = make_case(rows=8, bias=True)
+    case.labels[1] = IGNORE
+    objective = objective_of(name)
+    inputs = call_inputs(objective, case.labels)
+    expected = fused_preference_loss(case.hidden, case.head, case.labels, objective, **inputs)
+    wanted = torch.autograd.grad(expected, case.hidden)[0]
+    names, grads = getattr(objective, "stats", ()), getattr(objective, "stats_with_grad", ())
+    found = fused_linear_logps(
+        case.hidden, case.head, case.labels, return_stats=names or ("lse",), differentiable=grads
+    )
+    stats = {x: getattr(found, x)[:, :-1] for x in names}  # as a fused model gives them
+    loss = preference_loss_from_logps(found.logps[:, :-1], case.labels, objective, stats=stats, **inputs)
+    assert relative_error(loss, expected.double()) <= 8 * unit_roundoff(torch.float32)
+    grad = torch.autograd.grad(loss, case.hidden)[0]
+    assert relative_error(grad, wanted.double()) <= 32 * unit_roundoff(torch.float32)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -22,6 +22,7 @@ LAYERS = [  # each may import those before it
     "token_logps",
     "objectives",
     "outputs",
+    "token_loss",
     "functional",
     "nn liger",
     "models data",

@@ -17,13 +17,14 @@ from asft_kernels.models.seam import UnsupportedHead, causal_lm, output_head, re
 from asft_kernels.options import Options
 
 STATISTICS = ("entropy", "mean_logits", "log_sum_sq_probs", "is_top1", "lse")
-DIFFERENTIABLE = ("entropy", "lse")
+DIFFERENTIABLE = ("entropy", "lse", "mean_logits")
 
 
 def fuse(
     model: Any,
     outputs: tuple[str, ...] = ("log_probs",),
     *,
+    differentiable: tuple[str, ...] = ("entropy", "lse"),
     temperature: float = 1.0,
     cast_lm_head_to_fp32: bool = False,
     logit_scale: float | None = None,
@@ -49,6 +50,8 @@ def fuse(
         model: a Hugging Face model with get_output_embeddings(), PEFT-wrapped or not; no encoder-decoder.
         outputs: what to compute beside the loss: "log_probs" (always), "entropy", "mean_logits", "log_sum_sq_probs",
             "is_top1", "lse".
+        differentiable: those of outputs that gradients go through beside log_probs, of "entropy", "lse" (both by
+            default), "mean_logits"; what each costs stands at `asft_kernels.fused_linear_logps`.
         temperature: logits are divided by it, > 0, default 1.
         cast_lm_head_to_fp32: True: autocast is off at the head, so that an fp32 head stays so. Default False. Logits
             are sums in fp32 either way, and are never rounded to fewer bits.
@@ -66,6 +69,10 @@ def fuse(
     if isinstance(outputs, str) or unknown:
         known = ", ".join(map(repr, ("log_probs", *STATISTICS)))
         raise ValueError(f"outputs: got {outputs!r}, need a tuple of {known}; leave the others out")
+    if isinstance(differentiable, str) or not set(differentiable) <= set(DIFFERENTIABLE):
+        raise ValueError(
+            f"differentiable: got {differentiable!r}, need a tuple of {', '.join(map(repr, DIFFERENTIABLE))}"
+        )
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: got {temperature!r}, need a finite number > 0; logits are divided by it")
     options = {"backend": backend, "cache_bytes": cache_bytes, "chunk_size": chunk_size}
@@ -77,6 +84,7 @@ def fuse(
     head = FusedHead(
         inner,
         statistics=tuple(name for name in STATISTICS if name in outputs),
+        differentiable=tuple(name for name in differentiable if name in outputs),
         temperature=float(temperature),
         given=(logit_scale, softcap),
         autocasts=not cast_lm_head_to_fp32,
@@ -194,7 +202,7 @@ class FusedForward:
             hidden, here = last_positions(hidden, targets, name), targets.to(hidden.device)
             asked = self.head.statistics
             options: dict[str, Any] = {"shift": shift, **self.head.keywords}
-            options |= {"return_stats": asked, "differentiable": tuple(x for x in DIFFERENTIABLE if x in asked)}
+            options |= {"return_stats": asked, "differentiable": self.head.differentiable}
             with self.head.precision(hidden):
                 found: Any = fused_linear_logps(hidden, lm_head, here, **options)
             statistics.update({x: getattr(found, x) for x in asked})
@@ -203,7 +211,7 @@ class FusedForward:
         call = functools.partial(self.original, *args)
         result, output = self.head.run(self.model, call, compute, targets, kwargs, shift=shift)
         columns = {"log_probs": result.squeeze(-1), **statistics}
-        columns |= {x: After.apply(columns[x], result) for x in DIFFERENTIABLE if x in columns}
+        columns |= {x: After.apply(columns[x], result) for x in self.head.differentiable}
         mask = targets.to(result.device) != -100
         if shift:
             columns, mask = {x: value[:, :-1] for x, value in columns.items()}, mask[:, 1:]

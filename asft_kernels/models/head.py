@@ -34,9 +34,11 @@ class FusedHead:
         given: tuple[float | None, float | None],
         check: bool,
         options: Mapping[str, Any],
+        differentiable: tuple[str, ...] = (),
         autocasts: bool = True,
     ):
-        self.statistics, self.temperature, self.given, self.options = statistics, temperature, given, options
+        self.statistics, self.differentiable = statistics, differentiable
+        self.temperature, self.given, self.options = temperature, given, options
         self.guess = logit_options(inner.config).but(*given)
         self.autocasts = autocasts
         self.logits: LogitMap | None = None if check else self.guess
