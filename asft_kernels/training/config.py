@@ -1,0 +1,161 @@
+"""`PreferenceConfig`: TRL's DPOConfig, with the objective by our names."""
+
+import ast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import DPOConfig
+
+from asft_kernels.errors import InputError
+from asft_kernels.objectives import OBJECTIVES, Objective, get_objective
+
+# Of TRL's loss: given ones are parameters of the objective.
+OF_THE_LOSS = (
+    "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "use_weighting",
+    "discopop_tau",
+)  # fmt: skip
+NAMED_OTHERWISE = {"sigmoid": "dpo"}
+# What DPOTrainer checks and never uses here.
+TRLS_OWN = {
+    "loss_type": ["sigmoid"], "loss_weights": None, "beta": 0.1, "label_smoothing": 0.0, "ld_alpha": None,
+    "f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5, "use_weighting": False, "discopop_tau": 0.05,
+}  # fmt: skip
+
+
+@dataclass
+class PreferenceConfig(DPOConfig):
+    """Holds TRL's DPOConfig, with `objective` in the place of loss_type, and how the fused head runs.
+
+    All of TRL's arguments keep their names, defaults and meaning; those of its loss (beta, label_smoothing, ld_alpha,
+    f_divergence_type, use_weighting, ...) are parameters of the objective.
+    """
+
+    objective: str = field(
+        default="asft",
+        metadata={"help": "The loss, by name, or a sum such as 'dpo + 0.005 sft'; docs/objectives.md lists them."},
+    )
+    objective_args: list[str] | None = field(
+        default=None,
+        metadata={"help": "Its parameters as NAME=VALUE, such as lam=0.5 beta=0.1; the paper's where none is given."},
+    )
+    method: str | None = field(
+        default=None,
+        metadata={"help": "What makes the pairs or their further inputs, where the objective does not say (sapo)."},
+    )
+    ref_scores: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Files of `asft score` with the reference's log-probabilities, one a reference model; no "
+            "reference model is then loaded."
+        },
+    )
+    nll_on_prompt: bool = field(
+        default=False,
+        metadata={"help": "Likelihood term over prompt and answer, as TRL's ORPO, where the objective has one."},
+    )
+    logit_scale: float | None = field(default=None, metadata={"help": "Of the model's head; found out if not given."})
+    softcap: float | None = field(default=None, metadata={"help": "Of the model's head; found out if not given."})
+    backend: str | None = field(
+        default=None,
+        metadata={"help": "What runs the fused head; by device if not given.", "choices": ["torch", "triton"]},
+    )
+    cache_bytes: int | None = field(
+        default=None, metadata={"help": "Memory for exponentials that the head keeps for the backward pass."}
+    )
+    chunk_size: int | None = field(default=None, metadata={"help": "Rows of the vocabulary that are computed at once."})
+
+    # Of TRL's loss: None, so that it shows whether they were given.
+    loss_type: list[str] | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None, metadata={"help": "TRL's name for what --objective says: 'sigmoid' is --objective dpo."}
+    )
+    beta: float | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None, metadata={"help": "Short for --objective_args beta=..."}
+    )
+    label_smoothing: float | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None, metadata={"help": "Short for --objective_args label_smoothing=..."}
+    )
+    f_divergence_type: str | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None, metadata={"help": "Short for --objective_args f_divergence_type=..."}
+    )
+    f_alpha_divergence_coef: float | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None, metadata={"help": "Short for --objective_args f_alpha_divergence_coef=..."}
+    )
+    use_weighting: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None, metadata={"help": "WPO's weights: short for --objective_args use_weighting=true"}
+    )
+    discopop_tau: float | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None, metadata={"help": "Short for --objective_args discopop_tau=..."}
+    )
+    # A NaN loss must be seen, not averaged away.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Whether to hide NaN losses in logs."})
+
+    def __post_init__(self) -> None:
+        if self.loss_type is not None:
+            raise InputError(_named_otherwise(self.loss_type, self.loss_weights))
+        if isinstance(self.objective_args, dict):
+            self.objective_args = [f"{name}={value!r}" for name, value in self.objective_args.items()]
+        if self.label_smoothing_factor:
+            raise InputError(
+                f"label_smoothing_factor: got {self.label_smoothing_factor}, need 0: the loss is made at the head, "
+                "from hard labels; sft has label_smoothing"
+            )
+        self.build_objective()
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it
+
+    def build_objective(self) -> Objective:
+        """Returns the objective that the arguments name.
+
+        Raises:
+            InputError: if there is none, or a parameter is not its own.
+        """
+        parameters: dict[str, Any] = {}
+        for given in self.objective_args or ():
+            name, equals, value = given.partition("=")
+            if not (name and equals):
+                raise InputError(f"objective_args: got {given!r}, need NAME=VALUE")
+            parameters[name] = _literal(value)
+        parameters |= {name: getattr(self, name) for name in OF_THE_LOSS if getattr(self, name) is not None}
+        if parameters and "+" in self.objective:
+            raise InputError(
+                f"objective: got the sum {self.objective!r} and values for {', '.join(parameters)}, need a sum alone: "
+                "its terms have their papers' defaults"
+            )
+        try:
+            return get_objective(self.objective, **parameters)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"objective: {str(error).removeprefix('objective: ')}") from error
+
+    @contextmanager
+    def as_trl_reads_it(self, **fields: Any) -> Iterator[None]:
+        """Gives DPOTrainer's constructor values of its own loss that it accepts, and `fields`."""
+        before = {name: getattr(self, name) for name in (*TRLS_OWN, *fields)}
+        vars(self).update({**TRLS_OWN, **fields})
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
+
+def _named_otherwise(loss_type: str | list[str], weights: list[float] | None) -> str:
+    types = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+    names = [NAMED_OTHERWISE.get(name, name) for name in types]
+    unknown = [name for name in names if name not in OBJECTIVES]
+    if unknown:
+        return f"loss_type: got {unknown[0]!r}, need objective, one of {', '.join(map(repr, OBJECTIVES))}"
+    parts = zip(weights or [1.0] * len(names), names, strict=False)
+    ours = names[0] if len(names) == 1 else " + ".join(f"{weight:g} {name}" for weight, name in parts)
+    return f"loss_type: got {', '.join(map(repr, types))}, which is called objective here: need objective={ours!r}"
+
+
+def _literal(value: str) -> Any:
+    """A number, a tuple, None, True or False (in small letters, too); else the text itself."""
+    if value.lower() in ("true", "false", "none"):
+        value = value.capitalize()
+    try:
+        return ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return value

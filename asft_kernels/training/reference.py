@@ -1,0 +1,47 @@
+"""The reference's log-probabilities as columns of the data."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from asft_kernels.errors import InputError
+from asft_kernels.score.table import SIDES, load_scores, load_token_logps, mean_avg_logps
+
+SUMS = tuple(f"ref_{side}_logps" for side in SIDES)
+TOKENS = tuple(f"ref_{side}_token_logps" for side in SIDES)
+
+
+def given_columns(dataset: Any) -> bool:
+    """Whether a dataset brings the reference's log-probabilities."""
+    columns = set(getattr(dataset, "column_names", None) or ())
+    return columns >= set(SUMS) or columns >= set(TOKENS)
+
+
+def with_scores(dataset: Any, files: Sequence[str], objective: Any, tokenizer: Any) -> Any:
+    """Returns the dataset with columns of what files of `asft score` hold, as the objective reads it.
+
+    Args:
+        dataset: of `asft_kernels.data.load_pairs`: its ids say which score is whose.
+        files: one a reference model.
+        objective: says whether sums, means or values per token are wanted.
+
+    Raises:
+        InputError: for files that do not fit the data, and an objective that has no use for them.
+    """
+    if not objective.needs_reference:
+        raise InputError(f"ref_scores: got files, need none: {objective!r} has no reference")
+    if "id" not in dataset.column_names:
+        raise InputError("ref_scores: got a dataset without ids, need one of asft_kernels.data.load_pairs")
+    if objective.ref_per_token:
+        if len(files) > 1:
+            raise InputError(f"ref_scores: got {len(files)} files, need one: {objective!r} has one reference")
+        of_sides = load_token_logps(files[0], dataset, tokenizer)
+        for name, values in zip(TOKENS, of_sides, strict=True):
+            dataset = dataset.add_column(name, [of_row.tolist() for of_row in values])
+        return dataset
+    if objective.reference_kind == "mean":
+        values = mean_avg_logps(files, dataset)[None]
+    else:
+        values = load_scores(files, dataset, tokenizer)
+    for name, of_side in zip(SUMS, values.unbind(dim=1), strict=True):
+        dataset = dataset.add_column(name, of_side[0].tolist() if len(of_side) == 1 else of_side.T.tolist())
+    return dataset

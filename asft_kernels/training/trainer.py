@@ -1,0 +1,382 @@
+"""`PreferenceTrainer`: TRL's DPOTrainer with any objective, on fused heads."""
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction
+from trl import DPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
+
+from asft_kernels.errors import InputError
+from asft_kernels.models.fused import DIFFERENTIABLE
+from asft_kernels.objectives import Objective, get_objective
+from asft_kernels.token_loss import preference_loss_from_logps
+from asft_kernels.training.collator import ENTRIES, Collator, counting_pairs
+from asft_kernels.training.config import PreferenceConfig
+from asft_kernels.training.figures import Evaluation, Window, pair_figures, pair_table, token_figures
+from asft_kernels.training.hooks import Method, find_method
+from asft_kernels.training.on_pairs import on_pairs
+from asft_kernels.training.reference import SIDES, TOKENS, given_columns, with_scores
+from asft_kernels.training.seams import exchanged
+
+OBJECTIVE_STATE, METHOD_STATE = "objective.pt", "method_{rank}.pt"  # in checkpoints, where there is any
+OF_BATCH = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", ENTRIES}  # no keywords of the model
+TRL_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
+
+
+class PreferenceTrainer(DPOTrainer):
+    """Trains with any objective on preference pairs, as TRL's DPOTrainer does with its own losses.
+
+    Data, chat templates, tokenising, truncation, PEFT (LoRA on lm_head too), quantisation, loggers, model cards,
+    DeepSpeed and FSDP configs are TRL's. The loss is made of the fused head's log-probabilities; the loss of an
+    optimiser step is the mean over the pairs that count in it, whatever the number and size of its micro-batches and
+    ranks. No reference model is made for an objective without one.
+
+    Args:
+        model, ref_model, data_collator, train_dataset, eval_dataset, processing_class, callbacks, optimizers,
+            quantization_config, peft_config: as `trl.DPOTrainer` takes them. Datasets may also be those of
+            `asft_kernels.data.load_pairs`, or bring the reference's log-probabilities: columns ref_chosen_logps,
+            ref_rejected_logps (a number, or a list of one a reference model), or ref_chosen_token_logps,
+            ref_rejected_token_logps (a list of one a token of the answer).
+        args: a `PreferenceConfig`; None for its defaults.
+        objective: a name, a sum of names, or an object; None: what args say.
+        method: a `Method` of asft_kernels/methods; None: what args say, or the one that serves the objective.
+
+    Raises:
+        InputError: for arguments that do not go together, and a loss that is not finite.
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "asft_kernels"]
+    _name = "Preference"
+    _paper: ClassVar[dict[str, str]] = {}
+    args: PreferenceConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    model: Any
+    _signature_columns: Any
+    loss_is_scaled_for_ga = True  # `_compute_loss` divides by the pairs of the whole step
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: PreferenceConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: None = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        *,
+        objective: str | Objective | None = None,
+        method: Method | None = None,
+    ):
+        args = PreferenceConfig("preference-run") if args is None else args
+        if not isinstance(args, PreferenceConfig):
+            raise InputError(f"args: got {type(args).__name__}, need PreferenceConfig, which has DPOConfig's fields")
+        if compute_metrics is not None:
+            raise InputError("compute_metrics: got a function, need None: there are no logits to compute them from")
+        given = get_objective(objective) if isinstance(objective, str) else objective or args.build_objective()
+        self.objective: Any = on_pairs(given)
+        self.method = method or find_method(args.method, given)
+        self.method.check(args, self.objective)
+        _refuse_missing_inputs(self.objective, self.method)
+        given_ref = given_columns(train_dataset)
+        self.brings_reference = bool(args.ref_scores or given_ref or self.method.own_reference)
+        self.windows = {"train": Window(), "eval": Window()}
+        self.window_start: float | None = None
+        self._pairs_of_step: Tensor | int | None = None
+        self.paused = 0.0  # seconds of evaluation since the window began
+        self.evaluation: Evaluation | None = None  # the last one, after evaluated_step steps
+        self.evaluated_step = -1
+
+        live = self.objective.needs_reference and not self.brings_reference
+        if not live and ref_model is not None and not self.method.own_reference:
+            what = "it comes with the data" if self.objective.needs_reference else "the objective has no reference"
+            raise InputError(f"ref_model: got a model, need None: {what}; leave it out")
+        if self.objective.ref_per_token and live and args.precompute_ref_log_probs:
+            raise InputError(
+                f"precompute_ref_log_probs: got True, need False: {type(given).__name__} compares token by token; or "
+                "give ref_scores, a file of asft score --token_logps"
+            )
+        figures = dict.fromkeys((*TRL_OUTPUTS, *self.objective.stats))
+        with_grad = tuple(name for name in DIFFERENTIABLE if name in self.objective.stats_with_grad)
+        options = {
+            name: getattr(args, name) for name in ("logit_scale", "softcap", "backend", "cache_bytes", "chunk_size")
+        }
+        of_policy = {"outputs": tuple(figures), "differentiable": with_grad}
+        with (
+            exchanged(makes_policy=isinstance(model, str), makes_reference=live, policy=of_policy, options=options),
+            args.as_trl_reads_it(precompute_ref_log_probs=live and args.precompute_ref_log_probs),
+        ):
+            super().__init__(
+                model=model, ref_model=ref_model, args=args, data_collator=data_collator, train_dataset=train_dataset,
+                eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
+                optimizers=optimizers, quantization_config=quantization_config, peft_config=peft_config,
+            )  # fmt: skip
+        self.compute_metrics = self._evaluation_figures  # so that predictions are gathered
+        self.collator = Collator(self.data_collator, self.method, nll_on_prompt=args.nll_on_prompt)
+        self.data_collator = self.collator
+        if isinstance(self.objective, nn.Module):
+            self.objective.to(self.args.device)
+        self.method.start(self)
+        self._change_datasets(self._with_columns)
+
+    # Datasets
+
+    def _change_datasets(self, change: Any) -> None:
+        self.train_dataset = change(self.train_dataset, "training")
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: change(of_name, name) for name, of_name in self.eval_dataset.items()}
+        elif self.eval_dataset is not None:
+            self.eval_dataset = change(self.eval_dataset, "evaluation")
+
+    def _with_columns(self, dataset: Any, label: str) -> Any:
+        if self.args.ref_scores:
+            dataset = with_scores(dataset, self.args.ref_scores, self.objective, self.processing_class)
+        return self.method.dataset(self, dataset, label)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        if "prompt_ids" in (dataset.column_names or ()):
+            return dataset  # tokenised by `load_pairs`, with a report
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        if not self.objective.needs_reference:
+            return dataset
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            own = [*TOKENS, *self.method.columns, *(["chosen", "prompt"] if self.method.makes_pairs else [])]
+            self._signature_columns += own
+
+    def get_train_dataloader(self) -> DataLoader:
+        if not self.method.makes_pairs:
+            return super().get_train_dataloader()
+        self.data_collator = list  # rows as they are; pairs are made in `get_batch_samples`
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = self.collator
+
+    # What is counted
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        batches = self.method.batches(self, list(itertools.islice(epoch_iterator, num_batches)))
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """Pairs that count in this step, all micro-batches and ranks; the Trainer counts tokens."""
+        if not batch_samples:
+            return None
+        counts = [counting_pairs(batch["completion_mask"]).sum() for batch in batch_samples]
+        pairs = torch.stack(counts).sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            pairs = self.accelerator.reduce(pairs, "sum")
+        return pairs  # pyright: ignore[reportReturnType]
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Any:
+        if self.window_start is None:
+            self.window_start, self.paused = time.perf_counter(), 0.0
+        self._pairs_of_step = num_items_in_batch
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Tensor:
+        losses, out, aux_loss = self._losses(model, inputs)
+        total = losses.sum()
+        if aux_loss is not None:
+            total = total + out.num_pairs * self.router_aux_loss_coef * aux_loss
+        of_step = self._pairs_of_step
+        loss = total / torch.as_tensor(out.num_pairs if of_step is None else of_step, device=total.device).clamp(min=1)
+        if of_step is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # the count is of all ranks, their gradients are averaged
+        return loss
+
+    def _losses(self, model: Any, inputs: Any) -> tuple[Tensor, Any, Tensor | None]:
+        """(B,) losses, their `PreferenceOutputs`, the load-balancing loss of a mixture of experts."""
+        entries = inputs.get(ENTRIES, {})
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        of_model = {name: value for name, value in inputs.items() if name not in OF_BATCH}
+        of_model["use_cache"] = False
+        if self.aux_loss_enabled:
+            of_model["output_router_logits"] = True
+        nll_labels = entries.get("nll_labels")
+        targets = labels
+        if nll_labels is not None:  # the head is asked for both label sets at once
+            chosen = labels[: len(nll_labels)]
+            targets = torch.cat([nll_labels.where(nll_labels != -100, chosen), labels[len(nll_labels) :]])
+        with self.method.at_head(self, model, inputs, entries) as further:
+            outputs = model(**of_model, labels=targets, fused_lm_head=True)
+            given = {"nll_labels": nll_labels, **further()}
+        if self.objective.needs_reference and "ref_logps" not in given:
+            given["ref_logps"] = self._reference(model, inputs, labels, entries)
+        width = labels.shape[1] - 1  # prompt learning puts virtual tokens in front
+        stats = {name: getattr(outputs, name)[:, -width:] for name in self.objective.stats}
+        losses, out = preference_loss_from_logps(
+            outputs.log_probs[:, -width:], labels, self.objective, stats=stats, reduction="none", return_outputs=True,
+            **given,
+        )  # fmt: skip
+        self._count(losses, out, outputs, inputs)
+        return losses, out, outputs.aux_loss if self.aux_loss_enabled else None
+
+    def _reference(self, model: Any, inputs: Any, labels: Tensor, entries: Mapping[str, Tensor]) -> Tensor:
+        """What the objective takes as ref_logps."""
+        objective: Any = self.objective
+        if "ref_chosen_logps" in inputs:
+            sums = torch.cat([inputs[f"ref_{side}_logps"] for side in SIDES])
+            sums = sums.T if sums.dim() == 2 else sums  # (K, 2B)
+            lengths = (labels[:, 1:] != -100).sum(dim=1).clamp(min=1)
+            of_files = self.args.ref_scores  # their means are over their own lengths
+            return sums / lengths if objective.reference_kind == "mean" and not of_files else sums
+        tokens = entries.get("ref_token_logps")
+        if tokens is None:
+            tokens = self.reference_token_logps(self.ref_model or model, inputs, labels)
+        if self.method.ref_tokens:
+            return self.method.ref_logps(tokens, labels, entries)
+        if objective.ref_per_token:
+            return tokens
+        sums = tokens.double().sum(dim=1)
+        if objective.reference_kind == "mean":
+            return sums / (labels[:, 1:] != -100).sum(dim=1).clamp(min=1)
+        return sums
+
+    @torch.no_grad()
+    def reference_token_logps(self, model: Any, inputs: Any, labels: Tensor) -> Tensor:
+        """Computes log-probabilities under the reference: its own model, or the policy without its adapters.
+
+        Args:
+            model: the reference model, or the policy.
+            inputs: a batch.
+            labels: (2B, T), -100 where none is wanted.
+
+        Returns:
+            (2B, T - 1), that of label t + 1 at t.
+        """
+        of_model = {name: value for name, value in inputs.items() if name not in OF_BATCH}
+        adapters: Any = nullcontext()
+        if self.ref_model is None and is_peft_model(self.model):
+            policy = self.accelerator.unwrap_model(self.model)
+            adapters = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
+        kwargs: Any = self.args.gradient_checkpointing_kwargs
+        with disable_gradient_checkpointing(self.model, kwargs), adapters:
+            outputs = model(**of_model, use_cache=False, labels=labels, fused_lm_head=True)
+        return outputs.log_probs[:, -(labels.shape[1] - 1) :]
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> tuple[Tensor, Tensor]:
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        with self.accelerator.autocast():
+            sums = self.reference_token_logps(model, inputs, labels).double().sum(dim=1)
+        chosen, rejected = sums.chunk(2)
+        return chosen, rejected
+
+    # What is logged
+
+    def _count(self, losses: Tensor, out: Any, outputs: Any, inputs: Any) -> None:
+        mode = "train" if self.model.training else "eval"
+        mask = inputs["completion_mask"][:, 1:].bool()
+        figures = {**pair_figures(out, losses), **token_figures(outputs, mask), **self.method.figures()}
+        if self.aux_loss_enabled:
+            figures["aux_loss"] = (outputs.aux_loss * out.num_pairs, out.num_pairs)
+        one = torch.ones((), device=losses.device)
+        figures["tokens"] = (inputs["attention_mask"].sum(), one * 0)  # sums: a count of 0 is taken for 1
+        figures["pairs"] = (out.num_pairs, one * 0)
+        self.windows[mode].add(figures)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        figures = self.windows[mode].take(lambda sums: self.accelerator.reduce(sums, "sum"))
+        loss, tokens = figures.pop("loss", None), figures.pop("tokens", 0.0)
+        if mode == "train" and "loss" in logs and loss is not None and self.window_start is not None:
+            logs["loss"] = loss  # the Trainer's is a mean of the steps' means, ours are all per pair
+            seconds = time.perf_counter() - self.window_start - self.paused
+            figures["tokens_per_second"] = tokens / seconds if seconds > 0 else 0.0
+            self._total_train_tokens += int(tokens)
+            figures["num_tokens"] = self._total_train_tokens
+            self.window_start = None
+        self._metrics[mode].update({name: [value] for name, value in figures.items()})
+        super().log(logs, start_time)
+        if mode == "train" and "loss" in logs and not np.isfinite(logs["loss"]):
+            raise InputError(
+                f"learning_rate: the loss is {logs['loss']} after step {self.state.global_step}; lower it, warm up, or "
+                "clip gradients (max_grad_norm); checkpoints before it are whole"
+            )
+
+    # Evaluation: figures of each pair, so that two evaluations can be compared pair by pair
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, Tensor, Tensor]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses, out, _ = self._losses(model, inputs)
+        return None, *pair_table(out, losses)
+
+    def _evaluation_figures(self, prediction: EvalPrediction) -> dict[str, float]:
+        self.evaluation = Evaluation(np.asarray(prediction.predictions))
+        self.evaluated_step = self.state.global_step
+        return self.evaluation.mean_loss()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        start = time.perf_counter()
+        figures = super().evaluate(*args, **kwargs)
+        self.paused += time.perf_counter() - start
+        return figures
+
+    # State beside the model's
+
+    def _state_of_objective(self) -> dict[str, Any]:
+        return self.objective.state_dict() if isinstance(self.objective, nn.Module) else {}
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.args.should_save and self._state_of_objective():
+            torch.save(self._state_of_objective(), folder / OBJECTIVE_STATE)
+        if self.method.has_state:
+            torch.save(self.method.state_dict(), folder / METHOD_STATE.format(rank=self.args.process_index))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        if self._state_of_objective():
+            self.objective.load_state_dict(_state(checkpoint, OBJECTIVE_STATE))
+        if self.method.has_state:
+            self.method.load_state_dict(_state(checkpoint, METHOD_STATE.format(rank=self.args.process_index)))
+
+
+def _state(checkpoint: str, name: str) -> dict[str, Any]:
+    file = Path(checkpoint) / name
+    if not file.is_file():
+        raise InputError(
+            f"resume_from_checkpoint: {checkpoint} has no {name}, need a checkpoint of the same objective and method, "
+            "saved without save_only_model"
+        )
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _refuse_missing_inputs(objective: Any, method: Method) -> None:
+    for name, what in objective.inputs.items():
+        if name not in method.provides:
+            raise InputError(
+                f"objective: {objective!r} needs {name} ({what}), which nothing here makes; need another objective or "
+                "--method"
+            )
