@@ -1,5 +1,6 @@
 """A causal language model and its tokenizer from a folder or the hub, with errors that name both."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +11,15 @@ from asft_kernels.errors import InputError
 
 def load_tokenizer(model: str) -> tuple[Any, Any]:
     """(tokenizer, config). InputError before the hub is asked for what cannot be a name there."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
     from transformers import AutoConfig, AutoTokenizer
+
+    _plausible(model)
+    with loading(model):
+        return AutoTokenizer.from_pretrained(model), AutoConfig.from_pretrained(model)
+
+
+def _plausible(model: str) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     path = Path(model)
     if not path.is_dir():
@@ -25,8 +33,6 @@ def load_tokenizer(model: str) -> tuple[Any, Any]:
             raise InputError(
                 f"--model: got {model!r}, {what}; need a folder that from_pretrained reads, or a hub name as org/name"
             )
-    with _loading(model):
-        return AutoTokenizer.from_pretrained(model), AutoConfig.from_pretrained(model)
 
 
 def load_causal_lm(model: str, dtype: str) -> Any:
@@ -34,12 +40,49 @@ def load_causal_lm(model: str, dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with _loading(model):
+    with loading(model):
         return AutoModelForCausalLM.from_pretrained(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
 
 
+def load_processor(model: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Loads what makes a model's inputs: its processor, if it takes images, else its tokenizer; and its config.
+
+    model may be the folder of an adapter: config is then of the model that it is part of.
+    """
+    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+
+    _plausible(model)
+    with loading(model):
+        base = _base_of_adapter(model)
+        keywords: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        try:
+            processor = AutoProcessor.from_pretrained(model, **keywords)
+        except (OSError, ValueError):
+            processor = AutoTokenizer.from_pretrained(base or model, **keywords)
+        return processor, AutoConfig.from_pretrained(base or model, **keywords)
+
+
+def load_trainable_adapter(folder: str, keywords: dict[str, Any]) -> Any:
+    """Loads an adapter with the model that it is part of. keywords: of the model's from_pretrained."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise InputError(f"model: {folder} is an adapter: peft is not installed; pip install peft") from error
+    from transformers import AutoModelForCausalLM
+
+    with loading(folder):
+        model = AutoModelForCausalLM.from_pretrained(_base_of_adapter(folder) or folder, **keywords)
+        return PeftModel.from_pretrained(model, folder, is_trainable=True)
+
+
+def _base_of_adapter(model: str) -> str | None:
+    file = Path(model) / "adapter_config.json"
+    return json.loads(file.read_text())["base_model_name_or_path"] if file.is_file() else None
+
+
 @contextmanager
-def _loading(model: str) -> Iterator[None]:
+def loading(model: str) -> Iterator[None]:
+    """Makes InputError of what from_pretrained raises where a model cannot be read."""
     try:
         yield
     except (OSError, ValueError) as error:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from trl import DPOConfig
 
 from asft_kernels.errors import InputError
@@ -28,10 +29,16 @@ TRLS_OWN = {
 class PreferenceConfig(DPOConfig):
     """Holds TRL's DPOConfig, with `objective` in the place of loss_type, and how the fused head runs.
 
-    All of TRL's arguments keep their names, defaults and meaning; those of its loss (beta, label_smoothing, ld_alpha,
-    f_divergence_type, use_weighting, ...) are parameters of the objective.
+    TRL's arguments keep their names, defaults and meaning, but for logging_steps=1, save_total_limit=2, a name for
+    output_dir, and bf16, which is off where there is no accelerator. Those of its loss (beta, label_smoothing,
+    ld_alpha, f_divergence_type, use_weighting, ...) are parameters of the objective.
     """
 
+    output_dir: str | None = field(
+        default="preference-run", metadata={"help": "Checkpoints, final model, metrics, curves."}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
+    logging_steps: float = field(default=1, metadata={"help": "Steps between rows of metrics.jsonl."})
     objective: str = field(
         default="asft",
         metadata={"help": "The loss, by name, or a sum such as 'dpo + 0.005 sft'; docs/objectives.md lists them."},
@@ -102,6 +109,8 @@ class PreferenceConfig(DPOConfig):
                 "from hard labels; sft has label_smoothing"
             )
         self.build_objective()
+        if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
+            self.bf16 = False
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it

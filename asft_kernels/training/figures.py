@@ -13,6 +13,7 @@ from torch import Tensor
 from asft_kernels.files import replacing
 from asft_kernels.outputs import PreferenceOutputs
 
+BEFORE = "eval_before.json"  # in the output folder: a resumed run compares with it
 COLUMNS = ("chosen_avg_logp", "rejected_avg_logp", "margin", "loss", "counts")  # of a pair in an evaluation
 REWARDS = {  # an objective's names -> TRL's
     "chosen_reward": "rewards/chosen",

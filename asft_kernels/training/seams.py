@@ -8,6 +8,7 @@ from typing import Any
 from trl.trainer import dpo_trainer
 
 from asft_kernels.models import fuse
+from asft_kernels.models.loading import loading
 
 _exchanging = RLock()  # the names are the module's: one constructor at a time
 
@@ -33,7 +34,10 @@ def exchanged(
     def create_model_from_path(*args: Any, **kwargs: Any) -> Any:
         of_policy = makes_policy and not loaded
         loaded.append(of_policy)
-        return load(*args, **kwargs) if of_policy or makes_reference else None
+        if not (of_policy or makes_reference):
+            return None
+        with loading(str(args[0])):
+            return load(*args, **kwargs)
 
     def add_fused_lm_head(model: Any, **trls: Any) -> None:
         fuse(model, **(policy if "outputs" in trls else {}), **options)

@@ -23,7 +23,7 @@ from asft_kernels.objectives import Objective, get_objective
 from asft_kernels.token_loss import preference_loss_from_logps
 from asft_kernels.training.collator import ENTRIES, Collator, counting_pairs
 from asft_kernels.training.config import PreferenceConfig
-from asft_kernels.training.figures import Evaluation, Window, pair_figures, pair_table, token_figures
+from asft_kernels.training.figures import BEFORE, Evaluation, Window, pair_figures, pair_table, token_figures
 from asft_kernels.training.hooks import Method, find_method
 from asft_kernels.training.on_pairs import on_pairs
 from asft_kernels.training.reference import SIDES, TOKENS, given_columns, with_scores
@@ -98,6 +98,7 @@ class PreferenceTrainer(DPOTrainer):
         self.window_start: float | None = None
         self._pairs_of_step: Tensor | int | None = None
         self.paused = 0.0  # seconds of evaluation since the window began
+        self.first_evaluation: Evaluation | None = None  # of the model as it came
         self.evaluation: Evaluation | None = None  # the last one, after evaluated_step steps
         self.evaluated_step = -1
 
@@ -161,7 +162,7 @@ class PreferenceTrainer(DPOTrainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             own = [*TOKENS, *self.method.columns, *(["chosen", "prompt"] if self.method.makes_pairs else [])]
-            self._signature_columns += own
+            self._signature_columns = [*(self._signature_columns or ()), *own]
 
     def get_train_dataloader(self) -> DataLoader:
         if not self.method.makes_pairs:
@@ -331,6 +332,11 @@ class PreferenceTrainer(DPOTrainer):
     def _evaluation_figures(self, prediction: EvalPrediction) -> dict[str, float]:
         self.evaluation = Evaluation(np.asarray(prediction.predictions))
         self.evaluated_step = self.state.global_step
+        if self.evaluated_step == 0:
+            self.first_evaluation = self.evaluation
+            if self.args.should_save:
+                Path(str(self.args.output_dir)).mkdir(parents=True, exist_ok=True)
+                self.evaluation.save(Path(str(self.args.output_dir)) / BEFORE)
         return self.evaluation.mean_loss()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -1,0 +1,92 @@
+"""What a run would do: tokens, share that carries loss, time and memory by one measured batch, the first pair."""
+
+import math
+import resource
+import time
+from typing import Any
+
+import torch
+
+from asft_kernels.training.trainer import PreferenceTrainer
+
+MARKS = ("⟦", "⟧")  # around what carries loss
+ADAM_BYTES = 8  # two fp32 moments a trainable parameter
+
+
+def describe(trainer: PreferenceTrainer) -> str:
+    """Returns the report of a dry run: nothing is saved, no weight moves.
+
+    Time and memory come of one forward and backward on the longest training pairs.
+    """
+    rows = trainer.train_dataset
+    if "prompt_ids" not in rows.column_names:
+        return "dry run: images are read batch by batch, so that nothing can be said of them before"
+    limit = trainer.args.max_length or math.inf
+    lengths = [
+        [(len(row["prompt_ids"]), len(row[f"{side}_ids"])) for side in ("chosen", "rejected") if f"{side}_ids" in row]
+        for row in rows
+    ]
+    tokens = sum(min(prompt + answer, limit) for row in lengths for prompt, answer in row)
+    of_loss = sum(max(min(prompt + answer, limit) - prompt, 0) for row in lengths for prompt, answer in row)
+    args = trainer.args
+    pairs_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(len(rows) / pairs_a_step * args.num_train_epochs)
+    text = [
+        f"tokens: {tokens:,.0f} in {len(rows)} pairs, {of_loss / max(tokens, 1):.0%} carry loss",
+        f"steps: {steps} of {pairs_a_step} pairs",
+    ]
+    if not trainer.method.makes_pairs:
+        text += [_measured(trainer, lengths, tokens / len(rows), steps), _first_pair(trainer)]
+    return "\n".join(text)
+
+
+def _measured(trainer: PreferenceTrainer, lengths: list[Any], tokens_a_pair: float, steps: int) -> str:
+    args, device = trainer.args, trainer.args.device
+    order = sorted(range(len(lengths)), key=lambda i: -sum(map(sum, lengths[i])))[: args.train_batch_size]
+    batch = trainer.collator([trainer.train_dataset[i] for i in order])
+    model = trainer.model.to(device)
+    model.train()
+    seconds = math.inf
+    for _ in range(2):  # the first one warms up
+        start = time.perf_counter()
+        trainer.training_step(model, batch, num_items_in_batch=torch.tensor(len(order), device=device))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = min(seconds, time.perf_counter() - start)
+    model.zero_grad(set_to_none=True)
+    trainer.windows["train"].take(lambda sums: sums)
+    own = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident()
+    rate = int(batch["attention_mask"].sum()) / seconds
+    of_step = args.train_batch_size * args.gradient_accumulation_steps * tokens_a_pair
+    total = steps * of_step / rate
+    return (
+        f"time: {rate:,.0f} tokens a second on the longest pairs, about {_duration(total)} for {steps} steps\n"
+        f"memory: {(peak + ADAM_BYTES * own) / 2**30:.1f} GiB ({peak / 2**30:.1f} measured with the longest pairs, "
+        f"{ADAM_BYTES * own / 2**30:.1f} for AdamW of {own:,} trainable parameters)"
+    )
+
+
+def _resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return (
+        f"{hours:.1f} hours" if hours >= 1 else f"{minutes:.0f} minutes" if minutes >= 2 else f"{seconds:.0f} seconds"
+    )
+
+
+def _first_pair(trainer: PreferenceTrainer) -> str:
+    """As the model sees it, special tokens and all."""
+    batch = trainer.collator([trainer.train_dataset[0]])
+    tokenizer: Any = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    shown = []
+    for name, ids, attention, mask in zip(
+        ("chosen", "rejected"), batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True
+    ):
+        ids, mask = ids[attention.bool()], mask[attention.bool()].bool()
+        prompt, answer = (tokenizer.decode(part) for part in (ids[~mask], ids[mask]))
+        shown.append(f"first pair, {name} ({MARKS[0]}carries loss{MARKS[1]}):\n{prompt}{MARKS[0]}{answer}{MARKS[1]}")
+    return "\n".join(shown)

@@ -1,0 +1,258 @@
+"""One run: data with its report, model, evaluation, training, evaluation, curves, summary."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import ProgressCallback, TrainerState
+from trl import get_peft_config, get_quantization_config
+
+from asft_kernels.data import load_pairs, split_every_nth
+from asft_kernels.errors import InputError
+from asft_kernels.files import write_json
+from asft_kernels.models.fused import fused_forward
+from asft_kernels.models.loading import check_positions, load_processor, load_trainable_adapter
+from asft_kernels.models.seam import causal_lm
+from asft_kernels.training import run_folder
+from asft_kernels.training.arguments import DataArguments, ModelArguments
+from asft_kernels.training.callbacks import Bar, LogTheRest, MetricsFile, StopWhenAsked, saves
+from asft_kernels.training.config import PreferenceConfig
+from asft_kernels.training.dry_run import describe
+from asft_kernels.training.figures import BEFORE, Evaluation, change, change_table
+from asft_kernels.training.hooks import find_method
+from asft_kernels.training.plot import plot_curves
+from asft_kernels.training.trainer import PreferenceTrainer
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left behind.
+
+    Attributes:
+        stopped: whether Ctrl-C ended it.
+        changes: see `figures.change`; empty without evaluation pairs, of which there were `pairs`.
+    """
+
+    folder: Path
+    step: int
+    stopped: bool
+    plot: Path
+    changes: dict[str, dict[str, float]]
+    pairs: int
+    report: str
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training pairs, pairs held out or None, and what was read and left out."""
+
+    train: Any
+    evaluation: Any
+    report: str
+
+
+def run(
+    data: DataArguments,
+    config: PreferenceConfig,
+    model: ModelArguments,
+    method_arguments: Mapping[str, Any] | None = None,
+    *,
+    say: Say = print,
+    say_at_once: Say | None = None,
+) -> Result:
+    """Trains as the arguments say.
+
+    Args:
+        method_arguments: instances of methods' `Arguments` by the methods' names; None for their defaults.
+        say: takes the report, text by text.
+        say_at_once: takes what a user who stops the run waits for; None: `say`.
+
+    Raises:
+        InputError: for what the user got wrong.
+    """
+    first = config.process_index == 0
+    say, at_once = (say, say_at_once or say) if first else (_silent, _silent)
+    folder = Path(str(config.output_dir))
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir: {folder} is a file, need a folder; name another")
+    checkpoint = (
+        None if data.dry_run else run_folder.find_checkpoint(data.resume or config.resume_from_checkpoint, folder)
+    )
+    name = _model_name(model)
+    processor, model_config = load_processor(name, trust_remote_code=config.trust_remote_code)
+    if config.max_length is not None:
+        check_positions(model_config, config.max_length)
+    objective = config.build_objective()
+    method = find_method(config.method, objective, dict(method_arguments or {}))
+    read = _read(data, config, processor, model_config, ("chosen",) if method.makes_pairs else ("chosen", "rejected"))
+    say(read.report)
+    say(f"{len(read.train)} pairs for training, {len(read.evaluation) if read.evaluation else 0} for evaluation")
+    if config.eval_strategy != "no" and read.evaluation is None:
+        raise InputError(
+            f"eval_strategy: got {config.eval_strategy!r} without pairs to evaluate on; add --eval_dataset_name or "
+            "--eval_every_nth"
+        )
+    settings = {
+        **config.to_dict(), **asdict(model), **asdict(data), "objective": repr(objective), "method": method.name,
+        "method_arguments": asdict(method.arguments) if method.arguments is not None else None,
+        "model": run_folder.digest_of_model(name), "world_size": config.world_size,
+        "training_pairs": run_folder.digest_of_pairs(read.train),
+        "evaluation_pairs": run_folder.digest_of_pairs(read.evaluation),
+    }  # fmt: skip
+    if checkpoint:
+        run_folder.require_same_settings(folder / run_folder.SETTINGS, settings, say)
+    if not data.dry_run:
+        folder.mkdir(parents=True, exist_ok=True)
+    metrics, stop = MetricsFile(folder / run_folder.METRICS), StopWhenAsked(at_once)
+    config.eval_on_start = read.evaluation is not None and checkpoint is None
+    trainer = PreferenceTrainer(
+        _policy(name, config, model), args=config, train_dataset=read.train, eval_dataset=read.evaluation,
+        processing_class=processor, callbacks=[metrics, stop, LogTheRest()], method=method,
+        quantization_config=None if _is_adapter(name) else get_quantization_config(model),
+        peft_config=None if _is_adapter(name) else get_peft_config(model),
+    )  # fmt: skip
+    if not config.disable_tqdm:
+        trainer.pop_callback(ProgressCallback)
+        trainer.add_callback(Bar())
+    say(_head_checked(trainer))
+    if data.dry_run:
+        say(describe(trainer))
+        return Result(folder, 0, False, folder / run_folder.CURVES, {}, 0, read.report)
+    done = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else None
+    if first:
+        metrics.start(done["global_step"] if done else None)
+        if not checkpoint:
+            content = {"command": run_folder.command(), "versions": run_folder.versions(), "settings": settings}
+            write_json(folder / run_folder.SETTINGS, content)
+    with stop.listening():
+        _train(trainer, checkpoint, done)
+        before = _before(trainer, folder, resumed=checkpoint is not None)
+        if stop.stopped:
+            rest = (
+                f"go on with: {run_folder.command()} --resume" if saves(config) else "save_strategy no: no checkpoint"
+            )
+            at_once(f"stopped after step {trainer.state.global_step}; {rest}")
+        else:
+            if saves(config):
+                trainer.save_model()
+            if read.evaluation is not None and trainer.evaluated_step != trainer.state.global_step:
+                trainer.evaluate()
+    changes = {} if stop.stopped or before is None else change(before, _last(trainer))
+    pairs = len(before.column("margin")) if before else 0
+    plot = folder / run_folder.CURVES
+    if first:
+        errors = {figure: row["standard_error"] for figure, row in changes.items()}
+        title = f"{config.objective}, {Path(name).name} on {Path(data.dataset_name[0]).name}"
+        plot_curves(metrics.rows(), plot, title, errors)
+        if changes:
+            summary = {"step": trainer.state.global_step, "pairs": pairs, "changes": changes}
+            write_json(folder / run_folder.SUMMARY, summary)
+            say(change_table(changes, pairs))
+        say(f"metrics: {metrics.path}\ncurves:  {plot}")
+    return Result(folder, trainer.state.global_step, stop.stopped, plot, changes, pairs, read.report)
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def _model_name(model: ModelArguments) -> str:
+    if not model.model_name_or_path:
+        raise InputError("model_name_or_path: got none, need a folder that from_pretrained reads, or a hub name")
+    return model.model_name_or_path
+
+
+def _is_adapter(name: str) -> bool:
+    return (Path(name) / "adapter_config.json").is_file()
+
+
+def _policy(name: str, config: PreferenceConfig, model: ModelArguments) -> Any:
+    """What DPOTrainer takes as model: a name with its keywords in config, or the model that an adapter is part of."""
+    keywords: dict[str, Any] = {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
+    if model.model_revision != "main":
+        keywords["revision"] = model.model_revision
+    given: Any = config.model_init_kwargs or {}
+    keywords = {key: value for key, value in {**keywords, **given}.items() if value is not None}
+    if _is_adapter(name):
+        if model.use_peft:
+            raise InputError(f"use_peft: got True, need False: {name} is an adapter already, which is trained on")
+        return load_trainable_adapter(name, keywords)
+    config.model_init_kwargs = keywords
+    return name
+
+
+def _read(
+    data: DataArguments, config: PreferenceConfig, processor: Any, model_config: Any, answers: tuple[str, ...]
+) -> Data:
+    limits: dict[str, Any] = {
+        "max_length": config.max_length, "strict": data.strict, "config": data.dataset_config,
+        "vocab_size": model_config.get_text_config().vocab_size, "num_proc": config.dataset_num_proc,
+    }  # fmt: skip
+    if data.eval_every_nth:
+        answers = ("chosen", "rejected")  # the held-out rows are pairs
+    train, report = load_pairs(data.dataset_name, processor, split=data.dataset_train_split, answers=answers, **limits)
+    text, evaluation = str(report), None
+    if data.eval_every_nth:
+        train, evaluation = split_every_nth(train, data.eval_every_nth)
+    elif data.eval_dataset_name:
+        evaluation, of_evaluation = load_pairs(
+            data.eval_dataset_name, processor, split=data.dataset_test_split, **limits
+        )
+        text += f"\n{of_evaluation}"
+    if evaluation is not None and "prompt_ids" in evaluation.column_names:
+        evaluation = longest_first(evaluation)
+    return Data(train, evaluation, text)
+
+
+def longest_first(pairs: Any) -> Any:
+    """Little padding, and too large a batch shows at once."""
+    columns = (pairs[f"{name}_ids"][:] for name in ("prompt", "chosen", "rejected"))
+    lengths = [len(p) + max(len(c), len(r)) for p, c, r in zip(*columns, strict=True)]
+    return pairs.select(np.argsort(np.negative(lengths), kind="stable"))
+
+
+@torch.no_grad()
+def _head_checked(trainer: PreferenceTrainer) -> str:
+    """Holds the fused head against the model's own logits before the long wait, and says what came of it.
+
+    Sharded models are held against them at their first batch: they are whole in no place before.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.method.makes_pairs:
+        return "output head: checked at the first batch"
+    rows = [trainer.train_dataset[i] for i in (0, min(1, len(trainer.train_dataset) - 1))]
+    batch = trainer._prepare_inputs(trainer.collator(rows))
+    trainer.model.to(trainer.args.device)
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    trainer.reference_token_logps(trainer.model, batch, labels)
+    forward = fused_forward(causal_lm(trainer.model))
+    worst = None if forward is None else forward.head.difference
+    return f"output head checked: fused and own log-probabilities differ by at most {worst or 0.0:.1e}"
+
+
+def _train(trainer: PreferenceTrainer, checkpoint: Path | None, done: dict[str, Any] | None) -> None:
+    last = trainer.args.max_steps if trainer.args.max_steps > 0 else (done or {}).get("max_steps", 0)
+    if checkpoint and done and done["global_step"] >= last:  # ended after its last checkpoint: only the end is left
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        return
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def _before(trainer: PreferenceTrainer, folder: Path, *, resumed: bool) -> Evaluation | None:
+    """The evaluation of the model as it came, of this run or of the one that it resumes."""
+    path = folder / BEFORE
+    if resumed:
+        return Evaluation.load(path) if path.is_file() else None
+    return trainer.first_evaluation
+
+
+def _last(trainer: PreferenceTrainer) -> Evaluation:
+    if trainer.evaluation is None:
+        raise RuntimeError("bug: a run with an evaluation before training has none after it")
+    return trainer.evaluation
