@@ -17,7 +17,7 @@ OF_THE_LOSS = (
     "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "use_weighting",
     "discopop_tau",
 )  # fmt: skip
-NAMED_OTHERWISE = {"sigmoid": "dpo"}
+NAMED_OTHERWISE = {"sigmoid": "dpo", "hinge": "hinge_norm"}  # of the second beta is gamma
 # What DPOTrainer checks and never uses here.
 TRLS_OWN = {
     "loss_type": ["sigmoid"], "loss_weights": None, "beta": 0.1, "label_smoothing": 0.0, "ld_alpha": None,

@@ -1,0 +1,383 @@
+"""`PreferenceTrainer` on TRL's DPOTrainer: equal to TRL where both can, and right where TRL has nothing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="needs the train extra: trl")
+pytest.importorskip("datasets", reason="needs the train extra: datasets")
+
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
+from asft_kernels import fused_linear_logps, fused_preference_loss
+from asft_kernels.errors import InputError
+from asft_kernels.objectives import DPO, MRPO, get_objective
+from asft_kernels.training import PreferenceConfig, PreferenceTrainer
+from asft_kernels.training.collator import at_labels
+from bounds import unit_roundoff
+from tiny_lm import pairs, saved_tiny_model, tiny_model, tiny_tokenizer
+
+pytestmark = [
+    # peft 0.21 and trl ask for names that transformers renamed; nothing of ours does
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+TESTS = Path(__file__).parent
+OF_CLOCKS = ("runtime", "per_second", "epoch", "step_time", "profiling")
+# fp32 log-probabilities of 20 tokens of size 6 in sums of some -100, over three steps that Adam's rounding moves apart.
+CLOSE = {"rel": 2e-4, "abs": 2e-4}
+
+
+def options(folder, **changes):
+    given = dict(
+        output_dir=str(folder), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, bf16=False,
+        gradient_checkpointing=False, disable_tqdm=True, max_length=64, seed=3,
+    )  # fmt: skip
+    return {**given, **changes}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(saved_tiny_model(tmp_path_factory.mktemp("model"), initializer_range=0.3))
+
+
+def made(folder, model, *, rows=None, trainer=PreferenceTrainer, config=PreferenceConfig, lora=None, **changes):
+    own = {name: changes.pop(name) for name in ("objective_object", "eval_dataset", "ref_model") if name in changes}
+    if "objective_object" in own:
+        own["objective"] = own.pop("objective_object")
+    return trainer(
+        model, args=config(**options(folder, **changes)), peft_config=lora, processing_class=tiny_tokenizer(),
+        train_dataset=Dataset.from_list(pairs(12)) if rows is None else rows, **own,
+    )  # fmt: skip
+
+
+def logs(trainer):
+    trainer.train()
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
+TRLS = [
+    ("dpo", {}, {}),
+    ("robust", {"beta": 0.3, "label_smoothing": 0.1}, {"beta": 0.3, "label_smoothing": 0.1, "loss_type": ["robust"]}),
+    (
+        "hinge_norm",
+        {"objective_args": ["gamma=0.1"], "gradient_checkpointing": True},
+        {"loss_type": ["hinge"], "gradient_checkpointing": True},
+    ),
+    ("ipo", {"precompute_ref_log_probs": True}, {"loss_type": ["ipo"], "precompute_ref_log_probs": True}),
+    ("dpo", {"ld_alpha": 0.3}, {"ld_alpha": 0.3}),
+    ("dpo", {"use_weighting": True}, {"use_weighting": True}),
+    ("dpo", {"f_divergence_type": "js_divergence"}, {"f_divergence_type": "js_divergence"}),
+    ("discopop", {"discopop_tau": 0.1}, {"loss_type": ["discopop"], "discopop_tau": 0.1}),
+    ("dpo + 0.5 bco_pair", {}, {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [1.0, 0.5]}),
+]
+
+
+@pytest.mark.parametrize(("objective", "ours", "theirs"), TRLS, ids=[f"{a}-{b}" for a, b, _ in TRLS])
+def test_losses_weights_and_metrics_are_trls(tmp_path, model, objective, ours, theirs):
+    """One micro-batch a step: TRL's figures are means of micro-batches' means, ours are over all pairs and tokens."""
+    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    own = made(tmp_path / "ours", model, objective=objective, **batch, **ours)
+    rows = logs(own)
+    assert len(rows) == 3
+    trl = made(tmp_path / "trl", model, trainer=DPOTrainer, config=DPOConfig, **batch, **theirs)
+    expected = logs(trl)
+    shared = set(rows[0]) & set(expected[0]) - {"epoch", "step"}
+    assert {"loss", "rewards/chosen", "rewards/margins", "logps/chosen", "entropy", "logits/chosen"} <= shared
+    assert {"mean_token_accuracy", "num_tokens", "rewards/accuracies", "grad_norm"} <= shared
+    if objective in ("dpo + 0.5 bco_pair", "ipo") or "f_divergence_type" in ours:
+        shared -= {name for name in shared if name.startswith("rewards/")}  # ours are those of the loss itself
+    if "ld_alpha" in ours:
+        shared -= {"logps/chosen", "logps/rejected"}  # TRL logs the weighed sums
+    for one, other in zip(rows, expected, strict=True):
+        for name in shared:
+            if not any(clock in name for clock in OF_CLOCKS):
+                if name == "rewards/accuracies" and one["step"] == 1:
+                    continue  # rewards of 0, but for rounding
+                assert one[name] == pytest.approx(other[name], **CLOSE), name
+    for (name, one), other in zip(own.model.named_parameters(), trl.model.parameters(), strict=True):
+        assert (one - other).abs().mean() <= 1e-5, name  # a hundredth of a step of Adam
+
+
+def test_lora_compares_with_the_model_without_it(tmp_path, model):
+    peft = pytest.importorskip("peft", reason="needs peft")
+    adapters = [peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, task_type="CAUSAL_LM") for _ in range(2)]
+    own = made(tmp_path / "ours", model, objective="dpo", lora=adapters[0], learning_rate=1e-2)
+    trl = made(tmp_path / "trl", model, trainer=DPOTrainer, config=DPOConfig, lora=adapters[1], learning_rate=1e-2)
+    assert own.ref_model is None
+    for one, other in zip(logs(own), logs(trl), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], **CLOSE)
+        assert one["rewards/margins"] == pytest.approx(other["rewards/margins"], **CLOSE)
+
+
+@pytest.mark.parametrize("objective", ["asft", "dpo"])
+def test_lora_on_the_output_head_is_trained(tmp_path, objective):
+    peft = pytest.importorskip("peft", reason="needs peft")
+    model = str(saved_tiny_model(tmp_path / "untied", tie_word_embeddings=False))
+    lora = peft.LoraConfig(target_modules=["q_proj", "lm_head"], r=2, task_type="CAUSAL_LM")
+    trainer = made(tmp_path, model, objective=objective, lora=lora, learning_rate=1e-2)
+    rows = logs(trainer)
+    of_head = [p for name, p in trainer.model.named_parameters() if "lm_head.lora_B" in name]
+    assert of_head
+    assert of_head[0].abs().sum() > 0
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def rows_that_count_differently():
+    """The third pair has a prompt so long that its rejected answer is cut away whole."""
+    rows = pairs(8)
+    dataset = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+    tokenizer = tiny_tokenizer()
+    for row in rows:
+        for name in ("prompt", "chosen", "rejected"):
+            dataset[f"{name}_ids"].append(tokenizer(row[name])["input_ids"])
+    dataset["rejected_ids"][2] = []
+    return Dataset.from_dict(dataset)
+
+
+@pytest.mark.parametrize("objective", ["asft", "lmpo", "simpo"])
+def test_the_loss_of_a_step_is_the_mean_over_its_pairs_however_they_are_split(tmp_path, model, objective):
+    found = []
+    for size, accumulation in ((8, 1), (2, 4), (4, 2), (3, 3)):
+        if objective == "lmpo" and accumulation > 1:
+            continue  # its statistics move with every micro-batch
+        trainer = made(
+            tmp_path / f"{size}", model, rows=rows_that_count_differently(), objective=objective, max_steps=1,
+            per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, optim="sgd",
+            learning_rate=1.0, max_grad_norm=0,
+        )  # fmt: skip
+        row = logs(trainer)[0]
+        assert row["pairs"] == 7
+        found.append((row, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}))
+    (first, weights), *others = found
+    for row, moved in others:
+        for name in ("loss", "logps/chosen", "log_odds/margins", "accuracy", "entropy", "mean_token_accuracy"):
+            assert row[name] == pytest.approx(first[name], rel=1e-5), name
+        for name, value in moved.items():
+            # Sums of at most 8 pairs in another order: some roundings of a gradient of size 1.
+            assert (value - weights[name]).abs().max() <= 64 * unit_roundoff(torch.float32), name
+
+
+def test_the_first_step_moves_by_the_gradient_of_the_fused_call(tmp_path, model):
+    """asft: the trainer's loss and step against the primitive on the model's own hidden states."""
+    trainer = made(
+        tmp_path, model, objective="asft", max_steps=1, per_device_train_batch_size=8, gradient_accumulation_steps=1,
+        optim="sgd", learning_rate=1.0, max_grad_norm=0, rows=rows_that_count_differently(),
+    )  # fmt: skip
+    plain = tiny_model(initializer_range=0.3)
+    batch = trainer.collator([trainer.train_dataset[i] for i in range(8)])
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    hidden = plain.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    loss = fused_preference_loss(hidden, plain.lm_head, labels, "asft")
+    loss.backward()
+    row = logs(trainer)[0]
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    for (name, moved), start in zip(trainer.model.named_parameters(), plain.parameters(), strict=True):
+        expected = start.detach() - start.grad
+        assert (moved - expected).abs().max() <= 64 * unit_roundoff(torch.float32), name
+
+
+def test_no_reference_model_without_need(tmp_path, model):
+    assert made(tmp_path, model, objective="asft").ref_model is None
+    assert made(tmp_path, model, objective="dpo").ref_model is not None
+    with pytest.raises(InputError, match="ref_model: got a model, need None: the objective has no reference"):
+        made(tmp_path, model, objective="asft", ref_model=tiny_model())
+
+
+def tokenised(count=12):
+    tokenizer = tiny_tokenizer()
+    return [
+        {f"{k}_ids": tokenizer(row[k])["input_ids"] for k in ("prompt", "chosen", "rejected")} for row in pairs(count)
+    ]
+
+
+def test_references_may_come_as_columns(tmp_path, model):
+    """One sum, several models, or a value a token."""
+    live = logs(made(tmp_path, model, rows=Dataset.from_list(tokenised()), objective="dpo"))
+    reference = tiny_model(initializer_range=0.3).eval()
+    rows = tokenised()
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
+            labels = ids.clone()
+            labels[:, : len(row["prompt_ids"])] = -100
+            with torch.no_grad():
+                logps = fused_linear_logps(reference.model(ids).last_hidden_state, reference.lm_head, labels)[0]
+            row[f"ref_{side}_token_logps"] = logps[len(row["prompt_ids"]) - 1 : -1].tolist()
+            row[f"ref_{side}_logps"] = logps.sum().item()
+    names = [name for name in rows[0] if not name.endswith("token_logps")]
+    sums = made(tmp_path, model, rows=Dataset.from_list(rows).select_columns(names), objective="dpo")
+    assert sums.ref_model is None
+    tokens = made(
+        tmp_path, model, rows=Dataset.from_list(rows).remove_columns(["ref_chosen_logps", "ref_rejected_logps"]),
+        objective="dpo",
+    )  # fmt: skip
+    for one, other, third in zip(live, logs(sums), logs(tokens), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], **CLOSE)
+        assert one["loss"] == pytest.approx(third["loss"], **CLOSE)
+    twice = [{**{name: row[name] for name in names}, "ref_chosen_logps": [row["ref_chosen_logps"]] * 2,
+              "ref_rejected_logps": [row["ref_rejected_logps"]] * 2} for row in rows]  # fmt: skip
+    several = made(tmp_path, model, rows=Dataset.from_list(twice), objective_object=MRPO(alpha=(0.5, 0.5)))
+    assert logs(several)[0]["loss"] == pytest.approx(live[0]["loss"], **CLOSE)
+
+
+def test_values_at_labels_stop_where_an_answer_was_cut():
+    mask = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 0]])
+    spread = at_labels(mask, [[-1.0, -2.0, -3.0], [-4.0]])
+    assert spread.tolist() == [[0, 0, -1, -2], [0, -4, 0, 0]]
+
+
+def test_the_likelihood_may_cover_the_prompt(tmp_path, model):
+    trainer = made(
+        tmp_path, model, objective="orpo", nll_on_prompt=True, max_steps=1, per_device_train_batch_size=8,
+        gradient_accumulation_steps=1, rows=Dataset.from_list(tokenised(8)),
+    )  # fmt: skip
+    plain = tiny_model(initializer_range=0.3)
+    batch = trainer.collator([trainer.train_dataset[i] for i in range(8)])
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    whole = batch["input_ids"][:8].masked_fill(batch["attention_mask"][:8] == 0, -100)
+    hidden = plain.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    expected = fused_preference_loss(hidden, plain.lm_head, labels, "orpo", nll_labels=whole)
+    assert logs(trainer)[0]["loss"] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_evaluation_has_every_figure_pair_by_pair(tmp_path, model):
+    trainer = made(
+        tmp_path, model, objective="dpo", eval_dataset=Dataset.from_list(pairs(7)), eval_strategy="steps",
+        eval_steps=1, per_device_eval_batch_size=2,
+    )  # fmt: skip
+    figures = trainer.evaluate()
+    assert figures["eval_loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert {"eval_rewards/margins", "eval_logps/chosen", "eval_log_odds/margins", "eval_entropy"} <= set(figures)
+    assert trainer.evaluation.table.shape == (7, 5)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "eval_loss" in row]
+    assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
+    assert rows[-1]["eval_loss"] == pytest.approx(trainer.evaluation.column("loss").mean())
+
+
+def test_bf16_starts_at_ln_2(tmp_path, model):
+    """Policy and reference run through the same kernel."""
+    row = logs(made(tmp_path, model, objective="dpo", bf16=True, max_steps=1))[0]
+    assert row["loss"] == pytest.approx(0.6931472, abs=1e-6)
+
+
+def test_state_of_objectives_resumes_to_the_bit(tmp_path, model):
+    given = {"objective": "lmpo", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    whole = made(tmp_path / "whole", model, **given)
+    expected = logs(whole)
+    resumed = made(tmp_path / "again", model, **given)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    rows = [row for row in resumed.state.log_history if "loss" in row]
+    for one, other in zip(rows, expected, strict=True):
+        assert one["loss"] == other["loss"]
+        assert one["unsureness"] == other["unsureness"]
+    for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    (tmp_path / "whole" / "checkpoint-2" / "objective.pt").unlink()
+    with pytest.raises(InputError, match=r"has no objective\.pt, need a checkpoint of the same objective"):
+        made(tmp_path / "third", model, **given).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    broken = tiny_model()
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("nan"))
+    broken.config._name_or_path = "broken"
+    config = PreferenceConfig(**options(tmp_path, objective="asft"))
+    trainer = PreferenceTrainer(
+        broken, args=config, train_dataset=Dataset.from_list(pairs(8)), processing_class=tiny_tokenizer()
+    )
+    broken.forward.head.checked, broken.forward.head.logits = True, broken.forward.head.guess
+    with pytest.raises(InputError, match="the loss is nan after step 1; lower it"):
+        trainer.train()
+
+
+REFUSED = [
+    ({"loss_type": ["sigmoid"]}, "loss_type: got 'sigmoid', which is called objective here: need objective='dpo'"),
+    ({"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [1.0, 0.5]}, "need objective='1 dpo .* 0.5 bco_pair'"),
+    ({"objective": "dpoo"}, "did you mean 'dpo'"),
+    ({"objective": "asft", "objective_args": ["beta"]}, "objective_args: got 'beta', need NAME=VALUE"),
+    ({"objective": "dpo + sft", "beta": 0.3}, "got the sum .* and values for beta"),
+    ({"objective": "asft", "f_divergence_type": "forward_kl"}, "asft: got the parameter 'f_divergence_type'"),
+    ({"method": "sapoo"}, "method: got 'sapoo', need one of"),
+]
+
+
+@pytest.mark.parametrize(("changes", "says"), REFUSED, ids=[str(c) for c, _ in REFUSED])
+def test_what_is_not_understood_is_refused_by_name(tmp_path, model, changes, says):
+    with pytest.raises(InputError, match=says):
+        made(tmp_path, model, **changes)
+
+
+def test_other_kinds_of_arguments_are_refused(tmp_path, model):
+    with pytest.raises(InputError, match="args: got DPOConfig, need PreferenceConfig"):
+        made(tmp_path, model, config=DPOConfig)
+    bmc = get_objective("bmc", base="dpo", ref_weighting="policy")
+    with pytest.raises(InputError, match="precompute_ref_log_probs: got True, need False"):
+        made(tmp_path, model, objective_object=bmc, precompute_ref_log_probs=True)
+
+
+def test_dpos_module_is_as_it_was():
+    from trl.trainer import dpo_trainer, utils
+
+    assert dpo_trainer.add_fused_lm_head is utils.add_fused_lm_head
+    assert dpo_trainer.create_model_from_path is utils.create_model_from_path
+
+
+def test_objectives_may_be_given_as_objects(tmp_path, model):
+    one = logs(made(tmp_path, model, objective_object=DPO(beta=0.5)))
+    other = logs(made(tmp_path, model, objective="dpo", beta=0.5))
+    assert [row["loss"] for row in one] == [row["loss"] for row in other]
+
+
+WORKER = """
+import os, sys, torch
+from datasets import Dataset
+from asft_kernels.training import PreferenceConfig, PreferenceTrainer
+from test_preference_trainer import options, rows_that_count_differently
+from tiny_lm import tiny_tokenizer
+
+folder, model, accumulation = sys.argv[1], sys.argv[2], int(sys.argv[3])
+config = PreferenceConfig(**options(folder, objective="asft", max_steps=1, optim="sgd", learning_rate=1.0,
+    max_grad_norm=0, per_device_train_batch_size=4 // accumulation, gradient_accumulation_steps=accumulation,
+    ddp_backend="gloo"))
+trainer = PreferenceTrainer(model, args=config, train_dataset=rows_that_count_differently(),
+    processing_class=tiny_tokenizer())
+trainer.train()
+row = next(row for row in trainer.state.log_history if "loss" in row)
+if config.process_index == 0:
+    torch.save((row, {n: p.detach() for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}),
+        folder + "/found.pt")
+torch.distributed.barrier()
+os._exit(0)  # gloo's threads now and then abort a process that ends in the ordinary way
+"""
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_are_one(tmp_path, model, accumulation):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    alone = made(
+        tmp_path / "alone", model, rows=rows_that_count_differently(), objective="asft", max_steps=1, optim="sgd",
+        per_device_train_batch_size=8, gradient_accumulation_steps=1, learning_rate=1.0, max_grad_norm=0,
+    )  # fmt: skip
+    expected = logs(alone)[0]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        [*command, str(tmp_path), model, str(accumulation)], capture_output=True, text=True, timeout=240,
+        env={**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert (tmp_path / "found.pt").is_file(), done.stderr[-3000:]
+    row, weights = torch.load(tmp_path / "found.pt")
+    for name in ("loss", "pairs", "logps/chosen", "entropy"):
+        assert row[name] == pytest.approx(expected[name], rel=1e-5), name
+    for name, value in alone.model.named_parameters():
+        assert (value - weights[name]).abs().max() <= 64 * unit_roundoff(torch.float32), name
