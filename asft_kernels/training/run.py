@@ -133,6 +133,7 @@ def run(
     with stop.listening():
         _train(trainer, checkpoint, done)
         before = _before(trainer, folder, resumed=checkpoint is not None)
+        step = trainer.state.global_step
         if stop.stopped:
             rest = (
                 f"go on with: {run_folder.command()} --resume" if saves(config) else "save_strategy no: no checkpoint"
@@ -141,7 +142,11 @@ def run(
         else:
             if saves(config):
                 trainer.save_model()
-            if read.evaluation is not None and trainer.evaluated_step != trainer.state.global_step:
+            best = trainer.state.best_model_checkpoint if config.load_best_model_at_end else None
+            if best:
+                step = int(best.rpartition("-")[2])
+                say(f"best after step {step}: its weights are the final model's")
+            if read.evaluation is not None and (best or trainer.evaluated_step != step):
                 trainer.evaluate()
     changes = {} if stop.stopped or before is None else change(before, _last(trainer))
     pairs = len(before.column("margin")) if before else 0
@@ -151,7 +156,7 @@ def run(
         title = f"{config.objective}, {Path(name).name} on {Path(data.dataset_name[0]).name}"
         plot_curves(metrics.rows(), plot, title, errors)
         if changes:
-            summary = {"step": trainer.state.global_step, "pairs": pairs, "changes": changes}
+            summary = {"step": step, "pairs": pairs, "changes": changes}
             write_json(folder / run_folder.SUMMARY, summary)
             say(change_table(changes, pairs))
         say(f"metrics: {metrics.path}\ncurves:  {plot}")

@@ -1,0 +1,339 @@
+"""`asft train` from arguments to files: metrics, curves, checkpoints, resume, Ctrl-C, errors, dry run."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="needs the train extra: trl")
+pytest.importorskip("datasets", reason="needs the train extra: datasets")
+pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
+
+import transformers
+
+from asft_kernels.cli import main as asft
+from asft_kernels.training.callbacks import MetricsFile
+from asft_kernels.training.figures import Evaluation, change
+from asft_kernels.training.run_folder import command
+from asft_kernels.training.trainer import PreferenceTrainer
+from tiny_lm import pairs, saved_tiny_model, tiny_model, write_lines
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+ROOT = Path(__file__).parents[1]
+TIMES = {"tokens_per_second", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
+
+
+def main(words):
+    return asft(["train", *words])
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """Arguments of a run with dropout, so that a resumed run must restore the generators too."""
+    folder = tmp_path_factory.mktemp("job")
+    model = saved_tiny_model(folder / "model", attention_dropout=0.1)
+    data = write_lines(folder / "pairs.jsonl", [*pairs(30), "{"])
+    return [
+        *("--model_name_or_path", str(model), "--dataset_name", str(data), "--eval_every_nth", "8"),
+        *("--max_length", "64", "--learning_rate", "1e-2", "--disable_dropout", "false", "--use_cpu", "true"),
+        *("--max-steps", "8", "--per-device-train-batch-size", "2", "--disable-tqdm", "true", "--report_to", "none"),
+        *("--gradient_checkpointing", "false"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole_run(job, tmp_path_factory):
+    """One uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    assert main([*job, "--output_dir", str(folder)]) == 0
+    return folder
+
+
+def rows(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name not in TIMES} for line in lines]
+
+
+def test_run_writes_metrics_curves_model_and_summary(whole_run):
+    train = [row for row in rows(whole_run) if row["kind"] == "train"]
+    evaluations = [row for row in rows(whole_run) if row["kind"] == "eval"]
+    assert [row["step"] for row in train] == list(range(1, 9))
+    assert [row["step"] for row in evaluations] == [0, 8]
+    figures = {"loss", "sft_loss", "align_loss", "logps/chosen", "avg_logps/rejected", "log_odds/margins", "accuracy"}
+    assert figures | {"learning_rate", "grad_norm", "pairs", "entropy"} <= set(train[0])
+    assert figures | {"pairs"} <= set(evaluations[0])
+    for row in train:
+        assert row["loss"] == pytest.approx(row["sft_loss"] + row["align_loss"], rel=1e-5)
+    assert (whole_run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(whole_run.glob("*.partial"))
+
+    summary = json.loads((whole_run / "summary.json").read_text())
+    assert summary["pairs"] == 3  # rows 8, 16, 24
+    margin = summary["changes"]["log_odds/margins"]
+    assert margin["before"] == pytest.approx(evaluations[0]["log_odds/margins"], rel=1e-5)
+    assert margin["after"] == pytest.approx(evaluations[1]["log_odds/margins"], rel=1e-5)
+    assert margin["standard_error"] > 0
+
+    trained = transformers.AutoModelForCausalLM.from_pretrained(whole_run)
+    assert not torch.equal(trained.lm_head.weight, tiny_model(attention_dropout=0.1).lm_head.weight)
+    assert transformers.AutoTokenizer.from_pretrained(whole_run).eos_token == "<eos>"
+    settings = json.loads((whole_run / "run.json").read_text())
+    assert settings["settings"]["objective"] == "ASFT(lam=1.0, beta=1.0, sft_weight=1.0)"
+    assert {"torch", "transformers", "trl", "python"} <= set(settings["versions"])
+
+
+def test_what_was_read_is_said(job, tmp_path, capsys):
+    assert main([*job, "--max_steps", "1", "--output_dir", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "31 rows, 30 kept, 1 left out" in said
+    assert "line 31" in said
+    assert "27 pairs for training, 3 for evaluation" in said
+    assert "output head checked: fused and own log-probabilities differ by at most" in said
+    assert "paired s.e." in said
+    assert str(tmp_path / "out" / "curves.png") in said
+
+
+def interrupted_after(step, monkeypatch):
+    write = MetricsFile.on_log
+
+    def write_and_interrupt(self, args, state, control, logs=None, **rest):
+        write(self, args, state, control, logs, **rest)
+        if "loss" in logs and state.global_step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(MetricsFile, "on_log", write_and_interrupt)
+
+
+def test_ctrl_c_saves_and_resume_goes_on_identically(job, whole_run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "out"
+    interrupted_after(3, monkeypatch)
+    assert main([*job, "--output_dir", str(folder)]) == 130
+    said = capsys.readouterr().out
+    assert "stopped after step 4; go on with: " in said
+    assert said.rstrip().count("--resume") == 1
+    assert (folder / "checkpoint-4").is_dir()
+    assert (folder / "curves.png").is_file()
+    monkeypatch.undo()
+    with (folder / "metrics.jsonl").open("a") as file:  # as if it had gone on, and been killed
+        file.write('{"kind": "train", "step": 5, "loss": 0}\n{"kind": "tr')
+    (folder / "checkpoint-5").mkdir()  # a save that was killed: no trainer_state.json
+
+    assert main([*job, "--output_dir", str(folder), "--resume"]) == 0
+    assert rows(folder) == rows(whole_run)
+    ours, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, whole_run))
+    assert ours == theirs
+    weights = [(f / "model.safetensors").read_bytes() for f in (folder, whole_run)]
+    assert weights[0] == weights[1]
+
+
+def test_a_killed_run_goes_on_identically(job, whole_run, tmp_path):
+    """kill -9 after the fifth step; the newest checkpoint is of the fourth."""
+    folder = tmp_path / "out"
+    words = ["train", *job, "--output_dir", str(folder), "--save_steps", "2"]
+    code = (
+        "import os, sys; from asft_kernels.cli import main; from asft_kernels.training.callbacks import MetricsFile\n"
+        "write = MetricsFile.on_log\n"
+        "def log(self, args, state, control, logs=None, **rest):\n"
+        "    write(self, args, state, control, logs, **rest)\n"
+        "    'loss' in logs and state.global_step == 5 and os.kill(os.getpid(), 9)\n"
+        "MetricsFile.on_log = log; main(sys.argv[1:])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True)
+    assert done.returncode == -9
+    assert main([*words[1:], "--resume"]) == 0
+    assert rows(folder) == rows(whole_run)
+
+
+def test_resume_of_a_finished_run_does_the_rest_only(job, whole_run, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(whole_run, folder)
+    (folder / "summary.json").unlink()
+    assert main([*job, "--output_dir", str(folder), "--resume"]) == 0
+    assert [row["step"] for row in rows(folder) if row["kind"] == "train"] == list(range(1, 9))
+    assert rows(folder)[-1]["log_odds/margins"] == pytest.approx(rows(whole_run)[-1]["log_odds/margins"], rel=1e-6)
+    assert (folder / "summary.json").is_file()
+
+
+def test_resume_refuses_what_would_be_another_experiment(job, whole_run, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(whole_run, folder)
+    resume = [*job, "--output_dir", str(folder), "--resume"]
+    assert main([*resume, "--objective_args", "lam=2"]) == 2
+    assert "resume: objective: 'ASFT(lam=1.0, beta=1.0" in capsys.readouterr().err
+    for name, value, was in (
+        ("num_train_epochs", "2", "3.0"),
+        ("softcap", "3", "None"),
+        ("lr_scheduler_type", "cosine", "'linear'"),
+        ("optim", "sgd", "'adamw"),
+    ):
+        assert main([*resume, f"--{name}", value]) == 2
+        assert f"resume: {name}: {was}" in capsys.readouterr().err
+    grown = write_lines(tmp_path / "pairs.jsonl", [*pairs(31), "{"])
+    assert main([*resume, "--dataset_name", str(grown)]) == 2
+    assert "resume: training_pairs: others, need the same" in capsys.readouterr().err
+    other = saved_tiny_model(tmp_path / "model", attention_dropout=0.1)
+    assert main([*resume, "--model", str(other)]) == 2
+    assert "resume: model: " in capsys.readouterr().err
+    for checkpoint in folder.glob("checkpoint-*"):
+        (checkpoint / "optimizer.pt").unlink()
+    assert main(resume) == 2
+    assert "no complete checkpoint in" in (said := capsys.readouterr().err)
+    assert "has no optimizer.pt (save_only_model keeps none)" in said
+
+
+def test_any_trace_of_a_run_is_not_overwritten(job, whole_run, tmp_path, capsys):
+    for name in ("metrics.jsonl", "model.safetensors"):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        shutil.copy(whole_run / "run.json", folder)
+        shutil.copy(whole_run / name, folder)
+        assert main([*job, "--output_dir", str(folder)]) == 2
+        assert "holds a run already; add --resume" in capsys.readouterr().err
+
+
+def test_best_model_is_loaded_at_the_end(job, tmp_path, capsys):
+    """Best by a figure that falls at every step: the final model is the first checkpoint's, and so are its figures."""
+    folder = tmp_path / "out"
+    words = [
+        *job, "--max_steps", "3", "--load_best_model_at_end", "true", "--eval_strategy", "steps", "--eval_steps", "1",
+        "--save_steps", "1", "--metric_for_best_model", "avg_logps/chosen", "--greater_is_better", "false",
+        "--output_dir", str(folder),
+    ]  # fmt: skip
+    assert main(words) == 0
+    evaluations = [row["avg_logps/chosen"] for row in rows(folder) if row["kind"] == "eval"][:4]
+    assert evaluations[1] == min(evaluations[1:])
+    assert "best after step 1:" in capsys.readouterr().out
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    models = [load(f).state_dict() for f in (folder, folder / "checkpoint-1")]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["step"] == 1
+    assert summary["changes"]["avg_logps/chosen"]["after"] == pytest.approx(evaluations[1], rel=1e-5)
+
+
+def test_ctrl_c_without_checkpoints_saves_none(job, tmp_path, monkeypatch, capsys):
+    interrupted_after(3, monkeypatch)
+    assert main([*job, "--save_strategy", "no", "--output_dir", str(tmp_path / "out")]) == 130
+    said = capsys.readouterr().out
+    assert "stopping after this step, without a checkpoint" in said
+    assert "stopped after step 4; no checkpoint, as save_strategy is no" in said
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_ctrl_c_before_the_first_step_stops_at_once(job, tmp_path, monkeypatch):
+    """During the first evaluation there is nothing to save, and no step to wait for."""
+    step = PreferenceTrainer.prediction_step
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(PreferenceTrainer, "prediction_step", interrupted)
+    assert main([*job, "--output_dir", str(tmp_path / "out")]) == 130
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    monkeypatch.undo()
+    assert main([*job, "--max_steps", "1", "--output_dir", str(tmp_path / "out")]) == 0  # no step was lost
+
+
+@pytest.mark.parametrize("resume", [["--resume"], ["--resume", "out/checkpoint-4"], ["--resume=out/checkpoint-4"]])
+def test_printed_command_drops_resume_and_its_value(monkeypatch, resume):
+    monkeypatch.setattr(sys, "argv", ["/bin/asft", "train", "--data", "a b", *resume, "--max_steps", "2"])
+    assert command() == "asft train --data 'a b' --max_steps 2"
+
+
+def test_lora_and_going_on_with_an_adapter(job, tmp_path):
+    pytest.importorskip("peft", reason="needs peft")
+    first, second = tmp_path / "first", tmp_path / "second"
+    lora = ["--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj", "--objective", "dpo"]
+    short = [*job, "--max_steps", "2"]
+    assert main([*short, *lora, "--output_dir", str(first)]) == 0
+    assert (first / "adapter_config.json").is_file()
+    again = [*short, "--model", str(first), "--objective", "dpo", "--output_dir", str(second)]
+    assert main(again) == 0
+    assert rows(second)[0]["loss"] == pytest.approx(0.693147, abs=1e-5)  # the reference is the adapter as it came
+    assert rows(second)[0]["logps/chosen"] == pytest.approx(rows(first)[-1]["logps/chosen"], rel=1e-5)
+
+
+def test_settings_may_stand_in_yaml(job, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"objective: orpo\nobjective_args: [lam=0.5]\noutput_dir: {tmp_path / 'out'}\nmax_steps: 1\n")
+    assert main([*[word for word in job if word not in ("--max-steps", "8")], "--config", str(config)]) == 0
+    settings = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]
+    assert settings["objective"].startswith("ORPO(lam=0.5")
+
+
+def test_dry_run_says_what_would_be_and_does_nothing(job, tmp_path, capsys):
+    assert main([*job, "--dry_run", "--output_dir", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "carry loss" in said
+    assert "steps: 8 of 2 pairs" in said
+    assert "tokens a second" in said
+    assert "GiB" in said
+    assert "Say red 0: ⟦red<eos>⟧" in said
+    assert not (tmp_path / "out").exists()
+
+
+BAD = [
+    (["--objective_args", "lam=-1"], "objective: asft: lam: got -1, need a finite number >= 0"),
+    (["--beta", "0"], "objective: asft: beta: got 0.0, need a finite number > 0"),
+    (["--loss_type", "sigmoid"], "loss_type: got 'sigmoid', which is called objective here: need objective='dpo'"),
+    (["--max_length", "999"], "got 999, need at most 256, the model's positions"),
+    (["--eval_every_nth", "1"], "eval_every_nth: got 1, need at least 2"),
+    (["--eval_data", "x.jsonl"], "eval_dataset_name, eval_every_nth: got both, need one"),
+    (["--label_smoothing_factor", "0.1"], "label_smoothing_factor: got 0.1, need 0: the loss"),
+    (["--data", "no.jsonl"], "no.jsonl"),
+    (["--strict"], "--strict is on; first: line 31"),
+    (["--model", "."], "'.' cannot be loaded as a causal language model"),
+    (["--model", "no-such-folder"], "no such folder, and no hub name either"),
+    (["--report_to", "wandb"], "wandb"),
+    (["--eval_every_nth", "500"], "leaves 30 pairs for training and 0 for evaluation"),
+    (["--output_dir", __file__], "is a file, need a folder"),
+]
+
+
+@pytest.mark.parametrize(("extra", "message"), BAD, ids=[" ".join(words)[:40] for words, _ in BAD])
+def test_bad_input_is_one_line_that_says_what_to_do(job, tmp_path, capsys, monkeypatch, extra, message):
+    monkeypatch.chdir(tmp_path)
+    assert main([*job, "--output_dir", str(tmp_path / "out"), *extra]) == 2
+    said = capsys.readouterr().err
+    assert said.count("asft train: ") == 1
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_evaluation_needs_pairs(job, tmp_path, capsys):
+    at = job.index("--eval_every_nth")
+    words = [*job[:at], *job[at + 2 :], "--eval_strategy", "steps", "--output_dir", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "eval_strategy: got 'steps' without pairs to evaluate on; add --eval_dataset_name" in capsys.readouterr().err
+
+
+def test_data_is_checked_before_the_model_is_loaded(job, tmp_path, capsys, monkeypatch):
+    loaded = Mock(side_effect=AssertionError("loaded"))
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loaded)
+    path = write_lines(tmp_path / "bad.jsonl", ['{"prompt": "Say it"}'])
+    assert main([*job, "--data", str(path), "--output_dir", str(tmp_path / "out")]) == 2
+    assert "no usable pair; first: line 1" in capsys.readouterr().err
+
+
+def test_change_is_paired():
+    """Margins 1, 2, 3 -> 2, 4, 3: differences 1, 2, 0: mean 1, standard error 1 / sqrt(3)."""
+    import numpy as np
+
+    def table(margins):
+        return Evaluation(np.array([[-1.0, -2.0, m, 1.0, 1.0] for m in margins] + [[0.0] * 5]))
+
+    result = change(table([1, 2, 3]), table([2, 4, 3]))["log_odds/margins"]
+    assert result == pytest.approx({"before": 2, "after": 3, "change": 1, "standard_error": 3**-0.5})
