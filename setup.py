@@ -18,13 +18,14 @@ TRAIN = [
     "gguf>=0.10",  # the demo's model comes as a GGUF file
     "matplotlib>=3.8",
     "numpy",
+    "peft>=0.18",  # LoRA
     "pyarrow>=15",  # score files, Parquet and Arrow data; datasets brings it
     "tqdm>=4.66",
     "transformers>=5",
+    "trl>=1.16",  # the trainer
 ]
 PEERS = [  # measured beside ours, and their losses are compared with ours
     f"liger-kernel>=0.8.5; {HAS_TRITON}",
-    "trl>=1.16",
 ]
 
 setup(
@@ -64,7 +65,6 @@ setup(
             *PEERS,
             "bitsandbytes>=0.49; platform_system == 'Linux'",  # heads of 4 and 8 bits
             "hypothesis>=6.100",
-            "peft>=0.17",
             "pytest>=8.4",
             # Compiled kernels are executed with it; newer and older releases are untested.
             "tinygrad==0.14.0; python_version >= '3.11'",

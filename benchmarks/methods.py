@@ -3,10 +3,9 @@
     python -m benchmarks.methods --model FOLDER --data pairs.jsonl.gz
 
 One row a method goes to bench_results/methods/rows.jsonl; methods that have one are left out, so a run that was cut
-off goes on when started again. Each trains in a process of its own: asft-train, or the method's own command. Before
-and after, asft-score scores the held-out pairs, so that all are compared by the same figures. The objectives of the
-abstract's claim (ASFT, DPO, ORPO) are scored every few steps, for the picture. `python -m benchmarks.methods_report`
-draws it, and the table.
+off goes on when started again. Each trains in a process of its own, by `asft train`. Before and after, `asft score`
+scores the held-out pairs, so that all are compared by the same figures. The objectives of the abstract's claim (ASFT,
+DPO, ORPO) are scored every few steps, for the picture. `python -m benchmarks.methods_report` draws it, and the table.
 """
 
 import argparse
@@ -33,14 +32,13 @@ from benchmarks.run import append, rows_of
 FOLDER = Path(__file__).parents[1] / "bench_results" / "methods"
 ROWS = FOLDER / "rows.jsonl"
 PICTURED_EVERY = 5  # steps
-BUDGET = ("--learning-rate", "2e-5", "--seed", "0")
-LIMITS = ("--max-length", "512", "--max-prompt-length", "256")
-TRAIN = "asft_kernels.train"
+BUDGET = ("--learning_rate", "2e-5", "--seed", "0", "--gradient_checkpointing", "false", "--report_to", "none")
+LIMITS = ("--max_length", "512")
 
 
 @dataclass(frozen=True)
 class Method:
-    """objective: as asft-train takes it; arguments: further ones, with {name} of the files in `prepare`.
+    """objective: as `asft train` takes it; arguments: further ones, with {name} of the files in `prepare`.
 
     data: the file in `prepare` that takes the place of the training pairs.
     """
@@ -48,7 +46,6 @@ class Method:
     name: str
     arguments: tuple[str, ...] = ()
     objective: str = ""  # default: the name
-    module: str = TRAIN
     pictured: bool = False
     needs: tuple[str, ...] = ()  # files of `prepare`
     data: str = ""
@@ -59,7 +56,7 @@ METHODS = (
     Method("dpo", pictured=True),
     Method("orpo", pictured=True),
     Method("sft"),
-    Method("robust", ("--objective-args", "label_smoothing=0.1")),
+    Method("robust", ("--objective_args", "label_smoothing=0.1")),
     Method("ipo"),
     Method("hinge"),
     Method("hinge_norm"),
@@ -68,22 +65,26 @@ METHODS = (
     Method("cpo"),
     Method("kto"),
     Method("lmpo"),
-    Method("poft", ("--ref-scores", "{own_scores}", "{sft_scores}"), needs=("own_scores", "sft_scores")),
+    Method("poft", ("--ref_scores", "{own_scores}", "{sft_scores}"), needs=("own_scores", "sft_scores")),
     Method("rpo"),
-    Method("mrpo", ("--ref-scores", "{own_scores}", "{sft_scores}"), needs=("own_scores", "sft_scores")),
-    Method("bmc", ("--objective-args", "base=dpo")),
+    Method("mrpo", ("--ref_scores", "{own_scores}", "{sft_scores}"), needs=("own_scores", "sft_scores")),
+    Method("bmc", ("--objective_args", "base=dpo")),
     Method("fpo", ("--sae", "{sae}"), needs=("sae",)),
-    Method("dnpo", module="asft_kernels.methods.dnpo"),
-    Method("sapo-asft", ("--token-generate-length", "32"), objective="asft", module="asft_kernels.methods.sapo"),
+    Method("dnpo"),
+    Method("sapo-asft", ("--method", "sapo", "--token_generate_length", "32"), objective="asft"),
     Method("rad-dpo", objective="dpo", data="rad"),
     Method("rso-hinge_norm", objective="hinge_norm", data="rso"),
-    Method("bridged-bmc", ("--objective-args", "base=dpo"), objective="bmc", data="bridged"),
+    Method("bridged-bmc", ("--objective_args", "base=dpo"), objective="bmc", data="bridged"),
 )
 EDIT_TOKENS = 64  # of a bridged answer at most
 
 
 def python(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", module, *arguments]
+
+
+def asft(*words: str) -> list[str]:
+    return python("asft_kernels.cli", *words)
 
 
 def run(command: list[str], log: Path) -> tuple[float, int]:
@@ -123,7 +124,7 @@ def scores_of(model: Path, data: Path, folder: Path) -> Path:
     found = list(folder.glob("*.parquet"))
     if not found:
         run(
-            python("asft_kernels.score", "--model", str(model), "--data", str(data), "--output", str(folder), *LIMITS),
+            asft("score", "--model", str(model), "--data", str(data), "--output", str(folder), *LIMITS),
             folder.with_name(folder.name + ".log"),
         )
         found = list(folder.glob("*.parquet"))
@@ -165,23 +166,23 @@ def prepare_pairs(name: str, model: Path, train: Path, work: Path) -> Path:
     made, log, data = work / f"{name}.jsonl", work / f"{name}.log", "benchmarks.method_data"
     if made.exists():
         return made
-    asft_data = ("asft_kernels.data_commands", name.replace("bridged", "bmc"))
+    asft_data = ("data", name.replace("bridged", "bmc"))
     if name == "bridged":
-        given = ("--model", str(model), "--max-new-tokens", str(EDIT_TOKENS))
-        run(python(*asft_data, str(train), str(made), *given), log)
+        given = ("--model", str(model), "--max_new_tokens", str(EDIT_TOKENS))
+        run(asft(*asft_data, str(train), str(made), *given), log)
         return made
     source = work / f"{name}-input.jsonl"
     if name == "rad":
         scores = scores_of(model, train, work / "scores-own")
         run(python(data, "scored", str(train), str(source), "--scores", str(scores)), log)
-        run(python(*asft_data, str(source), str(made)), log)
+        run(asft(*asft_data, str(source), str(made)), log)
         return made
     answers_file = work / "candidates.jsonl"
     if not answers_file.exists():
         run(python(data, "candidates", str(train), str(answers_file), "--model", str(model)), log)
     scores = scores_of(model, answers_file, work / "scores-candidates")
     run(python(data, "rewarded", str(answers_file), str(source), "--scores", str(scores)), log)
-    run(python(*asft_data, str(source), str(made), "--accept", "2"), log)
+    run(asft(*asft_data, str(source), str(made), "--accept", "2"), log)
     return made
 
 
@@ -189,17 +190,15 @@ def command_of(method: Method, args: argparse.Namespace, train: Path, held_out: 
     files = {name: str(prepare(name, args.model, train, args.work)) for name in method.needs}
     own = [argument.format(**files) for argument in method.arguments]
     data = prepare(method.data, args.model, train, args.work) if method.data else train
-    given = ["--model", str(args.model), "--data", str(data), "--output-dir", str(out)]
-    given += ["--max-steps", str(args.steps), *BUDGET, *LIMITS]
-    if method.module == "asft_kernels.methods.dnpo":
-        return python(method.module, *given, "--batch-size", str(args.pairs), *own)
+    given = ["--model", str(args.model), "--data", str(data), "--output_dir", str(out)]
+    given += ["--max_steps", str(args.steps), *BUDGET, *LIMITS]
     # Evaluation and the reference's scores take no larger batches: the peak is to be that of a step.
-    given += [f"--per-device-{kind}-batch-size={args.pairs}" for kind in ("train", "eval")]
+    given += [f"--per_device_{kind}_batch_size={args.pairs}" for kind in ("train", "eval")]
     given += ["--objective", method.objective or method.name]
-    given += ["--save-strategy", "steps", "--save-steps", str(args.steps), "--save-only-model"]
+    given += ["--save_strategy", "steps", "--save_steps", str(args.steps), "--save_only_model", "true"]
     if method.pictured:
-        given += ["--eval-data", str(held_out), "--eval-strategy", "steps", "--eval-steps", str(PICTURED_EVERY)]
-    return python(method.module, *given, *own)
+        given += ["--eval_data", str(held_out), "--eval_strategy", "steps", "--eval_steps", str(PICTURED_EVERY)]
+    return asft("train", *given, *own)
 
 
 def measure(method: Method, args: argparse.Namespace, train: Path, held_out: Path) -> dict[str, Any]:
@@ -225,7 +224,7 @@ def measure(method: Method, args: argparse.Namespace, train: Path, held_out: Pat
         "tokens_per_second": statistics.median(row["tokens_per_second"] for row in steps[1:]),
         "loss": [row["loss"] for row in steps],
         "held_out": [
-            [row["step"], row["chosen_avg_logp"], row["rejected_avg_logp"]] for row in rows if row["kind"] == "eval"
+            [row["step"], row["avg_logps/chosen"], row["avg_logps/rejected"]] for row in rows if row["kind"] == "eval"
         ],
         "answers": [[*before[key], *after[key]] for key in before],
     }
