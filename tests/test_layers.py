@@ -28,8 +28,8 @@ LAYERS = [  # each may import those before it
     "models data",
     "generation",
     "score data_commands",
-    "methods train",  # train goes
     "training",
+    "methods",
     "compile_report",
     "cli",
     "demo",

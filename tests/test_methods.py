@@ -14,9 +14,6 @@ pytest.importorskip("datasets", reason="needs the train extra: datasets")
 pytest.importorskip("accelerate", reason="needs the train extra: accelerate")
 pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
 
-from asft_kernels.methods.dnpo import _parser as dnpo_parser
-from asft_kernels.methods.sapo.arguments import SapoArguments
-from asft_kernels.train.arguments import JobArguments, RunArguments
 from benchmarks import methods, methods_report
 from benchmarks.method_data import CANDIDATES, rewards
 from benchmarks.methods import METHODS, command_of, run, scores_of, split
@@ -86,18 +83,17 @@ def test_peak_memory_is_the_commands_own(tmp_path):
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_every_command_is_one_that_its_program_takes(method, monkeypatch, tmp_path):
-    from transformers import HfArgumentParser
+    from asft_kernels.cli.train import parse
+    from asft_kernels.training.hooks import installed
 
     monkeypatch.setattr(methods, "prepare", lambda name, *_: tmp_path / name)
     args = argparse.Namespace(model=Path("m"), steps=40, pairs=4, work=tmp_path)
     command = command_of(method, args, Path("train"), Path("eval"), tmp_path / "out")[3:]
-    if method.module == "asft_kernels.methods.dnpo":
-        assert dnpo_parser().parse_args(command).max_steps == 40
-        return
-    job = SapoArguments if method.module == "asft_kernels.methods.sapo" else JobArguments
-    parsed, running = HfArgumentParser([job, RunArguments]).parse_args_into_dataclasses(command)
-    assert parsed.objective == (method.objective or method.name)
-    assert (running.max_steps, running.per_device_eval_batch_size) == (40, 4)
+    of_methods = {name: kind.Arguments for name, kind in installed().items() if kind.Arguments is not None}
+    _, config, model, *_ = parse(command[1:], of_methods)
+    assert command[0] == "train"
+    assert config.objective == (method.objective or method.name)
+    assert (config.max_steps, config.per_device_eval_batch_size, model.model_name_or_path) == (40, 4, "m")
 
 
 def test_the_autoencoder_of_fpo_is_made_by_a_command_that_its_program_takes(tmp_path):

@@ -13,6 +13,9 @@ pytest.importorskip("datasets", reason="needs the train extra: datasets")
 pytest.importorskip("accelerate", reason="needs the train extra: accelerate")
 pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
 
+from asft_kernels.train.arguments import RunArguments
+from asft_kernels.train.metrics import MetricsFile
+
 from asft_kernels.data import PairCollator
 from asft_kernels.errors import InputError
 from asft_kernels.methods.sapo import main
@@ -23,8 +26,6 @@ from asft_kernels.methods.sapo.negatives import Regeneration
 from asft_kernels.methods.sapo.trainer import SapoTrainer, sequence_logps
 from asft_kernels.models import PreferenceModel
 from asft_kernels.objectives import get_objective
-from asft_kernels.train.arguments import RunArguments
-from asft_kernels.train.metrics import MetricsFile
 from tiny_lm import pairs, saved_tiny_model, tiny_model, tiny_tokenizer, write_lines
 
 TIMES = {"tokens_per_second", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}

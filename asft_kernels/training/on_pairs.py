@@ -1,4 +1,4 @@
-"""Objectives of single answers, on pairs: what `asft-train` makes of sft, poft and kto."""
+"""Objectives of single answers, on pairs: what training makes of sft, poft and kto."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
