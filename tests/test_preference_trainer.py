@@ -381,3 +381,22 @@ def test_two_processes_are_one(tmp_path, model, accumulation):
         assert row[name] == pytest.approx(expected[name], rel=1e-5), name
     for name, value in alone.model.named_parameters():
         assert (value - weights[name]).abs().max() <= 64 * unit_roundoff(torch.float32), name
+
+
+def test_a_mixture_of_experts_has_its_load_balancing_loss(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=259, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, router_aux_loss_coef=0.3, max_position_embeddings=256,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    given = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    own = logs(made(tmp_path / "ours", str(tmp_path / "model"), objective="dpo", **given))
+    trl = logs(made(tmp_path / "trl", str(tmp_path / "model"), trainer=DPOTrainer, config=DPOConfig, **given))
+    for one, other in zip(own, trl, strict=True):
+        assert one["aux_loss"] == pytest.approx(other["aux_loss"], **CLOSE)
+        assert one["loss"] + 0.3 * one["aux_loss"] == pytest.approx(other["loss"], **CLOSE)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
