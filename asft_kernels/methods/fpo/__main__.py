@@ -70,8 +70,7 @@ def _run(options: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer, config = load_tokenizer(options.model)
     check_positions(config, options.max_length)
-    limits = {"max_length": options.max_length, "max_prompt_length": options.max_length // 2}
-    pairs, report = load_pairs(options.data, tokenizer, **limits)
+    pairs, report = load_pairs(options.data, tokenizer, max_length=options.max_length)
     print(report)
     train_pairs, held_out_pairs = split_every_nth(pairs, HELD_OUT_NTH)
     model = load_causal_lm(options.model, options.dtype).to(device).eval()
