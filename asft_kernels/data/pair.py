@@ -124,8 +124,9 @@ def _message(key: str, message: Any) -> dict[str, Any]:
     if "from" in fields and "role" not in fields:
         role = SHAREGPT_ROLES.get(fields["from"])
         if not role or not isinstance(fields.get("value"), str):
-            raise BadRow("ShareGPT turn that is not understood", f"{key}: from {fields['from']!r}, "
-                         f"need {', '.join(SHAREGPT_ROLES)} and a string as value; write it as role and content")  # fmt: skip
+            got = f"{key}: from {fields['from']!r}"
+            need = f"need {', '.join(SHAREGPT_ROLES)} and a string as value; write it as role and content"
+            raise BadRow("ShareGPT turn that is not understood", f"{got}, {need}")
         return {"role": role, "content": fields["value"]}
     if not isinstance(fields.get("role"), str):
         raise BadRow("wrong type", f"{key}: a message needs the string 'role'")
