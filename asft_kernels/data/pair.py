@@ -12,6 +12,7 @@ A message is {"role": str, "content": str or list of parts, ...} or ShareGPT's {
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +40,7 @@ class Pair:
     """
 
     prompt: Text
-    answers: dict[str, Text]
+    answers: Mapping[str, Text]
     context: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -103,7 +104,7 @@ def parse_pair(row: dict[str, Any], answers: tuple[str, ...] = BOTH) -> Pair:
         if isinstance(answer, str) and not answer.strip():
             raise BadRow("empty answer", name)
     try:
-        json.dumps([pair.prompt, pair.answers, pair.context], ensure_ascii=False, default=str).encode()
+        json.dumps([pair.prompt, [*pair.answers.values()], pair.context], ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
         raise BadRow("text with half a surrogate pair, which no tokenizer can encode") from error
     return pair

@@ -111,13 +111,15 @@ def _errors(values: tuple[Tensor, ...], base: tuple[Tensor, ...]) -> list[float]
 def _batch(model: Path, data: Path, pairs: int, max_length: int) -> tuple[Tensor, Tensor, Tensor]:
     """(hidden (2B, T, D), weight (V, D), labels (2B, T)) of real text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-    from asft_kernels.data import PairCollator, load_pairs
+    from asft_kernels.data import load_pairs, with_labels
     from asft_kernels.models import PreferenceModel
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     dataset, _ = load_pairs(data, tokenizer, max_length=max_length)
-    batch = PairCollator(tokenizer.pad_token_id)([dataset[index] for index in range(pairs)])
+    collator = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
+    batch = with_labels(collator([dataset[index] for index in range(pairs)]))
     wrapped = PreferenceModel(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)).eval()
     with torch.no_grad():
         hidden = wrapped.hidden_states(batch["input_ids"], batch["attention_mask"])
