@@ -177,14 +177,15 @@ class PairTokenizer:
             answer = [message for message in pair.answers[side] if isinstance(message, dict)]
             if any(m.get("tool_calls") for m in answer) and self._whole(pair, side, tool_calls=None) == whole:
                 raise BadRow("the template does not show tool_calls", f"{side}: need a template that does")
-            if any("reasoning_content" in m for m in answer) and self._whole(
-                pair, side, reasoning_content=None
-            ) == whole:
+            if (
+                any("reasoning_content" in m for m in answer)
+                and self._whole(pair, side, reasoning_content=None) == whole
+            ):
                 notes.append("reasoning_content that the template does not show")
             text = answer[-1]["content"]
-            if isinstance(text, str) and text != text.strip() and len(answer) == 1:
-                if self._whole(pair, side, content=text.strip()) == whole:
-                    notes.append("white space around the answer, which the template strips")
+            edges = isinstance(text, str) and text != text.strip() and len(answer) == 1
+            if edges and self._whole(pair, side, content=text.strip()) == whole:
+                notes.append("white space around the answer, which the template strips")
         if any(token in str(message["content"]) for token in self.special for message in messages):
             notes.append("chat messages that hold special tokens already: a template in a template")
         return list(dict.fromkeys(notes))

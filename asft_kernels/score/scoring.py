@@ -112,7 +112,10 @@ def token_counts(pairs: "Dataset") -> np.ndarray:
 
     tables = cast(Iterator[Any], pairs.with_format("arrow").iter(1000))
     counts = [
-        [compute.call_function("list_value_length", [table[name]]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+        [
+            compute.call_function("list_value_length", [table[name]])
+            for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+        ]
         for table in tables
     ]
     return np.concatenate(counts, axis=1).astype(np.int64)
