@@ -105,7 +105,7 @@ def run(command: str, body: Callable[[], int | None], *, stopped: str = "the sam
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
-        return _fail(command, f"the device has too little memory ({_first_line(error)}); try a smaller --batch_size")
+        return _fail(command, f"the device has too little memory ({first_line(error)}); try a smaller --batch_size")
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -113,7 +113,8 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's text, its class where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
