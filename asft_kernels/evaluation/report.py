@@ -33,7 +33,7 @@ def write_report(
     if comparisons:
         text += ["## Differences, pair by pair", ""]
         text += [
-            "The first model's minus the second's on the same pairs; more than 2 standard errors are marked *.",
+            "The first model's minus the second's on the same pairs; * at more than 2 standard errors.",
             "",
         ]
         named = {f"{c['models'][0]} − {c['models'][1]}": c["difference"] for c in comparisons}
