@@ -105,7 +105,7 @@ def run(command: str, body: Callable[[], int | None], *, stopped: str = "the sam
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
-        return _fail(command, f"the device has too little memory ({first_line(error)}); try a smaller --batch_size")
+        return _fail(command, f"the device has too little memory ({first_line(error)}); try a smaller batch")
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
