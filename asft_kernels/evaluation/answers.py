@@ -12,7 +12,6 @@ from asft_kernels.generation import TransformersGenerator
 from asft_kernels.models import PreferenceModel
 from asft_kernels.models.loading import load_causal_lm
 from asft_kernels.score.scoring import score_pairs
-from asft_kernels.score.table import SIDES
 from asft_kernels.score.unfinished import UnfinishedScores
 
 
