@@ -84,7 +84,7 @@ def shown_help(capsys, *words):
 def test_every_help_shows_what_it_has(capsys):
     assert all(f"\n  {name}" in shown_help(capsys) for name in cli.COMMANDS)
     assert "(default: float32)" in shown_help(capsys, "score")
-    assert "(default: 256)" in shown_help(capsys, "eval")
+    assert "(default: 8)" in shown_help(capsys, "eval")
     assert "(default: auto)" in shown_help(capsys, "doctor")
     streams = shown_help(capsys, "data")
     for name in data.parser()[1]:

@@ -1,221 +1,307 @@
-"""Preference pairs: every way to write a row and to get it wrong, masks, limits, the report."""
+"""Preference pairs: the ids of TRL's own trainer, every way to write a row and to get it wrong, the report."""
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
-import torch
 
 from asft_kernels.errors import InputError
 
-pytest.importorskip("transformers", reason="needs the train extra: transformers")
-pytest.importorskip("datasets", reason="needs the train extra: datasets")
+pytest.importorskip("trl", reason="needs the train extra: trl")
 
-from asft_kernels.data import (
-    BadRow,
-    PairCollator,
-    load_pairs,
-    parse_pair,
-    read_rows,
-    split_every_nth,
-    tokenize_pair,
-)
-from tiny_lm import pairs, tiny_tokenizer, write_lines
+from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+from trl import DPOTrainer
+
+from asft_kernels.data import load_pairs, read_rows, split_every_nth
+from tiny_lm import CHAT_TEMPLATE, pairs, stored, tiny_tokenizer, write_lines
 
 USER = {"role": "user", "content": "Name a colour."}
 PLAIN = {"prompt": "Name a colour.", "chosen": "Red", "rejected": "Seven"}
-HH = {
-    "chosen": "\n\nHuman: Hello\n\nAssistant: Hi. Which colour?\n\nHuman: Any\n\nAssistant: Red",
-    "rejected": "\n\nHuman: Hello\n\nAssistant: Hi. Which colour?\n\nHuman: Any\n\nAssistant: 7",
-}
+SHOWS_ALL = (  # tools, calls and reasoning, and content as text or as parts
+    "{% if tools %}<turn>{{ tools | tojson }}\n{% endif %}{% for m in messages %}<turn>{{ m['role'] }}\n"
+    "{{ m.reasoning_content or '' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{% for call in m.tool_calls or [] %}{{ call | tojson }}{% endfor %}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+)
+PARTS_ONLY = (
+    "{% for m in messages %}<turn>{{ m['role'] }}\n{% for part in m['content'] %}{{ part['text'] }}{% endfor %}<eos>\n"
+    "{% endfor %}{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+)
+REWRITES = CHAT_TEMPLATE.replace("<turn>assistant\n{% endif %}", "<turn>assistant\n<think>{% endif %}")
+CALL = {"type": "function", "function": {"name": "clock", "arguments": {"city": "Rome"}}}
+TOOLS = [{"type": "function", "function": {"name": "clock", "description": "d", "parameters": {"type": "object"}}}]
 
 
-def texts(row, chat, **limits):
-    tokenizer = tiny_tokenizer(chat)
-    limits = {"max_length": 200, "max_prompt_length": 150, **limits}
-    prompt, chosen, rejected, _ = tokenize_pair(row, tokenizer, **limits)
-    return [tokenizer.decode(ids) for ids in (prompt, chosen, rejected)]
+def said(role="assistant", content="Red", **more):
+    return {"role": role, "content": content, **more}
 
 
-def test_plain_strings_as_they_stand_with_eos():
-    assert texts(PLAIN, chat=False) == ["Name a colour.", "Red<eos>", "Seven<eos>"]
+def with_template(template):
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def sentencepiece():
+    """As Mistral's and TinyLlama's: a text begins with ▁, and BOS goes before it."""
+    from tokenizers.processors import TemplateProcessing
+
+    letters = sorted({char for char in "Capital of France? Paris.Rome.▁" if char != " "})
+    words = ["<unk>", "<s>", "</s>", *letters, "▁P"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "P")], unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Replace("▁", " ")
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def load(tmp_path, rows, tokenizer=None, **options):
+    return load_pairs(write_lines(tmp_path / "rows.jsonl", rows), tokenizer or tiny_tokenizer(chat=True), **options)
+
+
+def texts(tmp_path, row, tokenizer=None):
+    tokenizer = tokenizer or tiny_tokenizer(chat=True)
+    (pair,) = load(tmp_path, [row], tokenizer)[0]
+    return [tokenizer.decode(pair[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")]
+
+
+CHAT = {"prompt": [USER], "chosen": [said()], "rejected": [said(content="Seven")]}
+WHOLE = {"chosen": [USER, said()], "rejected": [USER, said(content="Seven")]}
+WITH_TOOLS = {**CHAT, "tools": TOOLS, "chosen": [said(content="", tool_calls=[CALL])]}
+TURNS = {**CHAT, "chosen": [said(), said(content=" or blue")]}
+
+
+@pytest.mark.parametrize(
+    ("row", "tokenizer"),
+    [
+        (PLAIN, tiny_tokenizer(chat=True)),
+        ({**PLAIN, "chosen": " Red\n", "rejected": "Seven<eos>"}, tiny_tokenizer()),
+        (CHAT, tiny_tokenizer(chat=True)),
+        (WHOLE, tiny_tokenizer(chat=True)),
+        (TURNS, tiny_tokenizer(chat=True)),
+        (WITH_TOOLS, with_template(SHOWS_ALL)),
+        ({**WITH_TOOLS, "tools": json.dumps(TOOLS)}, with_template(SHOWS_ALL)),
+        (CHAT, with_template(REWRITES)),
+        ({"prompt": "Capital of France? ", "chosen": "Paris.", "rejected": "Rome."}, sentencepiece()),
+        ({"prompt": "Capital of France?", "chosen": "Paris.", "rejected": "Rome."}, sentencepiece()),
+    ],
+    ids="plain edges chat whole several tools tools-text rewriting merging sentencepiece".split(),
+)
+def test_ids_are_those_of_trls_trainer(tmp_path, row, tokenizer):
+    args = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
+    trainer = SimpleNamespace(_tokenizer=tokenizer)
+    (expected,) = DPOTrainer._prepare_dataset(trainer, Dataset.from_list([row]), tokenizer, args, "train")
+    (pair,) = load(tmp_path, [row], tokenizer)[0]
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        assert pair[name] == expected[name]
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        PLAIN,
-        {"prompt": [USER], "chosen": "Red", "rejected": "Seven"},
+        {**CHAT, "chosen": "Red", "rejected": said(content="Seven")},
+        {**CHAT, "prompt": USER["content"]},
+        {**WHOLE, "prompt": USER["content"]},
+        {**WHOLE, "prompt": None},
+        {**WHOLE, "prompt": [USER]},
+        {**CHAT, "prompt": [{**USER, "tool_calls": None}]},
+        {**CHAT, "prompt": [{"role": "user", "content": [{"type": "text", "text": USER["content"]}]}]},
         {
-            "prompt": [USER],
-            "chosen": [{"role": "assistant", "content": "Red"}],
-            "rejected": [{"role": "assistant", "content": "Seven"}],
-        },
-        {
-            "chosen": [USER, {"role": "assistant", "content": "Red"}],
-            "rejected": [USER, {"role": "assistant", "content": "Seven"}],
-        },
-        {
-            "prompt": USER["content"],
-            "chosen": [USER, {"role": "assistant", "content": "Red"}],
-            "rejected": [USER, {"role": "assistant", "content": "Seven"}],
-        },
-        {
-            "chosen": "\n\nHuman: Name a colour.\n\nAssistant: Red",
-            "rejected": "\n\nHuman: Name a colour.\n\nAssistant: Seven",
-        },
-        {
-            "prompt": "\n\nHuman: Name a colour.\n\nAssistant:",
-            "chosen": " Red",
-            "rejected": " Seven",
-        },
-        {
-            "prompt": "\n\nHuman: Name a colour.\n\nAssistant: ",
-            "chosen": "\n\nHuman: Name a colour.\n\nAssistant: Red",
-            "rejected": "\n\nHuman: Name a colour.\n\nAssistant: Seven",
+            "conversations": [{"from": "human", "value": USER["content"]}],
+            "chosen": {"from": "gpt", "value": "Red"},
+            "rejected": {"from": "gpt", "value": "Seven"},
         },
     ],
-    ids=["strings", "prompt messages", "messages", "chats", "prompt and chats", "HH", "HH prompt", "HH prompt twice"],
 )
-def test_chat_template_ends_at_the_end_of_turn(row):
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, PARTS_ONLY, SHOWS_ALL], ids=["text", "parts", "both"])
+def test_ways_to_write_a_chat(tmp_path, row, template):
     prompt = "<turn>user\nName a colour.<eos>\n<turn>assistant\n"
-    assert texts(row, chat=True) == [prompt, "Red<eos>", "Seven<eos>"]
+    assert texts(tmp_path, row, with_template(template)) == [prompt, "Red<eos>\n", "Seven<eos>\n"]
 
 
-def test_dialogue_with_several_turns():
-    plain = texts(HH, chat=False)
-    assert plain[0] == HH["chosen"].removesuffix(" Red")
-    assert plain[1:] == [" Red<eos>", " 7<eos>"]
-    assert texts(HH, chat=True)[0] == (
-        "<turn>user\nHello<eos>\n<turn>assistant\nHi. Which colour?<eos>\n<turn>user\nAny<eos>\n<turn>assistant\n"
-    )
+def test_a_system_column_is_shown(tmp_path):
+    assert texts(tmp_path, {**CHAT, "system": "Brief."})[0].startswith("<turn>system\nBrief.<eos>\n<turn>user")
 
 
-BAD = {
-    "missing key 'rejected'": {"prompt": "a", "chosen": "b"},
-    "missing key 'chosen'": {"prompt": "a", "rejected": "b"},
-    "missing key 'prompt'": {"chosen": "b", "rejected": "c"},
-    "wrong type": {"prompt": None, "chosen": "b", "rejected": "c"},
-    "wrong type ": {"prompt": "a", "chosen": 3, "rejected": "c"},
-    "wrong type  ": {"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"},
-    "wrong type   ": {"prompt": [], "chosen": "b", "rejected": "c"},
-    "empty answer": {"prompt": "a", "chosen": " \n", "rejected": "c"},
-    "empty answer ": {"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: c"},
-    "dialogues differ before the last assistant turn": {
-        "chosen": "\n\nHuman: a\n\nAssistant: b",
-        "rejected": "\n\nHuman: A\n\nAssistant: c",
-    },
-    "dialogues differ before the last assistant turn ": {
-        "chosen": [USER, {"role": "assistant", "content": "b"}],
-        "rejected": [USER, USER, {"role": "assistant", "content": "c"}],
-    },
-    "prompt is not how its answers begin": {
-        "prompt": "Something else",
-        "chosen": [USER, {"role": "assistant", "content": "b"}],
-        "rejected": [USER, {"role": "assistant", "content": "c"}],
-    },
-    "prompt is not how its answers begin ": {
-        "prompt": "\n\nHuman: a\n\nAssistant:",
-        "chosen": "\n\nHuman: b\n\nAssistant: c",
-        "rejected": "\n\nHuman: b\n\nAssistant: d",
-    },
-    "prompt is not how its answers begin  ": {"prompt": "a", "chosen": "b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
-    "answer is not one assistant message": {"prompt": "a", "chosen": [USER], "rejected": "c"},
-    "text with half a surrogate pair, which no tokenizer can encode": {
-        "prompt": "a",
-        "chosen": "\ud83d",
-        "rejected": "c",
-    },
-    "prompt longer than the limit": {"prompt": "a" * 99, "chosen": "b", "rejected": "c"},
-    "prompt without a token": {"prompt": "", "chosen": "b", "rejected": "c"},
-    "chat messages, and the tokenizer has no chat template": {
-        "prompt": [USER],
-        "chosen": "b",
-        "rejected": "c",
-    },
-    "unreadable JSON": "{'prompt': 1}",
-    "unreadable JSON ": '{"prompt": ' + "1" * 5000 + "}",
-    "not a JSON object": "[1, 2]",
-    "empty line": "  ",
-}
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+        {"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": " b", "rejected": " c"},
+        {
+            "prompt": "\n\nHuman: a\n\nAssistant: ",
+            "chosen": "\n\nHuman: a\n\nAssistant: b",
+            "rejected": "\n\nHuman: a\n\nAssistant: c",
+        },
+    ],
+)
+def test_dialogues(tmp_path, row):
+    assert texts(tmp_path, row) == ["\n\nHuman: a\n\nAssistant:", " b<eos>", " c<eos>"]
 
 
-def kind_of(name):
-    return name.rstrip()
+def test_bos_and_eos_stand_once(tmp_path):
+    tokenizer = sentencepiece()
+    row = {"prompt": "<s>Capital of France?", "chosen": "Paris.</s>", "rejected": "Rome."}
+    (pair,) = load(tmp_path, [row], tokenizer)[0]
+    assert pair["prompt_ids"].count(1) == 1
+    assert [pair[f"{name}_ids"].count(2) for name in ("prompt", "chosen", "rejected")] == [0, 1, 1]
 
 
-@pytest.mark.parametrize("name", [n for n in BAD if isinstance(BAD[n], dict)])
-def test_bad_row_kinds(name):
-    row = BAD[name]
-    with pytest.raises(BadRow) as caught:
-        tokenize_pair(row, tiny_tokenizer(), max_length=60, max_prompt_length=40)
-    assert caught.value.kind == kind_of(name)
+BAD = [
+    ("missing key 'rejected'", {"prompt": "a", "chosen": "b"}),
+    ("missing key 'prompt'", {"chosen": "b", "rejected": "c"}),
+    ("wrong type", {"prompt": "a", "chosen": 3, "rejected": "c"}),
+    ("wrong type", {"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}),
+    ("wrong type", {"prompt": [], "chosen": "b", "rejected": "c"}),
+    ("wrong type", {**CHAT, "tools": "{"}),
+    ("empty answer", {"prompt": "a", "chosen": " \n", "rejected": "c"}),
+    ("empty answer", {**CHAT, "chosen": [said(content="")]}),
+    ("chosen and rejected have different prompts", {"chosen": "\n\nHuman: a\n\nAssistant: b",
+                                                   "rejected": "\n\nHuman: A\n\nAssistant: c"}),
+    ("chosen and rejected have different prompts", {**WHOLE, "rejected": [said("user", "x"), said()]}),
+    ("prompt is not how its answers begin", {**WHOLE, "prompt": "Something else"}),
+    ("prompt is not how its answers begin", {"prompt": "a", "chosen": "b", "rejected": "\n\nHuman: a\n\nAssistant: c"}),
+    ("answer with a turn of another role", {**CHAT, "chosen": [said(), said("tool"), said()]}),
+    ("text with half a surrogate pair, which no tokenizer can encode", {**PLAIN, "chosen": "\ud83d"}),
+    ("prompt fills max_length", {"prompt": "a" * 60, "chosen": "b", "rejected": "c"}),
+    ("prompt without a token", {"prompt": "", "chosen": "b", "rejected": "c"}),
+    ("system column beside plain text", {**PLAIN, "system": "Brief."}),
+    ("tools column beside plain text", {**PLAIN, "tools": TOOLS}),
+    ("the template does not show the tools", {**CHAT, "tools": TOOLS}),
+    ("the template does not show tool_calls", {**CHAT, "chosen": [said(tool_calls=[CALL])]}),
+    ("the template does not show the difference", {**CHAT, "rejected": [said(reasoning_content="think")]}),
+    ("chosen equals rejected", {**PLAIN, "rejected": "Red"}),
+    ("chosen equals rejected up to max_length", {"prompt": "a", "chosen": "b" * 70, "rejected": "b" * 71}),
+    ("unpaired row", {"prompt": "a", "completion": "b", "label": True}),
+    ("ShareGPT turn that is not understood", {**CHAT, "prompt": [{"from": "observation", "value": "x"}]}),
+    ("row with images", {**CHAT, "images": ["a.png"]}),
+    ("unreadable JSON", "{'prompt': 1}"),
+    ("unreadable JSON", '{"prompt": ' + "1" * 5000 + "}"),
+    ("not a JSON object", "[1, 2]"),
+    ("empty line", "  "),
+]  # fmt: skip
 
 
 def test_one_summary_names_every_row_left_out(tmp_path):
-    path = write_lines(tmp_path / "mixed.jsonl", [*pairs(3), *BAD.values(), *pairs(2)])
-    dataset, report = load_pairs(path, tiny_tokenizer(), max_length=60, max_prompt_length=40)
+    rows = [*pairs(3), *(row for _, row in BAD), *pairs(2)]
+    dataset, report = load(tmp_path, rows, max_length=60)
     assert dataset["line"][:] == [1, 2, 3, len(BAD) + 4, len(BAD) + 5]
-    assert (report.rows, report.kept, report.left_out) == (len(BAD) + 5, 5, len(BAD))
-    text = str(report)
-    assert f"{len(BAD) + 5} rows, 5 kept, {len(BAD)} left out" in text
-    for number, name in enumerate(BAD, start=4):
-        assert kind_of(name) in text
-        assert number in report.bad[kind_of(name)]
+    assert (report.rows, report.kept, report.left_out) == (len(rows), 5, len(BAD))
+    assert {line: kind for kind, lines in report.bad.items() for line in lines} == {
+        line: kind for line, (kind, _) in enumerate(BAD, start=4)
+    }
+    assert f"{len(rows)} rows, 5 kept, {len(BAD)} left out" in str(report)
     with pytest.raises(InputError, match=rf"{len(BAD)} rows cannot be used, and --strict is on.*line 4"):
-        load_pairs(path, tiny_tokenizer(), max_length=60, max_prompt_length=40, strict=True)
+        load(tmp_path, rows, max_length=60, strict=True)
 
 
-def test_not_utf8_is_a_bad_row_and_bom_is_not(tmp_path):
+NOTES = [
+    ("answer cut at max_length 60", {"prompt": "a", "chosen": "b" * 70, "rejected": "c"}, CHAT_TEMPLATE),
+    ("plain text taken as it stands, without the tokenizer's chat template", PLAIN, CHAT_TEMPLATE),
+    ("plain text that holds special tokens, used as it stands", {**PLAIN, "chosen": "Red<eos>"}, CHAT_TEMPLATE),
+    ("answer that ends in another special token than EOS, which follows it", {**PLAIN, "chosen": "Red<turn>"}, None),
+    ("answers that differ in white space alone", {**PLAIN, "rejected": "R ed"}, None),
+    ("chat messages that hold special tokens already: a template in a template",
+     {**CHAT, "prompt": [said("user", "<turn>a")]}, CHAT_TEMPLATE),
+    ("white space around the answer, which the template strips", {**CHAT, "chosen": [said(content=" Red\n")]},
+     CHAT_TEMPLATE.replace("m['content']", "m['content'] | trim")),
+    ("reasoning_content that the template does not show", {**CHAT, "chosen": [said(reasoning_content="x")]},
+     CHAT_TEMPLATE),
+    ("prompt ids are no beginning of the whole: the template rewrites it, or tokens merge", CHAT, REWRITES),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("note", "row", "template"), NOTES, ids=[note[:30] for note, *_ in NOTES])
+def test_what_is_worth_a_look_is_named_and_kept(tmp_path, note, row, template):
+    _, report = load(tmp_path, [row], with_template(template), max_length=60, strict=True)
+    assert report.notes[note] == [1]
+    assert f"kept, {note}: 1 (line 1)" in str(report)
+
+
+def test_reasoning_that_the_template_shows_makes_a_difference(tmp_path):
+    row = {**CHAT, "chosen": [said(reasoning_content="a")], "rejected": [said(reasoning_content="b")]}
+    assert texts(tmp_path, row, with_template(SHOWS_ALL))[1:] == ["aRed<eos>\n", "bRed<eos>\n"]
+
+
+def test_templates_that_refuse(tmp_path):
+    with pytest.raises(InputError, match="line 1: the chat template refuses the chat: roles must alternate"):
+        load(tmp_path, [CHAT], with_template("{{ messages[0]['content'] if messages | length == 1 and not "
+                                             "add_generation_prompt else raise_exception('roles must alternate') }}"))  # fmt: skip
+    with pytest.raises(InputError, match="its chat template shows neither the text nor the parts"):
+        load(tmp_path, [CHAT], with_template("fixed"))
+    with pytest.raises(InputError, match="line 1: chat messages, and the tokenizer has no chat template"):
+        load(tmp_path, [CHAT], tiny_tokenizer())
+
+
+def test_ids_beyond_the_embedding_are_one_error(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|new|>"])
+    rows = [*pairs(6), {**PLAIN, "chosen": "x <|new|>"}]
+    assert len(load(tmp_path, rows, tokenizer, vocab_size=260)[0]) == 7
+    with pytest.raises(InputError, match=r"line 7 has the token '<\|new\|>' of id 259, need less than 259"):
+        load(tmp_path, rows, tokenizer, vocab_size=259)
+    tokenizer.pad_token = "<|new|>"
+    with pytest.raises(InputError, match="the pad token's id is 259"):
+        load(tmp_path, pairs(2), tokenizer, vocab_size=259)
+
+
+def test_chosen_alone(tmp_path):
+    dataset, _ = load(tmp_path, [{"prompt": "a", "chosen": "b"}, {**PLAIN, "rejected": 3}], answers=("chosen",))
+    assert dataset.column_names == ["line", "id", "prompt_ids", "chosen_ids"]
+    assert len(dataset) == 2
+
+
+def test_files_shards_and_several_names(tmp_path):
+    rows, tokenizer = pairs(6), tiny_tokenizer()
+    expected = load(tmp_path, rows, tokenizer)[0][:]
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write_lines(folder / "train-0.jsonl", rows[:2])
+    (folder / "train-1.json").write_text(json.dumps(rows[2:4], indent=1))
+    (folder / "train-2.json.gz").write_bytes(gzip.compress(json.dumps(rows[4:]).encode()))
+    write_lines(folder / "test-0.jsonl", rows[:1])
+    DatasetDict(train=Dataset.from_list(rows)).save_to_disk(tmp_path / "splits")
+    several = [*sorted(folder.glob("train*"))]
+    for names in (folder, several, tmp_path / "splits", stored(rows, tmp_path, "parquet")):
+        assert load_pairs(names, tokenizer)[0][:] == expected
+    assert "train-1.json (lines 3 to 4)" in load_pairs(several, tokenizer)[1].source
+    assert len(load_pairs(folder, tokenizer, split="test")[0]) == 1
+    for names, message in (
+        ([], "got no name"),
+        (tmp_path / "nowhere.jsonl", "nowhere.jsonl', no such file"),
+        (tmp_path / "none", "no such file"),
+        (stored(rows, tmp_path, "folder").parent / "empty", "no such file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_pairs(names, tokenizer)
+    with pytest.raises(InputError, match="a folder in which its files are of other splits"):
+        load_pairs(folder, tokenizer, split="dev")
+
+
+def test_a_hub_name(tmp_path, monkeypatch):
+    import datasets
+
+    rows = [*pairs(3), {**pairs(1)[0], "rejected": None}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: Dataset.from_list(rows))
+    dataset, report = load_pairs("org/name", tiny_tokenizer(), split="test")
+    assert (len(dataset), report.bad) == (3, {"missing key 'rejected'": [4]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: 1 / 0)
+    with pytest.raises(InputError, match=r"data: 'org/name' cannot be loaded \(division by zero\)"):
+        load_pairs("org/name", tiny_tokenizer())
+
+
+def test_odd_bytes(tmp_path):
     path = tmp_path / "pairs.jsonl"
     row = json.dumps(PLAIN).encode()
-    path.write_bytes(b"\xef\xbb\xbf" + row + b"\n" + b"\xff\xfe\n" + row)
+    path.write_bytes(b"\xef\xbb\xbf" + row + b"\n" + b"\xff\xfe\n" + row + b"\n\n \n")
     dataset, report = load_pairs(path, tiny_tokenizer())
     assert dataset["line"][:] == [1, 3]
     assert report.bad == {"not UTF-8": [2]}
-
-
-def test_empty_lines_at_the_end_are_no_rows(tmp_path):
-    path = write_lines(tmp_path / "pairs.jsonl", [*pairs(2), "", " "])
-    _, report = load_pairs(path, tiny_tokenizer(), strict=True)
-    assert (report.rows, report.left_out) == (2, 0)
-
-
-def test_a_prompt_that_its_answers_repeat_stands_once():
-    prompt = HH["chosen"].removesuffix(" Red")
-    assert texts({"prompt": prompt, **HH}, chat=False) == texts(HH, chat=False)
-
-
-def test_long_lists_of_lines_are_shortened(tmp_path):
-    path = write_lines(tmp_path / "pairs.jsonl", [*pairs(1), *["{"] * 30])
-    _, report = load_pairs(path, tiny_tokenizer())
-    assert "unreadable JSON: 30 (lines 2, 3, 4, 5, 6, 7, 8, 9 and 22 more)" in str(report)
-
-
-def test_long_answers_are_cut_and_counted(tmp_path):
-    long = {"prompt": "abcd", "chosen": "x" * 50, "rejected": "y"}
-    path = write_lines(tmp_path / "pairs.jsonl", [*pairs(1), long])
-    dataset, report = load_pairs(path, tiny_tokenizer(), max_length=40, strict=True)
-    assert report.truncated == [2]
-    assert "answer cut at max_length 40: 1 (line 2)" in str(report)
-    assert [len(dataset[1][name]) for name in ("prompt", "chosen", "rejected")] == [4, 36, 2]
-
-
-def test_gzip_is_recognised_by_content(tmp_path):
-    plain = write_lines(tmp_path / "pairs.jsonl", pairs(4))
-    zipped = tmp_path / "named_oddly"
-    zipped.write_bytes(gzip.compress(plain.read_bytes()))
-    first, second = (load_pairs(path, tiny_tokenizer())[0] for path in (plain, zipped))
-    assert first[:] == second[:]
-
-
-def test_files_that_cannot_be_used(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere.jsonl', no such file; need a file of JSON lines"):
-        load_pairs(tmp_path / "nowhere.jsonl", tiny_tokenizer())
-    with pytest.raises(InputError, match="is a folder"):
-        load_pairs(tmp_path, tiny_tokenizer())
-    with pytest.raises(InputError, match=r"no usable pair; first: line 1: missing key 'chosen'"):
-        load_pairs(write_lines(tmp_path / "all_bad.jsonl", [{"prompt": "a"}]), tiny_tokenizer())
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(gzip.compress(b"".join(b'{"a": %d}\n' % i for i in range(9999)))[:-900])
     with pytest.raises(InputError, match=r"cannot be read beyond line \d+.*is the copy complete"):
@@ -224,58 +310,10 @@ def test_files_that_cannot_be_used(tmp_path):
 
 def test_split_goes_by_line_number(tmp_path):
     rows = pairs(24)
-    path = write_lines(tmp_path / "pairs.jsonl", [*rows[:5], "{", *rows[6:]])
-    train, evaluation = split_every_nth(load_pairs(path, tiny_tokenizer())[0], 8)
+    train, evaluation = split_every_nth(load(tmp_path, [*rows[:5], "{", *rows[6:]])[0], 8)
     assert evaluation["line"][:] == [8, 16, 24]
     assert len(train) == 20
     with pytest.raises(InputError, match="eval_every_nth: got 1, need at least 2"):
         split_every_nth(train, 1)
     with pytest.raises(InputError, match="leaves 20 pairs for training and 0 for evaluation"):
         split_every_nth(train, 1000)
-
-
-@pytest.mark.parametrize("given", [None, "<pad>"])
-def test_a_collator_needs_a_token_id(given):
-    with pytest.raises(ValueError, match=r"pad_token_id: got \w+, need a token id: tokenizer.pad_token_id"):
-        PairCollator(given)
-
-
-def test_batch_is_chosen_rows_first_with_exact_masks(tmp_path):
-    tokenizer = tiny_tokenizer()
-    path = write_lines(tmp_path / "pairs.jsonl", pairs(3))
-    dataset, _ = load_pairs(path, tokenizer)
-    batch = PairCollator(tokenizer.pad_token_id)([dataset[i] for i in range(3)])
-    assert {name: t.shape[0] for name, t in batch.items()} == dict.fromkeys(batch, 6)
-    assert batch["input_ids"].shape[1] % 8 == 0
-    for row in range(6):
-        pair, side = dataset[row % 3], "chosen" if row < 3 else "rejected"
-        length = int(batch["attention_mask"][row].sum())
-        expected = [*pair["prompt"], *pair[side]]
-        assert batch["input_ids"][row, :length].tolist() == expected
-        assert batch["labels"][row, len(pair["prompt"]) : length].tolist() == pair[side]
-        masked = batch["labels"][row] == -100
-        assert masked.sum() == batch["labels"].shape[1] - len(pair[side])
-    assert torch.equal(batch["input_ids"][:3, :5], batch["input_ids"][3:, :5])  # same prompts
-
-
-def test_prompt_tokens_do_not_depend_on_the_answer():
-    row = {**PLAIN, "prompt": "A prompt that ends within a wor"}
-    tokenizer = tiny_tokenizer()
-    limits = dict(max_length=100, max_prompt_length=50)
-    first = tokenize_pair({**row, "chosen": "d"}, tokenizer, **limits)[0]
-    second = tokenize_pair({**row, "chosen": "m"}, tokenizer, **limits)[0]
-    assert first == second
-
-
-def test_template_that_rewrites_the_prompt_is_a_bad_row():
-    tokenizer = tiny_tokenizer(chat=True)
-    tokenizer.chat_template = "{{ messages | length }} turns: " + tokenizer.chat_template
-    with pytest.raises(BadRow, match="rewrites the prompt"):
-        tokenize_pair(PLAIN, tokenizer, max_length=99, max_prompt_length=50)
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(BadRow, match=r"refuses the dialogue: roles must alternate"):
-        tokenize_pair(PLAIN, tokenizer, max_length=99, max_prompt_length=50)
-
-
-def test_extra_keys_are_fine():
-    assert parse_pair({**PLAIN, "score": 1}).chosen == "Red"

@@ -8,8 +8,17 @@ import pytest
 import asft_kernels
 
 FOLDER = Path(asft_kernels.__file__).parent / "demo_data"
+ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+
+
+def texts_of(row: dict) -> dict[str, str]:
+    """Key -> text of a row; each is one message of its role."""
+    assert {key: [message["role"] for message in row[key]] for key in row} == {key: [ROLES[key]] for key in ROLES}
+    return {key: messages[0]["content"] for key, messages in row.items()}
+
+
 PAIRS = {
-    name: [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text("utf-8").splitlines()]
+    name: [texts_of(json.loads(line)) for line in (FOLDER / f"{name}.jsonl").read_text("utf-8").splitlines()]
     for name in ("train", "eval")
 }
 

@@ -1,22 +1,25 @@
-"""Preference pairs from JSON lines to padded batches.
+"""Preference pairs from files or the hub to token ids as TRL's trainers take them.
 
-`load_pairs` reads a file into a `datasets.Dataset` of token ids and a `DataReport` that names every
-row left out; `PairCollator` makes (2B, T) batches from it, chosen rows first.
+`load_pairs` reads names of data into a `datasets.Dataset` of ids and a `DataReport` that names every row left out.
+rows and stored read files, pair understands a row, tokens encodes it, report counts, pairs puts them together.
 """
 
-from asft_kernels.data.dialogue import Pair, parse_pair, render_pair
-from asft_kernels.data.pairs import PairCollator, load_pairs, split_every_nth, tokenize_pair
-from asft_kernels.data.rows import BadRow, DataReport, read_rows
+from asft_kernels.data.pair import Pair, parse_pair
+from asft_kernels.data.pairs import load_pairs, pair_id, split_every_nth, with_labels
+from asft_kernels.data.report import DataReport
+from asft_kernels.data.rows import BadRow, read_rows
+from asft_kernels.data.tokens import PairTokenizer, Tokens
 
 __all__ = [
     "BadRow",
     "DataReport",
     "Pair",
-    "PairCollator",
+    "PairTokenizer",
+    "Tokens",
     "load_pairs",
+    "pair_id",
     "parse_pair",
     "read_rows",
-    "render_pair",
     "split_every_nth",
-    "tokenize_pair",
+    "with_labels",
 ]

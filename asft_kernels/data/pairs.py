@@ -1,131 +1,196 @@
-"""Texts -> token ids -> `datasets.Dataset` -> padded (2B, T) batches.
-
-Prompt and answer are encoded apart and joined, so that the prompt's tokens are the same whatever
-follows them: both answers of a pair are conditioned on the very same prefix, and the mask's border
-is exact. Only answers carry labels.
-"""
+"""Names of data -> rows -> `datasets.Dataset` of token ids, under TRL's column names, and a report on every row."""
 
 import hashlib
 import json
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from asft_kernels.data.dialogue import Pair, parse_pair, render_pair
-from asft_kernels.data.rows import BadRow, DataReport, read_rows
+from asft_kernels.data.pair import BOTH, Pair, parse_pair
+from asft_kernels.data.report import DataReport
+from asft_kernels.data.rows import KINDS, BadRow, RowFile, parse_row
+from asft_kernels.data.stored import without_nulls
+from asft_kernels.data.tokens import PairTokenizer
 from asft_kernels.errors import InputError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-IGNORE_INDEX = -100
-PADDED_TO = 8  # sequence lengths are multiples of this: fewer distinct shapes
-
-
-def tokenize_pair(
-    row: dict[str, Any], tokenizer: Any, *, max_length: int, max_prompt_length: int
-) -> tuple[list[int], list[int], list[int], bool]:
-    """(prompt, chosen, rejected, truncated): token ids, the answers without their prompt.
-
-    truncated: whether an answer was cut so that prompt and answer fit into max_length. Raises
-    BadRow for a row that holds no usable pair.
-    """
-    return _tokenize(parse_pair(row), tokenizer, max_length, max_prompt_length)
-
-
-def _tokenize(
-    pair: Pair, tokenizer: Any, max_length: int, max_prompt_length: int
-) -> tuple[list[int], list[int], list[int], bool]:
-    prompt_text, chosen_text, rejected_text, templated = render_pair(pair, tokenizer)
-    prompt = _encode(tokenizer, prompt_text, special=not templated)
-    if len(prompt) > min(max_prompt_length, max_length - 1):
-        limits = f"max_prompt_length is {max_prompt_length}, max_length {max_length}"
-        raise BadRow("prompt longer than the limit", f"{len(prompt)} tokens, {limits}")
-    if not prompt:
-        raise BadRow(
-            "prompt without a token",
-            "the first token of an answer has nothing to be predicted from",
-        )
-    answers = [_encode(tokenizer, text, special=False) for text in (chosen_text, rejected_text)]
-    if not templated and tokenizer.eos_token_id is not None:
-        answers = [[*answer, tokenizer.eos_token_id] for answer in answers]
-    room = max_length - len(prompt)
-    truncated = max(map(len, answers)) > room
-    chosen, rejected = (answer[:room] for answer in answers)
-    return prompt, chosen, rejected, truncated
-
-
-def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    if special and ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
-        ids = ids[:-1]  # some tokenizers close every text; a prompt goes on
-    return ids
-
-
-def pair_id(pair: Pair) -> str:
-    """sha256 (hex) over prompt, chosen and rejected: the same for every file and tokenizer.
-
-    Of the text as it stands, spaces included, where there is one; else of the chat messages.
-    """
-    content = [pair.messages if pair.text is None else pair.text, pair.chosen, pair.rejected]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+SHARDS = (".jsonl", ".json", ".gz", ".parquet", ".arrow")
+SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
+Names = str | Path | Sequence[str | Path]
 
 
 def load_pairs(
-    path: str | Path,
-    tokenizer: Any,
+    names: Names,
+    processing_class: Any,
     *,
-    max_length: int = 1024,
-    max_prompt_length: int = 512,
+    split: str = "train",
+    config: str | None = None,
+    max_length: int | None = 1024,
     strict: bool = False,
+    vocab_size: int | None = None,
+    num_proc: int | None = None,
+    answers: tuple[str, ...] = BOTH,
 ) -> "tuple[Dataset, DataReport]":
-    """Read, check and tokenise a file of preference pairs.
+    """Reads, checks and tokenises preference pairs as TRL's DPOTrainer would.
 
-    path: JSON lines, Parquet or Arrow, as `read_rows` takes; asft_kernels/data/dialogue.py lists the row formats.
-    max_length: tokens of prompt and answer together; longer answers are cut, and counted.
-    max_prompt_length: rows with longer prompts are left out, and counted.
-    strict: rows that cannot be used are an error instead.
+    Args:
+        names: one or several of: a file (JSON lines, a JSON array, gzip of them, Parquet, Arrow), a folder of such
+            shards, a folder that datasets saved, a name on the hub. `asft_kernels.data.pair` lists the row formats.
+        processing_class: the tokenizer, or the processor of a model that takes images too.
+        split, config: of hub names; split also of folders that hold several.
+        max_length: tokens of prompt and answer. Longer answers are cut, as TRL's collator cuts them; rows whose prompt
+            alone fills it are left out. None: no limit.
+        strict: rows that cannot be used are an error instead.
+        vocab_size: rows of the model's embedding, which no id may pass. None: not checked.
+        num_proc: processes that tokenise.
+        answers: ("chosen",) for rows whose rejected answer does not matter; the column is then left out.
 
-    Returns a dataset with the columns line (from 1), id (`pair_id`), prompt, chosen, rejected (token
-    ids), and the report on the whole file. Raises InputError for a file that cannot be read or holds no pair.
+    Returns:
+        The dataset, with the columns line (int, from 1, over all files), id (`pair_id`), prompt_ids, chosen_ids and
+        rejected_ids (int32), and the report.
+
+    Raises:
+        InputError: data that cannot be read or holds no usable pair; an id beyond vocab_size.
     """
-    from datasets import Dataset
-
-    if max_length < 2 or max_prompt_length < 1:
-        raise InputError(
-            f"max_length, max_prompt_length: got {max_length}, {max_prompt_length}; need at least 2 and 1 tokens"
-        )
-    report = DataReport(str(path), max_length=max_length)
-    columns: dict[str, list[Any]] = {"line": [], "id": [], "prompt": [], "chosen": [], "rejected": []}
-    for line, row in read_rows(path):
-        report.rows += 1
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            pair = parse_pair(row)
-            prompt, chosen, rejected, truncated = _tokenize(pair, tokenizer, max_length, max_prompt_length)
-        except BadRow as problem:
-            report.add_bad(line, problem)
+    listed = [names] if isinstance(names, str | Path) else list(names)
+    if not listed:
+        raise InputError(f"data: got no name, need {KINDS}, or a name on the hub")
+    if max_length is not None and max_length < 2:
+        raise InputError(f"max_length: got {max_length}, need at least 2 tokens")
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if vocab_size and tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= vocab_size:
+        raise InputError(f"data: the pad token's id is {tokenizer.pad_token_id}, need less than {vocab_size}, the rows "
+                         "of the model's embedding; resize it or give the tokenizer another pad token")  # fmt: skip
+    encode = PairTokenizer(processing_class, max_length)
+    rows, source = _stored_rows(listed, split, config)
+    found = _mapped(rows, encode, vocab_size, num_proc, answers)
+    report = DataReport(source, rows=len(found))
+    kept = []
+    for index, (line, problem, notes) in enumerate(zip(found["line"], found["problem"], found["notes"], strict=True)):
+        if problem:
+            report.add_bad(line, BadRow(*problem))
             continue
-        if truncated:
-            report.truncated.append(line)
-        columns["line"].append(line)
-        columns["id"].append(pair_id(pair))
-        for name, ids in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
-            columns[name].append(torch.tensor(ids, dtype=torch.int32).numpy())
-    report.kept = len(columns["line"])
-    if not report.kept:
-        first = f"; first: {report.first_bad}" if report.first_bad else ""
+        kept.append(index)
+        for note in notes:
+            report.note(line, note)
+    report.kept = len(kept)
+    first = f"; first: {report.first_bad}" if report.first_bad else ""
+    if not kept:
         raise InputError(f"data: no usable pair{first}\n{report}")
     if strict and report.left_out:
         raise InputError(
-            f"data: {report.left_out} rows cannot be used, and --strict is on; "
-            f"first: {report.first_bad}; "
+            f"data: {report.left_out} rows cannot be used, and --strict is on{first}; "
             f"mend them, or go without --strict to leave them out\n{report}"
         )
-    return Dataset.from_dict(columns), report
+    pairs = found.remove_columns(["problem", "notes"])
+    return (pairs if len(kept) == len(found) else pairs.select(kept)), report
+
+
+def pair_id(pair: Pair) -> str:
+    """sha256 (hex) over prompt, answers and tools as given: the same for every kind of file and every tokenizer."""
+    content = [pair.prompt, *pair.answers.values(), *([pair.context] if pair.context else [])]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _stored_rows(names: list[str | Path], split: str, config: str | None) -> "tuple[Dataset, str]":
+    """(columns line and row, a row as JSON text; what the report calls it): rows of any schema travel as text."""
+    from datasets import Dataset, Features, Value
+
+    lines, texts, sources = [], [], []
+    for name in names:
+        files = _files(Path(name), split)
+        rows = _hub_rows(str(name), split, config) if files is None else _file_rows(files)
+        start = len(lines)
+        for text in rows:
+            lines.append(len(lines) + 1)
+            texts.append(text)
+        sources.append(str(name) if len(names) == 1 else f"{name} (lines {start + 1} to {len(lines)})")
+    features = Features({"line": Value("int64"), "row": Value("large_string")})
+    return Dataset.from_dict({"line": lines, "row": texts}, features=features), ", ".join(sources)
+
+
+def _files(path: Path, split: str) -> list[Path] | None:
+    """None: not here, so a name on the hub."""
+    if (path / "dataset_dict.json").is_file():
+        return [path / split]
+    if not path.is_dir() or (path / "state.json").is_file():
+        is_hub_name = not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and path.suffix not in SHARDS
+        return None if is_hub_name else [path]
+    files = sorted(file for file in path.rglob("*") if file.suffix in SHARDS and file.is_file())
+    named = {name: [file for file in files if re.match(rf"{name}([-_.]|$)", file.name)] for name in (*SPLITS, split)}
+    if not files or (any(named.values()) and not named[split]):
+        what = "its files are of other splits" if files else f"no file that ends in {', '.join(SHARDS)}"
+        raise InputError(f"data: got {str(path)!r}, a folder in which {what}; need a folder of shards, or name files")
+    return named[split] or files
+
+
+def _file_rows(files: list[Path]) -> Iterator[str]:
+    for file in files:
+        for _, stored in RowFile(file):
+            row = parse_row(stored)
+            yield json.dumps(_problem(row) if isinstance(row, BadRow) else row, default=str)
+
+
+def _hub_rows(name: str, split: str, config: str | None) -> Iterator[str]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, config, split=split)
+    except Exception as error:  # of datasets, huggingface_hub and the network
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"data: {name!r} cannot be loaded ({reason}); need {KINDS}, or a name on the hub with its "
+                         "split and config") from error  # fmt: skip
+    if images := sorted({"image", "images"} & set(rows.column_names or [])):
+        raise InputError(f"data: {name!r} has the column {images[0]}; need rows without images")
+    for row in rows:
+        yield json.dumps(without_nulls(dict(row)), default=str)
+
+
+def _problem(problem: BadRow) -> list[str]:
+    return [problem.kind, problem.detail]
+
+
+def _mapped(
+    rows: "Dataset", encode: PairTokenizer, vocab_size: int | None, num_proc: int | None, answers: tuple[str, ...]
+) -> "Dataset":
+    from datasets import Features, List, Value
+
+    ids = {f"{name}_ids": List(Value("int32")) for name in ("prompt", *answers)}
+    text = List(Value("string"))
+    features = Features({"line": Value("int64"), "id": Value("string"), **ids, "problem": text, "notes": text})
+    arguments = {"encode": encode, "vocab_size": vocab_size, "answers": answers}
+    return rows.map(
+        _tokenised, fn_kwargs=arguments, remove_columns=["row"], features=features, num_proc=num_proc, desc="Tokenising"
+    )
+
+
+def _tokenised(
+    example: dict[str, Any], encode: PairTokenizer, vocab_size: int | None, answers: tuple[str, ...]
+) -> dict[str, Any]:
+    row = json.loads(example["row"])
+    try:
+        if isinstance(row, list):  # what the reader found wrong
+            raise BadRow(*row)
+        if images := sorted({"image", "images"} & {name for name, value in row.items() if value}):
+            raise BadRow("row with images", f"{images[0]}: need rows without")
+        pair = parse_pair(row, answers)
+        tokens = encode(pair)
+    except BadRow as problem:
+        return {"id": "", "prompt_ids": [], **{f"{name}_ids": [] for name in answers},
+                "problem": _problem(problem), "notes": []}  # fmt: skip
+    ids = {"prompt_ids": tokens.prompt, **{f"{name}_ids": tokens.answers[name] for name in answers}}
+    largest = max(map(max, ids.values()))
+    if vocab_size and largest >= vocab_size:
+        token = encode.tokenizer.convert_ids_to_tokens(largest)
+        raise InputError(f"data: line {example['line']} has the token {token!r} of id {largest}, need less than "
+                         f"{vocab_size}, the rows of the model's embedding; resize it, or take the model's own "
+                         "tokenizer")  # fmt: skip
+    return {"id": pair_id(pair), **ids, "problem": [], "notes": tokens.notes}
 
 
 def split_every_nth(pairs: "Dataset", nth: int) -> "tuple[Dataset, Dataset]":
@@ -147,30 +212,7 @@ def split_every_nth(pairs: "Dataset", nth: int) -> "tuple[Dataset, Dataset]":
     return pairs.select(train), pairs.select(evaluation)
 
 
-class PairCollator:
-    """B pairs -> input_ids, attention_mask, labels, each (2B, T), chosen rows first, padded right.
-
-    pad_token_id: written where attention_mask is 0; any id of the vocabulary will do.
-    """
-
-    def __init__(self, pad_token_id: int):
-        if not isinstance(pad_token_id, int):
-            raise ValueError(
-                f"pad_token_id: got {type(pad_token_id).__name__}, need a token id: tokenizer.pad_token_id, or "
-                "tokenizer.eos_token_id where that is None"
-            )
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
-        rows = [(list(p["prompt"]), list(p[side])) for side in ("chosen", "rejected") for p in pairs]
-        longest = max(len(prompt) + len(answer) for prompt, answer in rows)
-        shape = (len(rows), -(-longest // PADDED_TO) * PADDED_TO)
-        input_ids = torch.full(shape, self.pad_token_id)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, IGNORE_INDEX)
-        for row, (prompt, answer) in enumerate(rows):
-            end = len(prompt) + len(answer)
-            input_ids[row, :end] = torch.tensor(prompt + answer)
-            attention_mask[row, :end] = 1
-            labels[row, len(prompt) : end] = torch.tensor(answer)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+def with_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of TRL's DataCollatorForPreference (2B, T) with labels, -100 where `completion_mask` is 0, in its place."""
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}

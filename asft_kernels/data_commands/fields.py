@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from asft_kernels.data import BadRow, Pair, parse_pair
+from asft_kernels.data.pair import Text
 from asft_kernels.data.rows import json_type
-
-Messages = list[dict[str, str]]
 
 
 def field_of(row: dict[str, Any], name: str) -> Any:
@@ -30,13 +29,9 @@ def finite(value: Any, name: str) -> float:
     return value
 
 
-def prompt_of(pair: Pair) -> str | Messages:
+def prompt_of(pair: Pair) -> Text:
     """A plain prompt as its text; chats and dialogues as messages."""
-    return pair.text if pair.text is not None and is_plain(pair) else pair.messages
-
-
-def is_plain(pair: Pair) -> bool:
-    return pair.messages == [{"role": "user", "content": pair.text}]
+    return pair.messages if pair.is_dialogue else pair.prompt
 
 
 def parse_prompt(prompt: Any) -> Pair:

@@ -21,6 +21,7 @@ from asft_kernels.data import BadRow
 from asft_kernels.data.rows import RowFile
 from asft_kernels.data_commands.report import Report
 from asft_kernels.errors import InputError
+from asft_kernels.files import replacing
 
 COMMIT_BYTES = 1 << 20  # of output held back at most, before OUT.partial and OUT.state are brought together
 COMMIT_SECONDS = 1.0  # and after this time at the next batch
@@ -113,9 +114,8 @@ class Partial:
     def _commit(self) -> None:
         self._flush()
         self.state.size, self.state.digest = self.file.tell(), self.digest.hexdigest()
-        beside = self.state_path.with_name(self.state_path.name + ".new")
-        beside.write_text(json.dumps(asdict(self.state)))
-        beside.replace(self.state_path)
+        with replacing(self.state_path) as beside:
+            beside.write_text(json.dumps(asdict(self.state)))
         self.committed = time.monotonic()
 
     def _flush(self) -> None:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from asft_kernels.data.rows import LINES_SHOWN, BadRow
+from asft_kernels.data.report import LINES_SHOWN
+from asft_kernels.data.rows import BadRow
 
 Tally = dict[str, Any]  # {"count": how many, "lines": the first line numbers, one more than are shown}
 

@@ -34,15 +34,18 @@ def run(args: Namespace, say: Callable[[str], None] = print) -> dict[str, Any]:
     rooms = {model: folder / score_path("", model).stem for model in args.model}
     if len(set(rooms.values())) < len(args.model):
         raise InputError(f"--model: got {args.model}, two of one name; need names that differ")
-    tokenizers = {}
+    tokenizers, vocabularies = {}, {}
     for model in args.model:  # what is wrong with the last one is said before the first is evaluated
         tokenizers[model], config = load_tokenizer(model)
         check_positions(config, args.max_length)
+        vocabularies[model] = config.get_text_config().vocab_size
     settings = answers.Settings(args.dtype, args.batch_size, args.max_new_tokens if args.generate else None)
     numbers, ids = {}, {}
     for model, tokenizer in tokenizers.items():
         say(f"{model}:")
-        pairs, report = load_pairs(args.data, tokenizer, split=args.split, max_length=args.max_length)
+        pairs, report = load_pairs(
+            args.data, tokenizer, split=args.split, max_length=args.max_length, vocab_size=vocabularies[model]
+        )
         say(str(report))
         if "prompt_ids" not in pairs.column_names:
             raise InputError("--dataset_name: got rows with images, need text alone; leave them out")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from asft_kernels import __version__
-from asft_kernels.data import PairCollator, load_pairs
+from asft_kernels.data import load_pairs, with_labels
 from asft_kernels.errors import InputError
 from asft_kernels.models import PreferenceModel
 from asft_kernels.models.loading import check_positions, load_causal_lm, load_tokenizer
@@ -19,7 +19,7 @@ from asft_kernels.score.table import SIDES, read_metadata, tokenizer_fingerprint
 from asft_kernels.score.unfinished import UnfinishedScores
 
 # Rows of runs that differ in one of these do not belong into one file.
-SAME_TO_GO_ON = ("model", "dtype", "tokenizer", "ids", "max_length", "max_prompt_length", "token_logps")
+SAME_TO_GO_ON = ("model", "dtype", "tokenizer", "ids", "max_length", "token_logps")
 
 
 def run(args: Namespace, say: Callable[[str], None] = print) -> list[Path]:
@@ -33,9 +33,9 @@ def run(args: Namespace, say: Callable[[str], None] = print) -> list[Path]:
     for model in args.model:  # what is wrong with the last one is said before the first is scored
         tokenizer, config = load_tokenizer(model)
         check_positions(config, args.max_length)
-        tokenizers.append(tokenizer)
-    for model, tokenizer, path in zip(args.model, tokenizers, paths, strict=True):
-        _score_under(model, tokenizer, path, args, say)
+        tokenizers.append((tokenizer, config.get_text_config().vocab_size))
+    for model, (tokenizer, vocab_size), path in zip(args.model, tokenizers, paths, strict=True):
+        _score_under(model, tokenizer, vocab_size, path, args, say)
     return paths
 
 
@@ -45,21 +45,24 @@ def score_path(folder: str | Path, model: str) -> Path:
     return Path(folder) / f"{slug[-200:] or 'model'}.parquet"
 
 
-def _score_under(model: str, tokenizer: Any, path: Path, args: Namespace, say: Callable[[str], None]) -> None:
+def _listed(data: str | list[str]) -> list[str]:
+    return [data] if isinstance(data, str) else data
+
+
+def _score_under(
+    model: str, tokenizer: Any, vocab_size: int, path: Path, args: Namespace, say: Callable[[str], None]
+) -> None:
     say(f"{model}:")
-    pairs, report = load_pairs(
-        args.data, tokenizer, max_length=args.max_length, max_prompt_length=args.max_prompt_length
-    )
+    pairs, report = load_pairs(args.data, tokenizer, max_length=args.max_length, vocab_size=vocab_size)
     say(str(report))
     metadata = {
         "model": model,
         "dtype": args.dtype,
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "data": Path(args.data).name,
+        "data": ", ".join(Path(name).name for name in _listed(args.data)),
         "pairs": len(pairs),
         "ids": hashlib.sha256("".join(pairs["id"]).encode()).hexdigest(),
         "max_length": args.max_length,
-        "max_prompt_length": args.max_prompt_length,
         "token_logps": args.token_logps,
         "version": __version__,
     }
@@ -84,11 +87,13 @@ def _score_under(model: str, tokenizer: Any, path: Path, args: Namespace, say: C
 def _score_rest(
     name: str, tokenizer: Any, pairs: Any, unfinished: UnfinishedScores, args: Namespace, say: Callable[[str], None]
 ) -> None:
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = PreferenceModel(load_causal_lm(name, args.dtype).to(device))
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    collator = PairCollator(pad)
-    batch = collator([pairs[0]])
+    collator = DataCollatorForPreference(pad_token_id=pad)
+    batch = with_labels(collator([pairs[0]]))
     worst = model.check_head({name: tensor.to(device) for name, tensor in batch.items()})
     say(f"output head checked: fused and own log-probabilities differ by at most {worst:.1e}")
     for scored in score_pairs(model, pairs, collator, batch_size=args.batch_size, progress=Path(name).name):

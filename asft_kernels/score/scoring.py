@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asft_kernels.data import PairCollator
-from asft_kernels.data.pairs import IGNORE_INDEX
+from asft_kernels.data import with_labels
 from asft_kernels.errors import InputError
 from asft_kernels.models import PreferenceModel
 
@@ -35,12 +34,14 @@ class ScoredBatch:
 def score_pairs(
     model: PreferenceModel,
     pairs: "Dataset",
-    collator: PairCollator,
+    collator: Any,
     *,
     batch_size: int = 8,
     progress: str | None = None,
 ) -> Iterator[ScoredBatch]:
     """Scores every pair of `load_pairs`, at one matrix product with the head per answer token.
+
+    collator: TRL's DataCollatorForPreference.
 
     Batches are of like length, the longest first: little padding, and too large a batch shows at
     once. Dropout is off meanwhile. progress: label of a progress bar, None for none; it counts tokens,
@@ -60,7 +61,7 @@ def score_pairs(
         with tqdm(total=int(tokens.sum()), unit="tok", unit_scale=True, desc=progress, disable=progress is None) as bar:
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
-                batch = collator([pairs[int(row)] for row in rows])
+                batch = with_labels(collator([pairs[int(row)] for row in rows]))
                 scored = _score(model, {name: tensor.to(device) for name, tensor in batch.items()}, rows)
                 finite = scored.logps.isfinite().all(dim=0)
                 if not finite.all():
@@ -78,7 +79,7 @@ def score_pairs(
 @torch.inference_mode()
 def _score(model: PreferenceModel, batch: dict[str, Tensor], rows: np.ndarray) -> ScoredBatch:
     logps = model.token_logps(**batch)
-    answer = batch["labels"][:, 1:] != IGNORE_INDEX
+    answer = batch["labels"][:, 1:] != -100
     logps, answer = logps[:, :-1].cpu(), answer.cpu()
     lengths = answer.sum(dim=1)
     token_logps = logps[answer].split(lengths.tolist())
@@ -93,7 +94,7 @@ def _score(model: PreferenceModel, batch: dict[str, Tensor], rows: np.ndarray) -
 def reference_logps(
     model: PreferenceModel,
     pairs: "Dataset",
-    collator: PairCollator,
+    collator: Any,
     *,
     batch_size: int = 8,
     progress: str | None = None,
@@ -111,7 +112,10 @@ def token_counts(pairs: "Dataset") -> np.ndarray:
 
     tables = cast(Iterator[Any], pairs.with_format("arrow").iter(1000))
     counts = [
-        [compute.call_function("list_value_length", [table[name]]) for name in ("prompt", "chosen", "rejected")]
+        [
+            compute.call_function("list_value_length", [table[name]])
+            for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+        ]
         for table in tables
     ]
     return np.concatenate(counts, axis=1).astype(np.int64)

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asft_kernels.data.rows import line_numbers
+from asft_kernels.data.report import line_numbers
 from asft_kernels.errors import InputError
+from asft_kernels.files import replacing
 from asft_kernels.score.scoring import token_counts
 
 if TYPE_CHECKING:
@@ -40,9 +41,8 @@ def write_scores(path: Path, rows: Iterable[dict[str, Any]], metadata: dict[str,
     rows = list(rows)
     columns = {name: pa.array([row[name] for row in rows], kind) for name, kind in fields.items()}
     table = pa.table(columns).replace_schema_metadata({METADATA: json.dumps(metadata)})
-    unfinished = path.with_name(path.name + ".unfinished")
-    parquet.write_table(table, unfinished)
-    unfinished.replace(path)
+    with replacing(path) as partial:
+        parquet.write_table(table, partial)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _same_tokens(paths: Paths, pairs: "Dataset", tokenizer: Any, names: list[str
             lines = pairs.select(other)["line"][:]
             raise InputError(
                 f"scores: {path} has answers of other lengths for {len(other)} of {len(pairs)} pairs "
-                f"({line_numbers(lines)}): it was made with {_limits(metadata)}; use the same limits"
+                f"({line_numbers(lines)}): it was made with {_limits(metadata)}; use the same"
             )
         yield columns
 
@@ -145,10 +145,10 @@ def _aligned(path: str | Path, metadata: dict[str, Any], pairs: "Dataset", names
         raise InputError(
             f"scores: {path} lacks {len(missing)} of {len(ids)} pairs ({line_numbers(lines)}; first id "
             f"{ids[missing[0]]}): it was made from {metadata['data']!r} with {_limits(metadata)}; score this data "
-            "under these limits"
+            "with the same"
         )
     return table.take([row_of[pair] for pair in ids])
 
 
 def _limits(metadata: dict[str, Any]) -> str:
-    return f"max_length {metadata['max_length']}, max_prompt_length {metadata['max_prompt_length']}"
+    return f"max_length {metadata['max_length']}"

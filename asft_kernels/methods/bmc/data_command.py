@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from asft_kernels.data import BadRow, Pair, parse_pair
-from asft_kernels.data.rows import KINDS, RowFile, json_type, line_numbers, parse_row
-from asft_kernels.data_commands.fields import Messages, whole
+from asft_kernels.data.pair import BOTH, Messages
+from asft_kernels.data.report import line_numbers
+from asft_kernels.data.rows import KINDS, RowFile, json_type, parse_row
+from asft_kernels.data_commands.fields import whole
 from asft_kernels.data_commands.report import Report
 from asft_kernels.data_commands.stream import run_stream
 from asft_kernels.errors import InputError
@@ -92,7 +94,9 @@ def bridged(
     parsed: list[Pair | BadRow] = []
     for _, row in rows:
         try:
-            parsed.append(parse_pair(row))
+            pair = parse_pair(row)
+            pair.text("chosen"), pair.text("rejected")
+            parsed.append(pair)
         except BadRow as problem:
             parsed.append(problem)
     asked = [(line, pair) for (line, _), pair in zip(rows, parsed, strict=True) if isinstance(pair, Pair)]
@@ -105,20 +109,20 @@ def bridged(
         if isinstance(edit, BadRow):
             yield edit
             continue
-        problem = _useless(edit, pair.rejected)
+        rejected = pair.text("rejected")
+        problem = _useless(edit, rejected)
         if edit is None or problem:
             report.note(line, f"left out, {problem}")
             yield []
             continue
-        prompt = pair.text if pair.text is not None else pair.messages
-        before = pair.rejected[: len(pair.rejected) - len(pair.rejected.lstrip())]  # dialogues: a space
-        row = {"prompt": prompt, "chosen": before + edit.strip(), "rejected": pair.rejected}
+        before = rejected[: len(rejected) - len(rejected.lstrip())]  # dialogues: a space
+        row = pair.row(chosen=before + edit.strip(), rejected=rejected)
         try:
             parse_pair(row)
         except BadRow as bad:
             yield BadRow(f"edit, {bad.kind}", bad.detail)
             continue
-        yield [{**row, "original_chosen": pair.chosen}]
+        yield [{**row, "original_chosen": pair.text("chosen")}]
 
 
 def edits_by(editor: Editor) -> Edits:
@@ -130,7 +134,7 @@ def edits_by(editor: Editor) -> Edits:
         while waiting:
             pairs = [asked[index][1] for index in waiting]
             try:
-                texts = editor([p.messages for p in pairs], [p.chosen for p in pairs], [p.rejected for p in pairs])
+                texts = editor([p.messages for p in pairs], *([p.text(side) for p in pairs] for side in BOTH))
             except PromptTooLong as problem:
                 results[waiting.pop(problem.index)] = BadRow("too long for the model that edits", str(problem))
                 continue

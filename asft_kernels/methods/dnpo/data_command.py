@@ -31,7 +31,7 @@ def labelled(line: int, row: dict[str, Any], report: Report, args: argparse.Name
     scores = [finite(field_of(row, name), name) for name in (args.human_score_field, args.generated_score_field)]
     prompt = {"prompt": row[args.prompt_field]} if args.prompt_field in row else {}
     pair = parse_pair({**prompt, "chosen": human, "rejected": generated})
-    if pair.chosen == pair.rejected:
+    if pair.answers["chosen"] == pair.answers["rejected"]:
         report.note(line, "left out, both answers are the same")
         return []
     chosen, rejected, source = label_pair(human, generated, *scores)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asft_kernels.data import PairCollator
+from asft_kernels.data import with_labels
 from asft_kernels.errors import InputError
 from asft_kernels.methods.fpo.autoencoder import SparseAutoencoder
 from asft_kernels.methods.fpo.features import pooled_features
@@ -47,12 +47,13 @@ def write_reference_features(
     layer: int = HEAD_INPUT,
     batch_size: int = 8,
 ) -> None:
-    """Features of `pairs` (rows with id, prompt, chosen, rejected, as load_pairs makes them) under `model`.
+    """Features of `pairs` (rows with id, prompt_ids, chosen_ids, rejected_ids, as load_pairs makes them) under `model`.
 
     layer: `asft_kernels.methods.fpo.hidden`. batch_size: pairs at a time. The file appears when it is complete.
     """
     import pyarrow as pa
     from tqdm import tqdm
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
 
     check_layer(model, layer)
     index_type = pa.uint16() if sae.features <= 2**16 else pa.uint32()
@@ -62,15 +63,15 @@ def write_reference_features(
         fields += [pa.field(f"{side}_values", pa.list_(pa.float16()))]
     made_by = {"encoder": encoder_digest(sae), "features": sae.features, "layer": layer}
     schema = pa.schema(fields, metadata={MADE_BY: json.dumps(made_by).encode()})
-    collate, device = PairCollator(0), sae.W_enc.device
-    columns = (pairs[name] for name in ("prompt", *SIDES))
+    collate, device = DataCollatorForPreference(pad_token_id=0), sae.W_enc.device
+    columns = (pairs[f"{name}_ids"] for name in ("prompt", *SIDES))
     lengths = [len(prompt) + max(len(c), len(r)) for prompt, c, r in zip(*columns, strict=True)]
     order = sorted(range(len(pairs)), key=lambda i: -lengths[i])  # little padding, and too large a batch shows at once
     partial = Path(f"{os.fspath(path)}.partial")
     with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as file:
         for start in tqdm(range(0, len(order), batch_size), desc="reference features", unit="batch"):
             rows = [pairs[i] for i in order[start : start + batch_size]]
-            batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
+            batch = {name: tensor.to(device) for name, tensor in with_labels(collate(rows)).items()}
             _, hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"], layer)
             pooled = pooled_features(sae, hidden, batch["labels"]).float().cpu()
             if not pooled.max() <= LARGEST:
@@ -78,7 +79,7 @@ def write_reference_features(
             out: dict[str, list[Any]] = {"id": [row["id"] for row in rows]}
             for side, half in zip(SIDES, pooled.chunk(2), strict=True):
                 active = [vector.nonzero().squeeze(1) for vector in half]
-                out[f"{side}_tokens"] = [len(row[side]) for row in rows]
+                out[f"{side}_tokens"] = [len(row[f"{side}_ids"]) for row in rows]
                 out[f"{side}_features"] = [index.numpy().astype(index_type.to_pandas_dtype()) for index in active]
                 out[f"{side}_values"] = [v[index].half().numpy() for v, index in zip(half, active, strict=True)]
             file.write_batch(pa.record_batch(out, schema=schema))
@@ -118,10 +119,10 @@ class ReferenceFeatures:
         for pair in pairs:
             row = self._row(pair["id"])
             for side in SIDES:
-                if lengths[side][row] != len(pair[side]):
+                if lengths[side][row] != len(pair[f"{side}_ids"]):
                     raise InputError(
                         f"{self.path}: pair {pair['id']} has {lengths[side][row]} tokens in its {side} answer, "
-                        f"need {len(pair[side])}; make the file with this run's tokenizer and lengths"
+                        f"need {len(pair[f'{side}_ids'])}; make the file with this run's tokenizer and lengths"
                     )
 
     def _row(self, key: str) -> int:

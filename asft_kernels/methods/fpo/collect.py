@@ -23,7 +23,7 @@ def collect_tokens(model: Any, pairs: Any, count: int, *, layer: int, seed: int,
     sequences, found = [], 0
     for place, i in enumerate(torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()):
         pair = pairs[i]
-        sequences.append(torch.tensor([*pair["prompt"], *pair[("chosen", "rejected")[place % 2]]]))
+        sequences.append(torch.tensor([*pair["prompt_ids"], *pair[("chosen_ids", "rejected_ids")[place % 2]]]))
         found += len(sequences[-1]) - 1
         if found >= count:
             sequences[-1] = sequences[-1][: len(sequences[-1]) - (found - count)]

@@ -44,7 +44,8 @@ def run(options: argparse.Namespace) -> None:
     sae = read_sae(options.sae).to(device)
     tokenizer, config = load_tokenizer(options.model)
     check_positions(config, options.max_length)
-    pairs, report = load_pairs(options.data, tokenizer, max_length=options.max_length)
+    vocab_size = config.get_text_config().vocab_size
+    pairs, report = load_pairs(options.data, tokenizer, max_length=options.max_length, vocab_size=vocab_size)
     print(report)
     model = load_causal_lm(options.model, options.dtype).to(device).eval()
     write_reference_features(options.output, model, sae, pairs, layer=options.layer, batch_size=options.batch_size)

@@ -61,7 +61,8 @@ def run(options: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer, config = load_tokenizer(options.model)
     check_positions(config, options.max_length)
-    pairs, report = load_pairs(options.data, tokenizer, max_length=options.max_length)
+    vocab_size = config.get_text_config().vocab_size
+    pairs, report = load_pairs(options.data, tokenizer, max_length=options.max_length, vocab_size=vocab_size)
     print(report)
     train_pairs, held_out_pairs = split_every_nth(pairs, HELD_OUT_NTH)
     model = load_causal_lm(options.model, options.dtype).to(device).eval()

@@ -15,7 +15,8 @@ import json
 from typing import Any
 
 from asft_kernels.data import BadRow, parse_pair
-from asft_kernels.data_commands.fields import Messages, field_of, finite, parse_prompt, prompt_of
+from asft_kernels.data.pair import Messages
+from asft_kernels.data_commands.fields import field_of, finite, parse_prompt, prompt_of
 from asft_kernels.data_commands.report import Report
 from asft_kernels.data_commands.stream import by_row, run_stream
 
@@ -107,8 +108,8 @@ def doubled(line: int, row: dict[str, Any], report: Report, args: argparse.Names
     prompt = prompt_of(pair)
     rows = []
     for goal, other, chosen, rejected in (
-        (high, low, pair.chosen, pair.rejected),
-        (low, high, pair.rejected, pair.chosen),
+        (high, low, pair.text("chosen"), pair.text("rejected")),
+        (low, high, pair.text("rejected"), pair.text("chosen")),
     ):
         stated = _condition(prompt, goal, args)
         texts = (chosen, rejected) if isinstance(stated, str) else (_message(chosen), _message(rejected))

@@ -12,24 +12,20 @@ from typing import Any
 
 import torch
 
-from asft_kernels.data import BadRow, Pair, parse_pair, tokenize_pair
+from asft_kernels.data import BadRow, Pair, PairTokenizer, parse_pair
 from asft_kernels.data_commands.fields import whole
 from asft_kernels.data_commands.report import Report
 from asft_kernels.data_commands.stream import run_stream
 from asft_kernels.errors import InputError
 from asft_kernels.generation import TransformersGenerator
-from asft_kernels.methods.sapo.data import parse_chosen, with_chosen_only
 from asft_kernels.methods.sapo.negatives import Regeneration
 from asft_kernels.models.loading import check_positions
-
-ANY_LENGTH = 1 << 30  # what lies behind the segment need not fit into the model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder or hub name of the language model that writes")
     parser.add_argument("--token-generate-length", type=whole(1), default=256, help="tokens of a segment")
     parser.add_argument("--max-length", type=whole(2), default=1024, help="tokens up to the segment's end")
-    parser.add_argument("--max-prompt-length", type=whole(1), default=512, help="longer prompts are bad rows")
     parser.add_argument("--temperature", type=float, default=0.7, help="of what is sampled")
     parser.add_argument("--top-k", type=whole(0), default=50, help="0: off")
     parser.add_argument("--top-p", type=float, default=0.95, help="1: off")
@@ -68,14 +64,16 @@ def augmented(
     args: argparse.Namespace,
 ) -> Iterator[list[dict[str, Any]] | BadRow]:
     """For each row its pair; none where the segment came out as it was."""
-    longest_prompt = min(args.max_prompt_length, args.max_length - 1)
+    encode = PairTokenizer(writer.tokenizer)  # uncut: what lies behind the segment need not fit into the model
     read: list[tuple[Pair, dict[str, list[int]]] | BadRow] = []
     for _, row in rows:
         try:
-            prompt, chosen, _, _ = tokenize_pair(
-                with_chosen_only(row), writer.tokenizer, max_length=ANY_LENGTH, max_prompt_length=longest_prompt
-            )
-            read.append((parse_chosen(row), {"prompt": prompt, "chosen": chosen}))
+            pair = parse_pair(row, ("chosen",))
+            pair.text("chosen")
+            tokens = encode(pair)
+            if len(tokens.prompt) >= args.max_length:
+                raise BadRow("prompt fills max_length", f"{len(tokens.prompt)} tokens, --max-length {args.max_length}")
+            read.append((pair, {"prompt": tokens.prompt, **tokens.answers}))
         except BadRow as problem:
             read.append(problem)
     usable = [ids for _, ids in (entry for entry in read if not isinstance(entry, BadRow))]
@@ -92,14 +90,11 @@ def augmented(
             report.note(line, "left out, segment written anew as it was")
             yield []
             continue
-        if _text(writer, ids["chosen"]).strip() != pair.chosen.strip():
+        chosen = pair.text("chosen")
+        if _text(writer, ids["chosen"]).strip() != chosen.strip():
             report.note(line, "text that the tokenizer does not give back as it was, also outside the segment")
-        before = pair.chosen[: len(pair.chosen) - len(pair.chosen.lstrip())]  # dialogues: a space
-        row = {
-            "prompt": pair.text if pair.text is not None else pair.messages,
-            "chosen": pair.chosen,
-            "rejected": before + _text(writer, negative).lstrip(),
-        }
+        before = chosen[: len(chosen) - len(chosen.lstrip())]  # dialogues: a space
+        row = pair.row(chosen=chosen, rejected=before + _text(writer, negative).lstrip())
         try:
             parse_pair(row)
         except BadRow as problem:

@@ -1,0 +1,191 @@
+"""A pair -> token ids as TRL's DPOTrainer makes them, and what is worth saying about the row.
+
+TRL encodes the prompt and the prompt with each answer, and takes what all begin with as the prompt. Ours differ in
+one thing: where a tokenizer writes its BOS before a text that begins with it, or its EOS twice, one of the two goes.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from asft_kernels.data.pair import Messages, Pair, Text
+from asft_kernels.data.rows import BadRow
+from asft_kernels.errors import InputError
+
+PROBE = "Qx7"  # a text that no template holds
+
+
+@dataclass
+class Tokens:
+    """Holds the ids of a prompt and of its answers by name, the answers without their prompt; notes for the report."""
+
+    prompt: list[int]
+    answers: dict[str, list[int]]
+    notes: list[str] = field(default_factory=list)
+
+
+class PairTokenizer:
+    """Tokenises pairs with TRL's own helpers.
+
+    Args:
+        processing_class: a tokenizer, or the processor of a model that takes images.
+        max_length: tokens of prompt and answer together; None does not cut. Answers are cut at their end, as TRL's
+            collator cuts them.
+
+    Raises:
+        InputError: TRL is not installed, or the chat template shows no text of a message.
+    """
+
+    def __init__(self, processing_class: Any, max_length: int | None = None):
+        try:
+            from trl.data_utils import _tokenize, common_prefix_length
+        except ImportError as error:
+            raise InputError(f'data: needs {error.name or "trl"}; pip install "asft_kernels[train]"') from error
+        self._encode, self._common = _tokenize, common_prefix_length
+        self.processing_class, self.max_length = processing_class, max_length
+        self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self.has_template = bool(getattr(processing_class, "chat_template", None))
+        self.special = set(self.tokenizer.all_special_tokens) | {
+            token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special
+        }
+        is_processor = self.tokenizer is not processing_class
+        self.takes_text = self.has_template and not is_processor and self._shows(PROBE)
+        self.takes_parts = is_processor or (self.has_template and self._shows([{"type": "text", "text": PROBE}]))
+        if self.has_template and not (self.takes_text or self.takes_parts):
+            raise InputError("processing_class: its chat template shows neither the text nor the parts of a user's "
+                             "message; need one that does")  # fmt: skip
+
+    def __call__(self, pair: Pair) -> Tokens:
+        """Encodes one pair. BadRow where nothing could be learned from it, or not what its row says."""
+        plain = isinstance(pair.prompt, str)
+        if not plain and not self.has_template:
+            raise BadRow("chat messages, and the tokenizer has no chat template")
+        prompt, wholes = self._plain(pair) if plain else self._chat(pair)
+        shared = min(self._common(prompt, whole) for whole in wholes.values())
+        tokens = Tokens(prompt[:shared], {name: whole[shared:] for name, whole in wholes.items()})
+        if not tokens.prompt:
+            raise BadRow("prompt without a token", "the first token of an answer has nothing to be predicted from")
+        if self.max_length is not None:
+            room = self.max_length - shared
+            if room <= 0:
+                raise BadRow("prompt fills max_length", f"{shared} tokens, max_length is {self.max_length}")
+            if any(len(answer) > room for answer in tokens.answers.values()):
+                tokens.notes.append(f"answer cut at max_length {self.max_length}")
+            tokens.answers = {name: answer[:room] for name, answer in tokens.answers.items()}
+        for name, answer in tokens.answers.items():
+            if not answer:
+                raise BadRow("answer without a token", name)
+        if shared < len(prompt):
+            tokens.notes.append("prompt ids are no beginning of the whole: the template rewrites it, or tokens merge")
+        self._compare(pair, tokens)
+        tokens.notes += self._plain_notes(pair) if plain else self._chat_notes(pair, wholes)
+        return tokens
+
+    def _plain(self, pair: Pair) -> tuple[list[int], dict[str, list[int]]]:
+        eos = self.tokenizer.eos_token or ""
+        texts = {"": pair.prompt, **{side: f"{pair.prompt}{answer}" for side, answer in pair.answers.items()}}
+        encoded = {}
+        for side, text in texts.items():
+            if side and not text.endswith(eos):
+                text += eos
+            ids = list(self._encode(self.processing_class, text)["input_ids"])
+            bos, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+            if bos is not None and ids[:2] == [bos, bos]:
+                ids = ids[1:]
+            if side and end is not None and ids[-2:] == [end, end]:
+                ids = ids[:-1]
+            encoded[side] = ids
+        return encoded.pop(""), encoded
+
+    def _chat(self, pair: Pair) -> tuple[list[int], dict[str, list[int]]]:
+        assert isinstance(pair.prompt, list)
+        prompt = self._templated(pair.prompt, pair, add_generation_prompt=True)
+        return prompt, {side: self._whole(pair, side) for side in pair.answers}
+
+    def _whole(self, pair: Pair, side: str, **changes: Any) -> list[int]:
+        """Ids of prompt and answer. changes: fields of the answer's messages, None takes one away."""
+        assert isinstance(pair.prompt, list)
+        answer = [
+            {name: part for name, part in {**message, **changes}.items() if part is not None}
+            for message in pair.answers[side]
+            if isinstance(message, dict)
+        ]
+        return self._templated(pair.prompt + answer, pair)
+
+    def _templated(self, messages: Messages, pair: Pair, **options: Any) -> list[int]:
+        context = {"tools": pair.context.get("tools"), **pair.context.get("chat_template_kwargs", {})}
+        messages = [{**message, "content": self._content(message["content"])} for message in messages]
+        from jinja2.exceptions import TemplateError  # transformers has rendered with it by now
+
+        try:
+            return list(self._encode(self.processing_class, messages, **context, **options)["input_ids"])
+        except (TemplateError, TypeError, ValueError, KeyError) as error:  # what templates raise on odd rows
+            raise BadRow("the chat template refuses the chat", str(error)) from error
+
+    def _content(self, content: Text) -> Text:
+        """The content in a form that the template takes."""
+        if isinstance(content, str):
+            return content if self.takes_text or not self.has_template else [{"type": "text", "text": content}]
+        if self.takes_parts:
+            return content
+        if any(part["type"] != "text" for part in content):
+            raise BadRow("content parts that are no text", "the chat template takes text alone")
+        return "".join(part["text"] for part in content)
+
+    def _shows(self, content: Text) -> bool:
+        try:
+            shown = self.processing_class.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        except Exception:  # whatever a template raises on a form that it does not take
+            return False
+        return PROBE in shown and "'type'" not in shown and '"type"' not in shown
+
+    def _compare(self, pair: Pair, tokens: Tokens) -> None:
+        if len(pair.answers) < 2:
+            return
+        chosen, rejected = pair.answers.values()
+        if chosen == rejected:
+            raise BadRow("chosen equals rejected")
+        if len({tuple(answer) for answer in tokens.answers.values()}) == 1:
+            cut = any(note.startswith("answer cut") for note in tokens.notes)
+            raise BadRow("chosen equals rejected up to max_length" if cut else
+                         "the template does not show the difference", "between chosen and rejected")  # fmt: skip
+        if "".join(str(chosen).split()) == "".join(str(rejected).split()):
+            tokens.notes.append("answers that differ in white space alone")
+
+    def _plain_notes(self, pair: Pair) -> list[str]:
+        notes = []
+        if pair.is_dialogue:
+            notes.append("HH-RLHF dialogues read as plain text, the prompt up to the last 'Assistant:'")
+        elif self.has_template:
+            notes.append("plain text taken as it stands, without the tokenizer's chat template")
+        texts = [str(text) for text in (pair.prompt, *pair.answers.values())]
+        if any(token in text for token in self.special for text in texts):
+            notes.append("plain text that holds special tokens, used as it stands")
+        others = tuple(self.special - {self.tokenizer.eos_token})
+        if any(text.rstrip().endswith(others) for text in texts[1:]):
+            notes.append("answer that ends in another special token than EOS, which follows it")
+        return notes
+
+    def _chat_notes(self, pair: Pair, wholes: dict[str, list[int]]) -> list[str]:
+        """BadRow where tools or calls would be dropped without a word."""
+        assert isinstance(pair.prompt, list)
+        messages = [*pair.prompt, *(m for answer in pair.answers.values() for m in answer if isinstance(m, dict))]
+        notes = []
+        side = next(iter(wholes))
+        if pair.context.get("tools") and self._whole(Pair(pair.prompt, pair.answers), side) == wholes[side]:
+            raise BadRow("the template does not show the tools", "need a template that does, or rows without tools")
+        for side, whole in wholes.items():
+            answer = [message for message in pair.answers[side] if isinstance(message, dict)]
+            if any(m.get("tool_calls") for m in answer) and self._whole(pair, side, tool_calls=None) == whole:
+                raise BadRow("the template does not show tool_calls", f"{side}: need a template that does")
+            if (
+                any("reasoning_content" in m for m in answer)
+                and self._whole(pair, side, reasoning_content=None) == whole
+            ):
+                notes.append("reasoning_content that the template does not show")
+            text = answer[-1]["content"]
+            if isinstance(text, str) and text != text.strip() and len(answer) == 1:
+                if self._whole(pair, side, content=text.strip()) == whole:
+                    notes.append("white space around the answer, which the template strips")
+        if any(token in str(message["content"]) for token in self.special for message in messages):
+            notes.append("chat messages that hold special tokens already: a template in a template")
+        return list(dict.fromkeys(notes))
