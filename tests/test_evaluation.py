@@ -2,13 +2,16 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-for package in ("transformers", "datasets", "trl", "matplotlib", "sacrebleu", "rouge_score"):
-    pytest.importorskip(package, reason=f"needs the train extra: {package}")
+pytest.importorskip("trl", reason="needs the train extra: trl")
+pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
+pytest.importorskip("sacrebleu", reason="needs the train extra: sacrebleu")
+pytest.importorskip("rouge_score", reason="needs the train extra: rouge_score")
 
 from sacrebleu.metrics.bleu import BLEU
 
@@ -21,7 +24,8 @@ COUNT = 7
 
 def row(chosen, rejected, lengths, generated="a b", tokens=3):
     return {"chosen_logps": chosen, "rejected_logps": rejected, "chosen_length": lengths[0],
-            "rejected_length": lengths[1], "generated": generated, "generated_length": tokens, "ended": True}  # fmt: skip
+            "rejected_length": lengths[1], "generated": generated, "generated_length": tokens,
+            "ended": True}  # fmt: skip
 
 
 def test_numbers_worked_by_hand():
@@ -175,6 +179,6 @@ def test_a_prompt_that_leaves_no_room_has_no_answer(job, tmp_path):
 def test_what_cannot_be_used(job, tmp_path, capsys, monkeypatch):
     assert main([*words(job, tmp_path), "--model", str(job[1])]) == 2
     assert "two of one name; need names that differ" in capsys.readouterr().err
-    monkeypatch.setitem(__import__("sys").modules, "sacrebleu", None)
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
     assert main(words(job, tmp_path)) == 2
     assert capsys.readouterr().err == 'asft eval: sacrebleu: not installed; pip install "asft_kernels[train]"\n'
