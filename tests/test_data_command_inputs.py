@@ -94,7 +94,7 @@ def test_what_is_written_is_read_by_datasets_and_by_training(tmp_path):
     written = datasets.load_dataset(
         "json", data_files=str(tmp_path / "out.jsonl.gz"), split="train", cache_dir=str(tmp_path / "cache")
     )
-    limits = {"max_length": 512, "max_prompt_length": 500}
+    limits = {"max_length": 512}
     pairs, report = load_pairs(tmp_path / "out.jsonl.gz", tiny_tokenizer(chat=True), **limits)
     assert len(pairs) == len(written) == 2 * (COUNT - 21)
     assert not report.left_out
@@ -259,11 +259,11 @@ LINE = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
     [
         (
             bz2.compress(LINE),
-            "is compressed with bzip2; need a file of JSON lines (plain or gzipped), Parquet or Arrow",
+            "is compressed with bzip2; need a file of JSON lines or a JSON array (plain or gzipped), Parquet or Arrow",
         ),
         (lzma.compress(LINE), "is compressed with xz; need a file of JSON lines"),
         (b"\x28\xb5\x2f\xfd" + LINE, "is compressed with Zstandard; need a file of JSON lines"),
-        (b"\xef\xbb\xbf [\n" + LINE + b"]", "is one JSON array; need one JSON object a line"),
+        (b"\xef\xbb\xbf [\n" + LINE, "cannot be read beyond row 0 ("),
         (LINE.decode().encode("utf-16"), "is a binary file or UTF-16; need a file of JSON lines"),
         (b"PAR1" + LINE, "cannot be read beyond row 0 ("),
     ],
@@ -289,7 +289,7 @@ def test_folders_and_archives(tmp_path, capsys):
         ("in.zip", "in.zip is a ZIP archive; need"),
         ("splits", "splits holds the splits test, train; name the folder of one of them"),
         (".", "is a folder that datasets did not save; need a file of"),
-        ("nowhere", "no such file; need a file of JSON lines (plain or gzipped), Parquet or Arrow, or a folder"),
+        ("nowhere", "no such file; need a file of JSON lines or a JSON array (plain or gzipped), Parquet or Arrow, or a folder"),
     ):
         run(tmp_path / source, tmp_path / "out.jsonl", code=2)
         assert text in capsys.readouterr().err

@@ -242,7 +242,7 @@ def test_the_low_goal_swaps_the_answers(tmp_path, capsys, options):
         written, _ = call(tmp_path, capsys, "rad", [scored(prompt=prompt)], *options)
         conditioned = [condition_prompt(prompt, goal, system_role=not options) for goal in (8, 3)]
         assert [row["prompt"] for row in written] == conditioned
-        texts = [[parse_pair(row).chosen, parse_pair(row).rejected] for row in written]
+        texts = [[parse_pair(row).text(side) for side in ("chosen", "rejected")] for row in written]
         assert texts == [["good 0", "bad 0"], ["bad 0", "good 0"]]
         assert [(row["chosen_score"], row["rejected_score"]) for row in written] == [(8, 3), (3, 8)]
 
@@ -537,7 +537,7 @@ def test_dialogues_keep_their_form(tmp_path):
     turn = "\n\nHuman: Why?\n\nAssistant:"
     [[row]], _ = bridged([{"chosen": f"{turn} so.", "rejected": f"{turn} no."}], Echo())
     assert row == {"prompt": turn, "chosen": " NO.", "rejected": " no.", "original_chosen": " so."}
-    assert parse_pair(row).text == turn
+    assert parse_pair(row).prompt == turn
     pairs, _ = load_pairs(write_lines(tmp_path / "rows.jsonl", [row]), tiny_tokenizer())
     assert len(pairs) == 1
 

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="needs the train extra: transformers")
-pytest.importorskip("datasets", reason="needs the train extra: datasets")
+pytest.importorskip("trl", reason="needs the train extra: trl")
 
 import datasets
 import pyarrow as pa
 from pyarrow import parquet
 from torch.profiler import ProfilerActivity, profile
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from asft_kernels.data import PairCollator, load_pairs, read_rows
+from asft_kernels.data import load_pairs, read_rows, with_labels
 from asft_kernels.errors import InputError
 from asft_kernels.models import PreferenceModel
 from asft_kernels.score import main
@@ -42,7 +42,8 @@ from cases import gemms
 from tiny_lm import ARROW_KINDS, pairs, saved_tiny_model, stored, tiny_model, tiny_tokenizer, write_lines
 
 ROOT = Path(__file__).parents[1]
-LIMITS = dict(max_length=64, max_prompt_length=48)
+LIMITS = dict(max_length=64)
+COLLATOR = DataCollatorForPreference(pad_token_id=0)
 # A logit is some 400 roundings deep (two layers of products up to 32 wide, norms, softmax, the head), the sum over
 # 259 words as many: each shifts a log-probability, about as large as the logits, by at most a unit roundoff.
 ROUNDINGS = 1000
@@ -60,8 +61,7 @@ def model(tmp_path_factory):
 
 def command(data, output, *models, extra=()):
     named = [word for model in models for word in ("--model", str(model))]
-    return ["--data", str(data), *named, "--output", str(output), "--max-length", "64",
-            "--max-prompt-length", "48", "--batch-size", "4", *extra]  # fmt: skip
+    return ["--data", str(data), *named, "--output", str(output), "--max-length", "64", "--batch-size", "4", *extra]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def plain_token_logps(dataset):
     for side in ("chosen", "rejected"):
         out.append([])
         for pair in dataset:
-            ids, start = torch.tensor([pair["prompt"] + pair[side]]), len(pair["prompt"])
+            ids, start = torch.tensor([pair["prompt_ids"] + pair[f"{side}_ids"]]), len(pair["prompt_ids"])
             with torch.no_grad():
                 logps = language_model(ids).logits[0, :-1].log_softmax(-1)
             out[-1].append(logps.gather(-1, ids[0, 1:, None])[start - 1 :, 0])
@@ -106,7 +106,7 @@ def test_scores_are_the_float64_sums_of_the_models_own_logits(data, scores):
             torch.testing.assert_close(row, logps.float(), rtol=ROUNDINGS * 2**-24, atol=0)
     table = parquet.read_table(scores)
     for side in ("chosen", "rejected"):
-        assert table[f"{side}_length"].to_pylist() == [len(pair[side]) for pair in dataset]
+        assert table[f"{side}_length"].to_pylist() == [len(pair[f"{side}_ids"]) for pair in dataset]
         per_token = [np.sum(row, dtype=np.float64) for row in table[f"{side}_token_logps"].to_pylist()]
         assert table[f"{side}_logps"].to_pylist() == pytest.approx(per_token, rel=64 * 2**-53)  # 64 additions
 
@@ -116,7 +116,7 @@ def test_the_reference_of_a_trainer_does_not_depend_on_the_batch(data, batch_siz
     """In float64, dropout off although the model trains, in the order of the pairs."""
     dataset = loaded(data)
     model = PreferenceModel(tiny_model(attention_dropout=0.1).double()).train()
-    got = reference_logps(model, dataset, PairCollator(0), batch_size=batch_size)
+    got = reference_logps(model, dataset, COLLATOR, batch_size=batch_size)
     torch.testing.assert_close(got, sums(plain_token_logps(dataset))[None], rtol=ROUNDINGS * 2**-53, atol=0)
     assert not got.requires_grad
     assert model.training
@@ -127,8 +127,8 @@ def test_one_product_with_the_head_and_no_logits(data, monkeypatch):
     """Hidden states given, what is left is the head: one product per answer token, in pieces of the vocabulary."""
     dataset, vocab = loaded(data), 30_000
     model = PreferenceModel(tiny_model(vocab_size=vocab))
-    tokens = sum(len(pair[side]) for pair in dataset for side in ("chosen", "rejected"))
-    model.check_head(PairCollator(0)([dataset[0]]))
+    tokens = sum(len(pair[f"{side}_ids"]) for pair in dataset for side in ("chosen", "rejected"))
+    model.check_head(with_labels(COLLATOR([dataset[0]])))
 
     def body(input_ids, **_):
         return BaseModelOutputWithPast(torch.ones(*input_ids.shape, 16))
@@ -136,7 +136,7 @@ def test_one_product_with_the_head_and_no_logits(data, monkeypatch):
     monkeypatch.setattr(model.model.model, "forward", body)
 
     def score():
-        list(score_pairs(model, dataset, PairCollator(0), batch_size=100))
+        list(score_pairs(model, dataset, COLLATOR, batch_size=100))
 
     assert gemms(score, tokens, vocab, 16) == pytest.approx(1, rel=1e-9)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
@@ -146,9 +146,9 @@ def test_one_product_with_the_head_and_no_logits(data, monkeypatch):
 
 def test_longest_first_in_batches_of_like_length(data):
     dataset = loaded(data)
-    batches = list(score_pairs(PreferenceModel(tiny_model()), dataset, PairCollator(0), batch_size=5))
+    batches = list(score_pairs(PreferenceModel(tiny_model()), dataset, COLLATOR, batch_size=5))
     order = torch.cat([batch.rows for batch in batches]).tolist()
-    lengths = [len(p["prompt"]) + max(len(p["chosen"]), len(p["rejected"])) for p in dataset]
+    lengths = [len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in dataset]
     assert sorted(order) == list(range(24))
     assert [lengths[row] for row in order] == sorted(lengths, reverse=True)
     assert [len(batch.rows) for batch in batches] == [5, 5, 5, 5, 4]
@@ -158,7 +158,7 @@ def test_a_file_says_what_it_is_and_datasets_reads_it(data, model, scores, tmp_p
     notes = read_metadata(scores)
     assert notes["model"] == str(model)
     assert notes["data"] == "pairs.jsonl"
-    assert (notes["pairs"], notes["max_length"], notes["max_prompt_length"]) == (24, 64, 48)
+    assert (notes["pairs"], notes["max_length"]) == (24, 64)
     assert notes["tokenizer"] == tokenizer_fingerprint(tiny_tokenizer())
     assert {"ids", "version", "dtype"} <= set(notes)
     table = datasets.load_dataset("parquet", data_files=str(scores), split="train", cache_dir=str(tmp_path))
@@ -309,13 +309,12 @@ def test_the_page_lays_references_as_a_batch_lies(data):
     )
     tokenizer = tiny_tokenizer()
     dataset = loaded(data)
-    lengths = torch.tensor([[len(pair[side]) for pair in dataset] for side in ("chosen", "rejected")])
+    lengths = torch.tensor([[len(pair[f"{side}_ids"]) for pair in dataset] for side in ("chosen", "rejected")])
     given = []
     names = {
         "ref_logps": torch.stack([lengths, -lengths]),
         "pairs": dataset,
         "tokenizer": tokenizer,
-        "PairCollator": PairCollator,
     }
     names["preference"] = lambda ref_logps, labels, **_: given.append((ref_logps, (labels != -100).sum(1)))
     exec(block.replace("[0, 1]", "[3, 1]"), names)
@@ -337,8 +336,8 @@ def test_files_that_do_not_fit_are_refused(data, scores, two, tmp_path):
     for refuse in (lambda: load_scores(scores, more, tiny_tokenizer()), lambda: mean_avg_logps([*two, scores], more)):
         with pytest.raises(InputError, match=lacks):
             refuse()
-    short = load_pairs(data, tiny_tokenizer(), max_length=20, max_prompt_length=19)[0]
-    cut = r"answers of other lengths for \d+ of 24 pairs \(lines .*max_length 64, max_prompt_length 48; use the same"
+    short = load_pairs(data, tiny_tokenizer(), max_length=20)[0]
+    cut = r"answers of other lengths for \d+ of 24 pairs \(lines .*max_length 64; use the same"
     with pytest.raises(InputError, match=cut):
         load_scores(scores, short, tiny_tokenizer())
     with pytest.raises(InputError, match="no log-probabilities per token; score again with --token-logps"):
@@ -361,7 +360,7 @@ def test_scores_that_are_not_finite_are_refused(data):
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")
     with pytest.raises(InputError, match=r"log-probability of line \d+ is not a finite number, need one"):
-        reference_logps(model, loaded(data), PairCollator(0))
+        reference_logps(model, loaded(data), COLLATOR)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +368,7 @@ def test_scores_that_are_not_finite_are_refused(data):
     [
         (["--model", "no-such"], "--model: got 'no-such', no such folder, and no hub name either"),
         (["--max-length", "999"], "--max-length: got 999, need at most 256, the model's positions"),
-        (["--max-length", "1"], "max_length, max_prompt_length: got 1, 48; need at least 2 and 1"),
+        (["--max-length", "1"], "max_length: got 1, need at least 2 tokens"),
         (["--data", "no.jsonl"], "data: got 'no.jsonl', no such file"),
         (["--model", "{model}"], "would both be written to"),
     ],
@@ -416,7 +415,7 @@ def test_rows_are_the_same_from_parquet_and_arrow(tmp_path, kind):
     rows[70] = {"prompt": chat, "chosen": "a"}
     path = stored(rows, tmp_path, kind)
     assert list(read_rows(path)) == list(enumerate(rows, start=1))
-    report = load_pairs(path, tiny_tokenizer(chat=True), max_length=99, max_prompt_length=90)[1]
+    report = load_pairs(path, tiny_tokenizer(chat=True), max_length=99)[1]
     assert (report.rows, report.bad) == (150, {"missing key 'rejected'": [71]})
 
 
@@ -427,8 +426,7 @@ def test_ids_do_not_depend_on_the_kind_of_file_nor_on_the_tokenizer(data, tmp_pa
 
 
 def test_id_is_of_the_text():
-    from asft_kernels.data.dialogue import parse_pair
-    from asft_kernels.data.pairs import pair_id
+    from asft_kernels.data import pair_id, parse_pair
 
     ids = [
         pair_id(parse_pair(row))
