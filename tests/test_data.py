@@ -90,7 +90,7 @@ TURNS = {**CHAT, "chosen": [said(), said(content=" or blue")]}
         ({"prompt": "Capital of France? ", "chosen": "Paris.", "rejected": "Rome."}, sentencepiece()),
         ({"prompt": "Capital of France?", "chosen": "Paris.", "rejected": "Rome."}, sentencepiece()),
     ],
-    ids="plain edges chat whole several tools tools-text rewriting merging sentencepiece".split(),
+    ids=["plain", "edges", "chat", "whole", "several", "tools", "tools-text", "rewriting", "merging", "sentencepiece"],
 )
 def test_ids_are_those_of_trls_trainer(tmp_path, row, tokenizer):
     args = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")

@@ -274,7 +274,7 @@ def test_files_of_other_kinds(tmp_path, capsys, content, text):
     path.write_bytes(content)
     run(path, tmp_path / "out.jsonl", code=2)
     said = capsys.readouterr().err
-    assert said.startswith(f"asft-data: input: {path} {text}")
+    assert said.startswith(f"asft data: input: {path} {text}")
     assert not (tmp_path / "out.jsonl").exists()
     with pytest.raises(InputError, match=r"^data: "):
         list(read_rows(path))
@@ -289,7 +289,10 @@ def test_folders_and_archives(tmp_path, capsys):
         ("in.zip", "in.zip is a ZIP archive; need"),
         ("splits", "splits holds the splits test, train; name the folder of one of them"),
         (".", "is a folder that datasets did not save; need a file of"),
-        ("nowhere", "no such file; need a file of JSON lines or a JSON array (plain or gzipped), Parquet or Arrow, or a folder"),
+        (
+            "nowhere",
+            "no such file; need a file of JSON lines or a JSON array (plain or gzipped), Parquet or Arrow, or a folder",
+        ),
     ):
         run(tmp_path / source, tmp_path / "out.jsonl", code=2)
         assert text in capsys.readouterr().err
