@@ -20,6 +20,8 @@ TRAIN = [
     "numpy",
     "peft>=0.18",  # LoRA
     "pyarrow>=15",  # score files, Parquet and Arrow data; datasets brings it
+    "rouge-score>=0.1.2",  # ROUGE-L of asft eval
+    "sacrebleu>=2.5",  # BLEU of asft eval
     "tqdm>=4.66",
     "transformers>=5",
     "trl>=1.16",  # the trainer
@@ -74,9 +76,10 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "asft-data = asft_kernels.cli.data:main",
-            "asft-score = asft_kernels.score:main",
-            "asft-train = asft_kernels.train:main",
+            "asft = asft_kernels.cli:main",
+            "asft-data = asft_kernels.cli.data:main",  # the last three: names of old
+            "asft-score = asft_kernels.cli.score:main",
+            "asft-train = asft_kernels.cli.train:main",
         ]
     },
 )

@@ -76,12 +76,9 @@ class TransformersGenerator:
     def from_pretrained(cls, name: str, *, batch_size: int = 8) -> "TransformersGenerator":
         """name: a folder that from_pretrained reads, or a hub name. On a GPU if there is one.
 
-        Raises InputError for what cannot be loaded, ImportError without transformers.
+        Raises InputError for what cannot be loaded, ModuleNotFoundError without transformers.
         """
-        try:
-            tokenizer, _ = load_tokenizer(name)
-        except ImportError as error:
-            raise ImportError('transformers: needed to generate; pip install "asft_kernels[train]"') from error
+        tokenizer, _ = load_tokenizer(name)
         model = load_causal_lm(name, "auto")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(model.to(device), tokenizer, batch_size=batch_size)

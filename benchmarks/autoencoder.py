@@ -1,4 +1,4 @@
-"""Autoencoders of `python -m asft_kernels.methods.fpo`, its defaults but for --l1: the table in docs/objectives/fpo.md.
+"""Autoencoders of `asft data sae`, its defaults but for --l1: the table in docs/objectives/fpo.md.
 
     python -m benchmarks.autoencoder --model FOLDER --data pairs.jsonl.gz    # trains, adds rows, draws the table
     python -m benchmarks.autoencoder                                         # draws it from the rows that are there
@@ -31,7 +31,7 @@ HEADER = ["`--l1`", "explained variance", "features a token", "dead"]
 def measure(model: Path, data: Path, l1: float, work: Path) -> dict[str, Any]:
     output = work / "sae.safetensors"
     given = ("--model", str(model), "--data", str(data), "--output", str(output), "--l1", f"{l1:g}")
-    run(python("asft_kernels.methods.fpo", *given), work / "log")
+    run(python("asft_kernels.cli", "data", "sae", *given), work / "log")
     made = json.loads(output.with_name(output.name + ".json").read_text())
     made["settings"] = {name: value for name, value in made["settings"].items() if name not in PATHS}
     digest = hashlib.sha256(data.read_bytes()).hexdigest()

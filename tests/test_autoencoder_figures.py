@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from asft_kernels.methods.fpo.__main__ import _parser
+from asft_kernels.cli.frame import CommandParser
+from asft_kernels.methods.fpo import sae_command
 from benchmarks import autoencoder
 from benchmarks.run import rows_of
 
@@ -51,9 +52,12 @@ def test_a_row_is_what_the_command_wrote_without_its_paths(monkeypatch, tmp_path
     made = {"settings": {}, "steps_done": 3, "held_out": {"l0": 1.0}}
 
     def run(command, log):
-        options = vars(_parser().parse_args(command[3:]))
+        parser = CommandParser()
+        sae_command.add_arguments(parser)
+        assert command[1:5] == ["-m", "asft_kernels.cli", "data", "sae"]
+        options = vars(parser.parse_args(command[5:]))
         assert options["l1"] == 2.5
-        assert {**options, "l1": 5.0} == vars(_parser().parse_args([*command[3:-2]])), "its defaults but for --l1"
+        assert {**options, "l1": 5.0} == vars(parser.parse_args([*command[5:-2]])), "its defaults but for --l1"
         Path(f"{options['output']}.json").write_text(json.dumps({**made, "settings": options}))
 
     monkeypatch.setattr(autoencoder, "run", run)

@@ -274,7 +274,7 @@ def test_files_of_other_kinds(tmp_path, capsys, content, text):
     path.write_bytes(content)
     run(path, tmp_path / "out.jsonl", code=2)
     said = capsys.readouterr().err
-    assert said.startswith(f"asft-data: input: {path} {text}")
+    assert said.startswith(f"asft data: input: {path} {text}")
     assert not (tmp_path / "out.jsonl").exists()
     with pytest.raises(InputError, match=r"^data: "):
         list(read_rows(path))

@@ -28,6 +28,7 @@ LAYERS = [  # each may import those before it
     "models data",
     "generation",
     "score data_commands",
+    "evaluation",
     "training",
     "methods",
     "compile_report",

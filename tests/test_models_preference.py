@@ -10,13 +10,14 @@ pytest.importorskip("transformers", reason="needs the train extra: transformers"
 pytest.importorskip("datasets", reason="needs the train extra: datasets")
 pytest.importorskip("accelerate", reason="needs the train extra: accelerate")
 
+from asft_kernels.train.on_pairs import on_pairs
+
 import asft_kernels.token_logps
 from asft_kernels import fused_asft_loss, fused_preference_loss, get_objective
 from asft_kernels.data import PairCollator, load_pairs
 from asft_kernels.models import PreferenceModel, UnsupportedHead, fuse
 from asft_kernels.objectives import ASFT
 from asft_kernels.score.scoring import reference_logps
-from asft_kernels.train.on_pairs import on_pairs
 from asft_kernels.train.step_inputs import MismatchInputs
 from model_cases import FP32, batch, built, own_logps
 from tiny_lm import pairs, tiny_model, tiny_tokenizer, write_lines

@@ -23,10 +23,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from asft_kernels.cli.score import main
 from asft_kernels.data import load_pairs, read_rows, with_labels
 from asft_kernels.errors import InputError
 from asft_kernels.models import PreferenceModel
-from asft_kernels.score import main
 from asft_kernels.score import run as run_module
 from asft_kernels.score.run import score_path
 from asft_kernels.score.scoring import reference_logps, score_pairs
@@ -231,7 +231,7 @@ def test_ctrl_c_keeps_what_is_scored_and_the_same_command_goes_on(data, model, s
 KILLED = """
 import os, signal, sys
 sys.path[:0] = [{root!r}, {tests!r}]
-from asft_kernels.score import main
+from asft_kernels.cli.score import main
 from asft_kernels.score.unfinished import UnfinishedScores
 add = UnfinishedScores.add
 def add_and_die(self, rows):
@@ -381,7 +381,7 @@ def test_bad_input_is_said_before_a_model_is_loaded(data, model, tmp_path, capsy
     extra = [word.format(model=model) for word in extra]
     assert main([*command(data, tmp_path / "out", model), *extra]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("asft-score: ")
+    assert said.startswith("asft score: ")
     assert message in said
 
 

@@ -9,6 +9,8 @@ pytest.importorskip("transformers", reason="needs the train extra: transformers"
 pytest.importorskip("datasets", reason="needs the train extra: datasets")
 pytest.importorskip("accelerate", reason="needs the train extra: accelerate")
 
+from asft_kernels.train.on_pairs import on_pairs
+
 from asft_kernels import fused_preference_loss
 from asft_kernels.data import PairCollator, load_pairs
 from asft_kernels.errors import InputError
@@ -18,7 +20,6 @@ from asft_kernels.methods.fpo.hidden import hidden_states
 from asft_kernels.models import PreferenceModel
 from asft_kernels.objectives import FPO, KTO
 from asft_kernels.train import main
-from asft_kernels.train.on_pairs import on_pairs
 from asft_kernels.train.reference import ObjectiveCollator, with_reference
 from asft_kernels.train.step_inputs import FeatureInputs, MismatchInputs
 from bounds import fp32_bound, relative_error

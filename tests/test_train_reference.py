@@ -11,16 +11,17 @@ pytest.importorskip("datasets", reason="needs the train extra: datasets")
 pytest.importorskip("accelerate", reason="needs the train extra: accelerate")
 pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
 
+from asft_kernels.train.arguments import JobArguments
+from asft_kernels.train.on_pairs import OnPairs, on_pairs
+
 from asft_kernels import fused_linear_logps
+from asft_kernels.cli.score import main as score
 from asft_kernels.data import PairCollator, load_pairs
 from asft_kernels.methods.bmc.diff_marks import diff_marks
 from asft_kernels.models import PreferenceModel
 from asft_kernels.objectives import BMC, KTO, MRPO, OBJECTIVES, SFT, PoFT, get_objective
-from asft_kernels.score import main as score
 from asft_kernels.sequence import Logps
 from asft_kernels.train import main
-from asft_kernels.train.arguments import JobArguments
-from asft_kernels.train.on_pairs import OnPairs, on_pairs
 from asft_kernels.train.reference import ObjectiveCollator, with_reference
 from tiny_lm import pairs, saved_sae, saved_tiny_model, tiny_model, tiny_tokenizer, write_lines
 

@@ -1,45 +1,55 @@
-"""`asft-data`: preference data for methods that need their own, row by row.
+"""Make the data that a method needs.
 
-asft-data rad scored.jsonl conditioned.jsonl
+asft data rad scored.jsonl conditioned.jsonl
 
-Reads JSON lines, Parquet, Arrow and folders that datasets saved; writes JSON lines, plain or gzipped
-(by the output's name). Memory does not grow with the file, bad rows are named, and the same command
-goes on where an interrupted run stopped.
+Commands with INPUT and OUTPUT go row by row: they read JSON lines, Parquet, Arrow and folders that datasets saved, and
+write JSON lines, plain or gzipped (by the output's name). Memory does not grow with the file, bad rows are named, and
+the same command goes on where an interrupted run stopped.
 """
 
-import argparse
-import importlib.util
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from asft_kernels import methods
-from asft_kernels.data_commands import stream
-from asft_kernels.errors import InputError
+from asft_kernels.cli import frame
+
+
+def parser() -> tuple[frame.CommandParser, dict[str, Any]]:
+    """Makes the parser of `asft data`.
+
+    Returns:
+        (the parser, command -> the module that runs it).
+    """
+    from asft_kernels import methods
+    from asft_kernels.data_commands import stream
+
+    parser = frame.CommandParser(prog="asft data", description=__doc__)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    streams = methods.modules("data_command")
+    further = {name: module for of in methods.modules("commands").values() for name, module in of.COMMANDS.items()}
+    commands: dict[str, Any] = {**streams, **further}
+    for name, module in commands.items():
+        text = module.__doc__ or ""
+        subparser = subparsers.add_parser(name, help=text.splitlines()[0], description=text)
+        if name in streams:
+            stream.add_arguments(subparser)
+        module.add_arguments(subparser)
+    return parser, commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 done, 2 bad input (said on stderr), 130 stopped by Ctrl-C."""
-    parser = argparse.ArgumentParser("asft-data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands: dict[str, Any] = dict(methods.modules("data_command"))
-    for name, command in commands.items():
-        text = command.__doc__ or ""
-        subparser = subparsers.add_parser(
-            name, help=text.splitlines()[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        stream.add_arguments(subparser)
-        command.add_arguments(subparser)
-    args = parser.parse_args(argv)
-    if importlib.util.find_spec("tqdm") is None:
-        print('asft-data: tqdm: not installed; pip install "asft_kernels[train]"', file=sys.stderr)
-        return 2
-    try:
-        commands[args.command].run(args)
-    except InputError as error:
-        print(f"asft-data: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("asft-data: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    """Runs `asft data`.
+
+    Args:
+        argv: its words; None: those of the process.
+
+    Returns:
+        The exit code, as `frame.run` says.
+    """
+
+    def body() -> int | None:
+        frame.require(("tqdm",))
+        made, commands = parser()
+        args = made.parse_args(argv)
+        return commands[args.command].run(args)
+
+    return frame.run("asft data", body)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from asft_kernels.cli import frame
+
 DESCRIPTION = """Fine-tune a language model on preference pairs, with ASFT or another objective.
 
 asft train --model_name_or_path FOLDER --dataset_name pairs.jsonl --eval_every_nth 8 --output_dir run
@@ -11,14 +13,25 @@ asft train --config run.yaml   # the same names in YAML; `env:` sets environment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command: 0 done, 130 stopped by Ctrl-C; InputError for what the user got wrong."""
-    from asft_kernels.training.hooks import installed
-    from asft_kernels.training.run import run
+    """Runs `asft train`.
 
-    arguments = {name: kind.Arguments for name, kind in installed().items() if kind.Arguments is not None}
-    data, config, model, *of_methods = parse(argv, arguments)
-    result = run(data, config, model, dict(zip(arguments, of_methods, strict=True)))
-    return 130 if result.stopped else 0
+    Args:
+        argv: its words; None: those of the process.
+
+    Returns:
+        The exit code, as `frame.run` says; 130 as well where Ctrl-C ended training with a checkpoint.
+    """
+
+    def body() -> int:
+        from asft_kernels.training.hooks import installed
+        from asft_kernels.training.run import run
+
+        arguments = {name: kind.Arguments for name, kind in installed().items() if kind.Arguments is not None}
+        data, config, model, *of_methods = parse(argv, arguments)
+        result = run(data, config, model, dict(zip(arguments, of_methods, strict=True)))
+        return 130 if result.stopped else 0
+
+    return frame.run("asft train", body, stopped="--resume goes on from the last checkpoint in --output_dir")
 
 
 def parse(argv: Sequence[str] | None, of_methods: dict[str, Any]) -> tuple[Any, ...]:

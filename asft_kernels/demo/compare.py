@@ -123,7 +123,7 @@ def _batch(model: Path, data: Path, pairs: int, max_length: int) -> tuple[Tensor
     wrapped = PreferenceModel(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)).eval()
     with torch.no_grad():
         hidden = wrapped.hidden_states(batch["input_ids"], batch["attention_mask"])
-    return hidden, wrapped.lm_head.weight.detach(), labels
+    return hidden, wrapped.lm_head.weight.detach(), batch["labels"]
 
 
 def _extra_memory(name: str, path: Path) -> int | None:

@@ -3,7 +3,8 @@
 A folder may have these modules, which are looked for here:
 
     hooks.py         `Hooks`, a `asft_kernels.training.hooks.Method`: what training with it needs
-    data_command.py  `asft data NAME`: `add_arguments(parser)` and `run(args)`
+    data_command.py  `asft data NAME INPUT OUTPUT`, row by row: `add_arguments(parser)` and `run(args)`
+    commands.py      further ones of `asft data`: `COMMANDS`, name -> a module with these two functions
     compiled.py      `launch(dtype, every=...)`: launches its kernels once, for the report on compiled code
 """
 

@@ -70,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="folder or hub name of the language model that edits")
     source.add_argument("--edits", help=f"edits made elsewhere: {KINDS}")
-    parser.add_argument("--batch-size", type=whole(1), default=8, help="answers edited together (8)")
-    parser.add_argument("--max-new-tokens", type=whole(1), default=1024, help="longer edits are cut (1024)")
+    parser.add_argument("--batch-size", type=whole(1), default=8, help="answers edited together")
+    parser.add_argument("--max-new-tokens", type=whole(1), default=1024, help="longer edits are cut")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -79,10 +79,7 @@ def run(args: argparse.Namespace) -> None:
     if args.edits:
         edits = FileEdits(args.edits)
     else:
-        try:
-            generator = TransformersGenerator.from_pretrained(args.model, batch_size=args.batch_size)
-        except (ImportError, InputError) as error:
-            raise InputError(str(error)) from error
+        generator = TransformersGenerator.from_pretrained(args.model, batch_size=args.batch_size)
         chat = bool(getattr(generator.tokenizer, "chat_template", None))
         edits = edits_by(GenerationEditor(generator, max_new_tokens=args.max_new_tokens, chat=chat))
     report = run_stream(args, lambda rows, report: bridged(rows, report, edits), batch_size=args.batch_size)

@@ -19,7 +19,7 @@ FIELDS = ("prompt", "human", "generated", "human_score", "generated_score")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in FIELDS:
-        parser.add_argument(f"--{name.replace('_', '-')}-field", default=name, metavar="NAME", help=f"default: {name}")
+        parser.add_argument(f"--{name.replace('_', '-')}-field", default=name, metavar="NAME", help="its column")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """Sparse autoencoders, and the feature distance that FPO (arXiv 2411.07618) computes with them.
 
-`python -m asft_kernels.methods.fpo` trains one, its `.cache` stores a reference model's features.
+`asft data sae` trains one, `asft data features` stores a reference model's features.
 """
 
 from asft_kernels.methods.fpo.autoencoder import SparseAutoencoder

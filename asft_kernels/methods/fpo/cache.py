@@ -1,4 +1,4 @@
-"""`python -m asft_kernels.methods.fpo.cache`: a reference model's pooled features of both answers of every pair, once.
+"""`asft data features`: a reference model's pooled features of both answers of every pair, once.
 
 One Arrow file, memory-mapped when read: a row a pair, keyed by the pair's id (`load_pairs`), each answer as the
 indices and values of its features that are not 0. All of them: FPO compares the reference at the policy's top k
@@ -7,11 +7,9 @@ less than a drift of a thousandth would. 4 bytes a feature that is active somewh
 65536 features), against 2 F for the whole vector.
 """
 
-import argparse
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asft_kernels.data import load_pairs, with_labels
-from asft_kernels.data.rows import KINDS
+from asft_kernels.data import with_labels
+from asft_kernels.errors import InputError
 from asft_kernels.methods.fpo.autoencoder import SparseAutoencoder
 from asft_kernels.methods.fpo.features import pooled_features
-from asft_kernels.methods.fpo.files import read_sae
 from asft_kernels.methods.fpo.hidden import HEAD_INPUT, check_layer, hidden_states
-from asft_kernels.models.loading import check_positions, load_causal_lm, load_tokenizer
 
 SIDES = ("chosen", "rejected")
 LARGEST = torch.finfo(torch.float16).max
@@ -79,7 +75,7 @@ def write_reference_features(
             _, hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"], layer)
             pooled = pooled_features(sae, hidden, batch["labels"]).float().cpu()
             if not pooled.max() <= LARGEST:
-                raise ValueError(f"sae: gives a pooled feature of {pooled.max():g}, need at most {LARGEST:g} (float16)")
+                raise InputError(f"sae: gives a pooled feature of {pooled.max():g}, need at most {LARGEST:g} (float16)")
             out: dict[str, list[Any]] = {"id": [row["id"] for row in rows]}
             for side, half in zip(SIDES, pooled.chunk(2), strict=True):
                 active = [vector.nonzero().squeeze(1) for vector in half]
@@ -94,7 +90,7 @@ class ReferenceFeatures:
     """A file of `write_reference_features`, for batches of pairs by their ids.
 
     sae, layer: those of the run. pairs: the run's, all of which the file must hold with answers of the same
-    length; None leaves that to the look-up. Raises ValueError, beginning with the path, where one does not fit.
+    length; None leaves that to the look-up. Raises InputError, beginning with the path, where one does not fit.
     """
 
     def __init__(
@@ -104,16 +100,16 @@ class ReferenceFeatures:
 
         self.path, self.features = Path(path), sae.features
         if not self.path.is_file():
-            raise ValueError(f"{self.path}: no such file; python -m asft_kernels.methods.fpo.cache makes one")
+            raise InputError(f"{self.path}: no such file; asft data features makes one")
         try:
             self.table = pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()
             made_by = json.loads((self.table.schema.metadata or {})[MADE_BY])
         except (pa.ArrowInvalid, KeyError) as error:
-            need = "a file that python -m asft_kernels.methods.fpo.cache wrote"
-            raise ValueError(f"{self.path}: got another file ({error}), need {need}") from error
+            need = "a file that asft data features wrote"
+            raise InputError(f"{self.path}: got another file ({error}), need {need}") from error
         for name, own in (("encoder", encoder_digest(sae)), ("layer", layer)):
             if made_by[name] != own:
-                raise ValueError(f"{self.path}: made with the {name} {made_by[name]}, need {own}; make it anew")
+                raise InputError(f"{self.path}: made with the {name} {made_by[name]}, need {own}; make it anew")
         self.row_of = {key: row for row, key in enumerate(self.table["id"].to_pylist())}
         if pairs is not None:
             self._check(pairs)
@@ -124,14 +120,14 @@ class ReferenceFeatures:
             row = self._row(pair["id"])
             for side in SIDES:
                 if lengths[side][row] != len(pair[f"{side}_ids"]):
-                    raise ValueError(
+                    raise InputError(
                         f"{self.path}: pair {pair['id']} has {lengths[side][row]} tokens in its {side} answer, "
                         f"need {len(pair[f'{side}_ids'])}; make the file with this run's tokenizer and lengths"
                     )
 
     def _row(self, key: str) -> int:
         if key not in self.row_of:
-            raise ValueError(f"{self.path}: no pair {key} among its {len(self.row_of)}; make the file with this data")
+            raise InputError(f"{self.path}: no pair {key} among its {len(self.row_of)}; make the file with this data")
         return self.row_of[key]
 
     def pooled(self, ids: Sequence[str]) -> Tensor:
@@ -146,46 +142,3 @@ class ReferenceFeatures:
                 index = torch.from_numpy(features.astype("int64"))
                 dense[half * len(rows) + at, index] = torch.from_numpy(values.astype("float32"))
         return dense
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 done, 2 bad input (said on stderr), 130 stopped by Ctrl-C, with no file left."""
-    parser = argparse.ArgumentParser(
-        prog="python -m asft_kernels.methods.fpo.cache", description=(__doc__ or "").split(":")[0]
-    )
-    parser.add_argument("--model", required=True, help="folder or hub name of the reference model")
-    parser.add_argument("--data", required=True, help=f"preference pairs: {KINDS}")
-    parser.add_argument("--sae", required=True, help="autoencoder: .npz or .safetensors")
-    parser.add_argument("--output", required=True, help="file to write, .arrow")
-    parser.add_argument("--layer", type=int, default=HEAD_INPUT, help="-1 (default): the head's input; l: block l")
-    parser.add_argument("--max-length", type=int, default=1024, help="as in asft-train; default 1024")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "auto"], help="default float32")
-    parser.add_argument("--batch-size", type=int, default=8, help="pairs; default 8")
-    options = parser.parse_args(argv)
-    try:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        sae = read_sae(options.sae).to(device)
-        tokenizer, config = load_tokenizer(options.model)
-        check_positions(config, options.max_length)
-        vocab_size = config.get_text_config().vocab_size
-        pairs, report = load_pairs(options.data, tokenizer, max_length=options.max_length, vocab_size=vocab_size)
-        print(report)
-        model = load_causal_lm(options.model, options.dtype).to(device).eval()
-        write_reference_features(options.output, model, sae, pairs, layer=options.layer, batch_size=options.batch_size)
-    except ImportError as error:
-        print(f'sae.cache: {error}; pip install "asft_kernels[train]"', file=sys.stderr)
-        return 2
-    except (OSError, ValueError) as error:
-        print(f"sae.cache: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        Path(f"{options.output}.partial").unlink(missing_ok=True)
-        print("sae.cache: interrupted", file=sys.stderr)
-        return 130
-    size = os.path.getsize(options.output)
-    print(f"{options.output}: {len(pairs)} pairs, {size / len(pairs) / 1024:.1f} KiB a pair")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,11 +7,11 @@ import importlib
 import os
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from asft_kernels.errors import InputError
 from asft_kernels.methods.fpo.autoencoder import SparseAutoencoder
 
 NEEDED = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -22,25 +22,25 @@ SUFFIXES = (".npz", ".safetensors")
 def read_sae(path: str | os.PathLike[str]) -> SparseAutoencoder:
     """The autoencoder in a .npz or .safetensors file.
 
-    Raises ValueError, beginning with the path, for another file, a key that is missing or unknown (an
+    Raises InputError, beginning with the path, for another file, a key that is missing or unknown (an
     autoencoder that does more than these five tensors would give other features), a wrong shape, a value that
     is not finite.
     """
     path = Path(path)
     suffix = check_suffix(path)
     if not path.is_file():
-        raise ValueError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}, need a file of an autoencoder")
+        raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}, need a file of an autoencoder")
     try:
         tensors = _read_npz(path) if suffix == ".npz" else _read_safetensors(path)
         missing = [key for key in NEEDED if key not in tensors]
         unknown = [key for key in tensors if key not in KEYS]
         if missing:
-            raise ValueError(f"no {', '.join(missing)} among its keys ({', '.join(tensors)}), need {', '.join(NEEDED)}")
+            raise InputError(f"no {', '.join(missing)} among its keys ({', '.join(tensors)}), need {', '.join(NEEDED)}")
         if unknown:
-            raise ValueError(f"got the key {unknown[0]}, which is not computed here, need only {', '.join(KEYS)}")
+            raise InputError(f"got the key {unknown[0]}, which is not computed here, need only {', '.join(KEYS)}")
         return SparseAutoencoder(**tensors)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
 
 
 def write_sae(sae: SparseAutoencoder, path: str | os.PathLike[str]) -> None:
@@ -50,11 +50,11 @@ def write_sae(sae: SparseAutoencoder, path: str | os.PathLike[str]) -> None:
     tensors = {name: tensor.detach().cpu() for name, tensor in sae.named_parameters()}
     partial = path.with_name(path.name + ".partial")
     if suffix == ".npz":
-        numpy = _extra("numpy")
+        numpy = importlib.import_module("numpy")
         with partial.open("wb") as file:
             numpy.savez(file, allow_pickle=False, **{name: tensor.numpy() for name, tensor in tensors.items()})
     else:
-        _extra("safetensors.torch").save_file(tensors, partial)
+        importlib.import_module("safetensors.torch").save_file(tensors, partial)
     os.replace(partial, path)
 
 
@@ -62,29 +62,22 @@ def check_suffix(path: str | os.PathLike[str]) -> str:
     """.npz or .safetensors, else ValueError."""
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: got a name that ends in {path.suffix!r}, need {' or '.join(SUFFIXES)}")
+        raise InputError(f"{path}: got a name that ends in {path.suffix!r}, need {' or '.join(SUFFIXES)}")
     return path.suffix
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
-    numpy = _extra("numpy")
+    numpy = importlib.import_module("numpy")
     try:
         with path.open("rb") as file, numpy.load(file) as arrays:  # without pickles, which run code
             return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
     except (OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"cannot be read as .npz ({error})") from error
+        raise InputError(f"cannot be read as .npz ({error})") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    safetensors = _extra("safetensors")
+    safetensors = importlib.import_module("safetensors")
     try:
-        return _extra("safetensors.torch").load_file(path)
+        return importlib.import_module("safetensors.torch").load_file(path)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"cannot be read as .safetensors ({error})") from error
-
-
-def _extra(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f'{name}: not installed, needed for this file; pip install "asft_kernels[train]"') from error
+        raise InputError(f"cannot be read as .safetensors ({error})") from error

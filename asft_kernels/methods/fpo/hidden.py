@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from asft_kernels.errors import InputError
 from asft_kernels.models.seam import causal_lm
 
 HEAD_INPUT = -1
@@ -54,4 +55,4 @@ def check_layer(model: Any, layer: int) -> None:
     count = 0 if blocks is None else len(blocks)
     if not -1 <= layer < count:
         need = f"-1 (the head's input) or 0 to {count - 1}, a block of {type(inner).__name__}"
-        raise ValueError(f"layer: got {layer}, need {need if count else '-1: this model has no list of layers'}")
+        raise InputError(f"layer: got {layer}, need {need if count else '-1: this model has no list of layers'}")

@@ -67,7 +67,7 @@ def condition_prompt(prompt: str | Messages, goal: Goal, *, system_role: bool = 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in FIELDS:
-        parser.add_argument(f"--{name.replace('_', '-')}-field", default=name, metavar="NAME", help=f"default: {name}")
+        parser.add_argument(f"--{name.replace('_', '-')}-field", default=name, metavar="NAME", help="its column")
     parser.add_argument("--no-system-role", action="store_true", help="state the goal in the first user turn")
     parser.add_argument(
         "--keep-ties", action="store_true", help="keep pairs of equal scores (they pull the margin to 0)"

@@ -69,10 +69,10 @@ RANKINGS = {"first-round": first_round, "tournament": tournament}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--accept", type=whole(2), default=8, help="responses accepted for each prompt (8)")
-    parser.add_argument("--beta", type=_beta, default=0.5, help="temperature in units of the reward; 0: the best (0.5)")
-    parser.add_argument("--ranking", choices=RANKINGS, default="first-round", help="how they are paired (first-round)")
-    parser.add_argument("--seed", type=int, default=0, help="with the line number it decides every draw (0)")
+    parser.add_argument("--accept", type=whole(2), default=8, help="responses accepted for each prompt")
+    parser.add_argument("--beta", type=_beta, default=0.5, help="temperature in units of the reward; 0: the best")
+    parser.add_argument("--ranking", choices=RANKINGS, default="first-round", help="how they are paired")
+    parser.add_argument("--seed", type=int, default=0, help="with the line number it decides every draw")
 
 
 def run(args: argparse.Namespace) -> None:

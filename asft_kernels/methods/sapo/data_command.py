@@ -24,13 +24,13 @@ from asft_kernels.models.loading import check_positions
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder or hub name of the language model that writes")
-    parser.add_argument("--token-generate-length", type=whole(1), default=256, help="tokens of a segment (256)")
-    parser.add_argument("--max-length", type=whole(2), default=1024, help="tokens up to the segment's end (1024)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="of what is sampled (0.7)")
-    parser.add_argument("--top-k", type=whole(0), default=50, help="0: off (50)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="1: off (0.95)")
-    parser.add_argument("--batch-size", type=whole(1), default=8, help="answers written together (8)")
-    parser.add_argument("--seed", type=int, default=0, help="with the line number it decides every draw (0)")
+    parser.add_argument("--token-generate-length", type=whole(1), default=256, help="tokens of a segment")
+    parser.add_argument("--max-length", type=whole(2), default=1024, help="tokens up to the segment's end")
+    parser.add_argument("--temperature", type=float, default=0.7, help="of what is sampled")
+    parser.add_argument("--top-k", type=whole(0), default=50, help="0: off")
+    parser.add_argument("--top-p", type=float, default=0.95, help="1: off")
+    parser.add_argument("--batch-size", type=whole(1), default=8, help="answers written together")
+    parser.add_argument("--seed", type=int, default=0, help="with the line number it decides every draw")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
         check_positions(writer.model.config, args.max_length)
     except InputError as error:
         raise InputError(str(error)) from error
-    except (ImportError, ValueError) as error:
+    except ValueError as error:
         raise InputError(f"--model: {error}") from error
     run_stream(
         args, lambda rows, report: augmented(rows, report, regeneration, writer, args), batch_size=args.batch_size

@@ -1,4 +1,6 @@
-"""`python -m asft_kernels.methods.fpo`: trains a sparse autoencoder on the hidden states of a causal language model.
+"""Train a sparse autoencoder on the hidden states of a causal language model, for FPO.
+
+asft data sae --model_name_or_path FOLDER --dataset_name pairs.jsonl.gz --output sae.safetensors
 
 Writes the autoencoder (--output) and, beside it, OUTPUT.json with the settings and its quality on pairs that were
 held out (every 8th line). Ctrl-C ends training early and writes what there is.
@@ -8,7 +10,6 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 
 from asft_kernels.data import load_pairs, split_every_nth
-from asft_kernels.data.rows import KINDS
+from asft_kernels.data_commands.fields import whole
+from asft_kernels.errors import InputError
 from asft_kernels.methods.fpo.collect import collect_tokens
 from asft_kernels.methods.fpo.files import check_suffix, write_sae
 from asft_kernels.methods.fpo.hidden import HEAD_INPUT, check_layer
@@ -27,50 +29,40 @@ HELD_OUT_NTH, HELD_OUT_SHARE = 8, 0.1  # lines; evaluation tokens for each train
 SHOWN_EVERY = 10  # steps
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m asft_kernels.methods.fpo", description=(__doc__ or "").split("\n", 2)[2]
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
     add = parser.add_argument
-    add("--model", required=True, help="folder or hub name of a causal language model")
-    add("--data", required=True, help=f"preference pairs: {KINDS}")
+    add("--model_name_or_path", "--model", dest="model", required=True, help="folder or hub name of a causal LM")
+    add("--dataset_name", "--data", dest="data", required=True, nargs="+", help="preference pairs: a name, or several")
     add("--output", required=True, help="file to write: .safetensors, or .npz as Gemma Scope's")
-    add("--layer", type=int, default=HEAD_INPUT, help="-1 (default): the head's input; 0, 1, ...: that block's output")
-    add("--features", type=_positive, default=4096, help="F, default 4096")
-    add("--tokens", type=_positive, default=60_000, help="to train on, kept in memory in fp32; default 60000")
-    add("--steps", type=_positive, default=600, help="default 600")
-    add("--batch-size", type=_positive, default=1024, help="tokens a step, default 1024")
-    add("--learning-rate", type=float, default=1e-3, help="default 1e-3")
-    add("--l1", type=float, default=5.0, help="weight of the sparsity penalty, default 5")
-    add("--max-length", type=_positive, default=512, help="tokens of prompt and answer, default 512")
-    add("--seed", type=int, default=0, help="default 0")
-    add("--dtype", default="float32", choices=["float32", "bfloat16", "auto"], help="of the model, default float32")
-    return parser
+    add("--layer", type=int, default=HEAD_INPUT, help="-1: the head's input; 0, 1, ...: that block's output")
+    add("--features", type=whole(1), default=4096, help="F")
+    add("--tokens", type=whole(1), default=60_000, help="to train on, kept in memory in fp32")
+    add("--steps", type=whole(1), default=600, help="of training")
+    add("--batch_size", type=whole(1), default=1024, help="tokens a step")
+    add("--learning_rate", type=float, default=1e-3, help="of Adam")
+    add("--l1", type=float, default=5.0, help="weight of the sparsity penalty")
+    add("--max_length", type=whole(2), default=512, help="tokens of prompt and answer")
+    add("--seed", type=int, default=0, help="of everything drawn")
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "auto"], help="of the model")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 done or ended by Ctrl-C with a file, 2 bad input (said on stderr), 130 stopped before a step."""
-    options = _parser().parse_args(argv)
-    try:
-        return _run(options)
-    except ImportError as error:
-        print(f'sae: {error}; pip install "asft_kernels[train]"', file=sys.stderr)
-        return 2
-    except (OSError, ValueError) as error:
-        print(f"sae: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("sae: interrupted before training began; nothing was written", file=sys.stderr)
-        return 130
+def run(options: argparse.Namespace) -> None:
+    """Trains and writes; Ctrl-C ends training early with a file.
 
+    Args:
+        options: of `add_arguments`.
 
-def _run(options: argparse.Namespace) -> int:
+    Raises:
+        InputError: for what was given and cannot be used.
+    """
     check_suffix(options.output)
     begin = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer, config = load_tokenizer(options.model)
     check_positions(config, options.max_length)
-    pairs, report = load_pairs(options.data, tokenizer, max_length=options.max_length)
+    vocab_size = config.get_text_config().vocab_size
+    pairs, report = load_pairs(options.data, tokenizer, max_length=options.max_length, vocab_size=vocab_size)
     print(report)
     train_pairs, held_out_pairs = split_every_nth(pairs, HELD_OUT_NTH)
     model = load_causal_lm(options.model, options.dtype).to(device).eval()
@@ -81,7 +73,7 @@ def _run(options: argparse.Namespace) -> int:
     held_out = collect_tokens(model, held_out_pairs, wanted, label="held-out states", **collect)
     del model
     if options.batch_size > len(tokens):
-        raise ValueError(f"--batch-size: got {options.batch_size}, need at most {len(tokens)}, the tokens of the data")
+        raise InputError(f"--batch_size: got {options.batch_size}, need at most {len(tokens)}, the tokens of the data")
     collected = time.perf_counter()
     trainer = Trainer(
         tokens, options.features, steps=options.steps, batch_size=options.batch_size, seed=options.seed,
@@ -91,8 +83,9 @@ def _run(options: argparse.Namespace) -> int:
     sae = trainer.finished()
     figures = asdict(quality(sae, held_out))
     write_sae(sae, options.output)
+    settings = {name: value for name, value in vars(options).items() if name != "command"}
     metrics = {
-        "settings": vars(options), "steps_done": trainer.done, "training_tokens": len(tokens), "held_out": figures,
+        "settings": settings, "steps_done": trainer.done, "training_tokens": len(tokens), "held_out": figures,
         "seconds": {"collecting": collected - begin, "training": time.perf_counter() - collected},
     }  # fmt: skip
     Path(f"{options.output}.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -100,7 +93,6 @@ def _run(options: argparse.Namespace) -> int:
         f"{options.output}: {trainer.done} steps; on {len(held_out)} held-out tokens explained variance "
         f"{figures['explained_variance']:.3f}, {figures['l0']:.1f} features a token, {figures['dead']:.1%} dead"
     )
-    return 0
 
 
 def _train(trainer: Trainer) -> None:
@@ -117,13 +109,3 @@ def _train(trainer: Trainer) -> None:
         if not trainer.done:
             raise
         print(f"\nstopped after step {trainer.done}; writing what there is", file=sys.stderr)
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text}, need at least 1")
-    return int(text)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 import sys
 
-from asft_kernels.score import main
+from asft_kernels.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

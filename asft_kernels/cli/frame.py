@@ -1,0 +1,134 @@
+"""How every command reads its options, and the one way in which it fails."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from asft_kernels.errors import InputError
+
+# What `pip install "asft_kernels[train]"` brings. Any other module that is missing is a bug.
+OF_TRAIN = (
+    "accelerate", "datasets", "gguf", "huggingface_hub", "matplotlib", "numpy", "peft", "pyarrow", "rouge_score",
+    "sacrebleu", "safetensors", "tokenizers", "tqdm", "transformers", "trl",
+)  # fmt: skip
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Text as it stands, and the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default is None or isinstance(action.default, bool)
+        return action.help if silent else super()._get_help_string(action)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An ArgumentParser that shows defaults and understands `-` and `_` in the names of options alike.
+
+    Args:
+        options: those of ArgumentParser.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"formatter_class": _Help, "allow_abbrev": False, **options})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        declared = {_dashes(option): option for action in self._actions for option in action.option_strings}
+        for index, word in enumerate(words):
+            if word == "--":
+                break
+            name, equals, value = word.partition("=")
+            if name.startswith("--"):
+                words[index] = declared.get(_dashes(name), name) + equals + value
+        return super().parse_known_args(words, namespace)
+
+
+def _dashes(option: str) -> str:
+    return option.replace("_", "-")
+
+
+def positive(text: str) -> int:
+    """Reads an option's value that is a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, need a whole number of at least 1")
+    return int(text)
+
+
+def add_model_and_data(parser: argparse.ArgumentParser, *, several_models: bool = False) -> None:
+    """Adds the options of a model and of preference pairs, under TRL's names and shorter ones.
+
+    Args:
+        parser: gets `model` (a list with several_models), `data` (a list) and `dtype`.
+        several_models: whether `--model` may be given more than once.
+    """
+    times: dict[str, Any] = {"action": "append"} if several_models else {}
+    once = "; once for each model" if several_models else ""
+    parser.add_argument(
+        "--model_name_or_path", "--model", dest="model", required=True, metavar="MODEL",
+        help=f"folder or hub name of a causal language model{once}", **times,
+    )  # fmt: skip
+    parser.add_argument(
+        "--dataset_name", "--data", dest="data", required=True, nargs="+", metavar="DATA",
+        help="preference pairs: files (JSON lines, JSON, gzip, Parquet, Arrow), folders or hub names, one or several",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "auto"], default="float32", help="of the weights; auto: as stored"
+    )
+
+
+def run(command: str, body: Callable[[], int | None], *, stopped: str = "the same command goes on from there") -> int:
+    """Runs a command and turns what the user can mend into one line on stderr.
+
+    Args:
+        command: its name, as "asft score", which begins the line.
+        body: does the work; returns the exit code, None for 0.
+        stopped: what Ctrl-C leaves, and how to go on.
+
+    Returns:
+        The exit code: the body's own; 2 for an InputError, a package of the train extra that is missing, and memory
+        that is used up; 130 for Ctrl-C.
+
+    Raises:
+        Exception: any other, which is a bug: it keeps its traceback, and Python exits with 1.
+    """
+    try:
+        return body() or 0
+    except InputError as error:
+        return _fail(command, str(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in OF_TRAIN:
+            raise
+        return _fail(command, f'{package}: not installed; pip install "asft_kernels[train]"')
+    except KeyboardInterrupt:
+        return _fail(command, f"stopped; {stopped}", 130)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _fail(command, f"the device has too little memory ({first_line(error)}); try a smaller batch")
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    torch = sys.modules.get("torch")  # if nothing has imported it, the error is not its own
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's text, its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _fail(command: str, text: str, code: int = 2) -> int:
+    print(f"{command}: {text}", file=sys.stderr)
+    return code
+
+
+def require(packages: Iterable[str]) -> None:
+    """Imports packages of the train extra now, before any work.
+
+    Raises:
+        ModuleNotFoundError: naming the first that is missing, as `run` expects it.
+    """
+    for package in packages:
+        __import__(package)
