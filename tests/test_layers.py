@@ -26,6 +26,7 @@ LAYERS = [  # each may import those before it
     "noisy_logps",
     "nn liger",
     "models data",
+    "training",
     "generation",
     "sae score",
     "train",
