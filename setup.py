@@ -24,7 +24,7 @@ TRAIN = [
 ]
 PEERS = [  # measured beside ours, and their losses are compared with ours
     f"liger-kernel>=0.8.5; {HAS_TRITON}",
-    "trl>=1.16",
+    "trl>=1.15,<2",  # what asft_kernels.training.patch_trl admits; tried: 1.15.0, 1.16.0
 ]
 
 setup(
