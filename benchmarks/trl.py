@@ -102,7 +102,7 @@ def table(rows: list[dict[str, Any]], file: Path) -> str:
     """Medians over the rounds of the last run in a file."""
     last = [row for row in rows if row["about"]["started"] == rows[-1]["about"]["started"]]
     lines = []
-    for name in TRAINERS:
+    for name in dict.fromkeys(row["case"] for row in last):
         cells = [name]
         for field, scale, digits in (("seconds", 1, 2), ("extra_bytes", 2**20, 0)):
             for side in SIDES:
