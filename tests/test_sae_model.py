@@ -83,7 +83,7 @@ def test_reference_features_of_something_else_are_refused(tmp_path, loaded):
         ReferenceFeatures(path, sae, pairs=loaded)
     with pytest.raises(ValueError, match=rf"no pair {missing}"):
         ReferenceFeatures(path, sae).pooled([missing])
-    cut = [{**loaded[0], "rejected": loaded[0]["rejected"][:1]}]
+    cut = [{**loaded[0], "rejected_ids": loaded[0]["rejected_ids"][:1]}]
     with pytest.raises(ValueError, match=r"has 3 tokens in its rejected answer, need 1; .*tokenizer and lengths"):
         ReferenceFeatures(path, sae, pairs=cut)
     huge = SparseAutoencoder(*(1e6 * x for x in make_sae(False, D, F).parameters()))
@@ -102,7 +102,19 @@ def test_cache_command(tmp_path, data, loaded, capsys):
     folder, sae = saved_tiny_model(tmp_path / "model"), make_sae(False, D, F)
     write_sae(sae, tmp_path / "sae.npz")
     command = ["--model", folder, "--data", data, "--sae", tmp_path / "sae.npz", "--output", tmp_path / "ref.arrow"]
-    assert cache_main([str(x) for x in (*command, "--max-length", "64", "--max-prompt-length", "32")]) == 0
+    assert (
+        cache_main(
+            [
+                str(x)
+                for x in (
+                    *command,
+                    "--max-length",
+                    "64",
+                )
+            ]
+        )
+        == 0
+    )
     assert re.search(r"32 pairs, [\d.]+ KiB a pair", capsys.readouterr().out)
     assert ReferenceFeatures(tmp_path / "ref.arrow", sae, pairs=loaded).pooled([loaded[3]["id"]]).shape == (2, F)
     assert cache_main([str(x) for x in (*command, "--max-length", "64", "--layer", "9")]) == 2
