@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import ProgressCallback, TrainerState
+from transformers.integrations import get_reporting_integration_callbacks
 from trl import get_peft_config, get_quantization_config
 
 from asft_kernels.data import load_pairs, split_every_nth
@@ -88,6 +89,7 @@ def run(
     processor, model_config = load_processor(name, trust_remote_code=config.trust_remote_code)
     if config.max_length is not None:
         check_positions(model_config, config.max_length)
+    _check_loggers(config)
     objective = config.build_objective()
     method = find_method(config.method, objective, dict(method_arguments or {}))
     read = _read(data, config, processor, model_config, ("chosen",) if method.makes_pairs else ("chosen", "rejected"))
@@ -95,7 +97,7 @@ def run(
     say(f"{len(read.train)} pairs for training, {len(read.evaluation) if read.evaluation else 0} for evaluation")
     if config.eval_strategy != "no" and read.evaluation is None:
         raise InputError(
-            f"eval_strategy: got {config.eval_strategy!r} without pairs to evaluate on; add --eval_dataset_name or "
+            f"eval_strategy: got {config.eval_strategy.value!r} without pairs to evaluate on; add --eval_dataset_name or "
             "--eval_every_nth"
         )
     settings = {
@@ -107,6 +109,7 @@ def run(
     }  # fmt: skip
     if checkpoint:
         run_folder.require_same_settings(folder / run_folder.SETTINGS, settings, say)
+    there = folder.exists()
     if not data.dry_run:
         folder.mkdir(parents=True, exist_ok=True)
     metrics, stop = MetricsFile(folder / run_folder.METRICS), StopWhenAsked(at_once)
@@ -123,6 +126,8 @@ def run(
     say(_head_checked(trainer))
     if data.dry_run:
         say(describe(trainer))
+        if not there:
+            folder.rmdir()  # the Trainer made it
         return Result(folder, 0, False, folder / run_folder.CURVES, {}, 0, read.report)
     done = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else None
     if first:
@@ -136,7 +141,7 @@ def run(
         step = trainer.state.global_step
         if stop.stopped:
             rest = (
-                f"go on with: {run_folder.command()} --resume" if saves(config) else "save_strategy no: no checkpoint"
+                f"go on with: {run_folder.command()} --resume" if saves(config) else "no checkpoint, as save_strategy is no"
             )
             at_once(f"stopped after step {trainer.state.global_step}; {rest}")
         else:
@@ -161,6 +166,14 @@ def run(
             say(change_table(changes, pairs))
         say(f"metrics: {metrics.path}\ncurves:  {plot}")
     return Result(folder, trainer.state.global_step, stop.stopped, plot, changes, pairs, read.report)
+
+
+def _check_loggers(config: PreferenceConfig) -> None:
+    try:
+        for logger in get_reporting_integration_callbacks(config.report_to):
+            logger()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise InputError(f"report_to: {error}; or give none") from error
 
 
 def _silent(_: str) -> None:
@@ -195,8 +208,9 @@ def _policy(name: str, config: PreferenceConfig, model: ModelArguments) -> Any:
 def _read(
     data: DataArguments, config: PreferenceConfig, processor: Any, model_config: Any, answers: tuple[str, ...]
 ) -> Data:
+    cut_here = config.truncation_mode == "keep_start"  # the other end is cut batch by batch, by TRL's collator
     limits: dict[str, Any] = {
-        "max_length": config.max_length, "strict": data.strict, "config": data.dataset_config,
+        "max_length": config.max_length if cut_here else None, "strict": data.strict, "config": data.dataset_config,
         "vocab_size": model_config.get_text_config().vocab_size, "num_proc": config.dataset_num_proc,
     }  # fmt: skip
     if data.eval_every_nth:

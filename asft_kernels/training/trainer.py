@@ -309,6 +309,9 @@ class PreferenceTrainer(DPOTrainer):
             logs["loss"] = loss  # the Trainer's is a mean of the steps' means, ours are all per pair
             seconds = time.perf_counter() - self.window_start - self.paused
             figures["tokens_per_second"] = tokens / seconds if seconds > 0 else 0.0
+            if not self._total_train_tokens:  # of the steps before a checkpoint
+                rows = (row["num_tokens"] for row in reversed(self.state.log_history) if "num_tokens" in row)
+                self._total_train_tokens = next(rows, 0)
             self._total_train_tokens += int(tokens)
             figures["num_tokens"] = self._total_train_tokens
             self.window_start = None
