@@ -8,9 +8,11 @@ import torch
 
 pytest.importorskip("transformers", reason="needs the train extra: transformers")
 
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
 from asft_kernels import fused_preference_loss
 from asft_kernels.cli.data import main as data_main
-from asft_kernels.data import PairCollator, load_pairs
+from asft_kernels.data import load_pairs, with_labels
 from asft_kernels.methods.fpo import SparseAutoencoder, fpo_inputs, pooled_features, read_sae, write_sae
 from asft_kernels.methods.fpo.cache import ReferenceFeatures, write_reference_features
 from asft_kernels.methods.fpo.collect import collect_tokens
@@ -21,6 +23,10 @@ from test_sae import make_sae, plain_distance, plain_pooled
 from tiny_lm import pairs, saved_tiny_model, tiny_model, tiny_tokenizer, write_lines
 
 D, F = 16, 40
+
+
+def collated(rows):
+    return with_labels(DataCollatorForPreference(pad_token_id=0)(rows))
 
 
 @pytest.fixture
@@ -57,7 +63,7 @@ def test_reference_features_come_back(tmp_path, loaded, layer):
     write_reference_features(path, model, sae, loaded, layer=layer, batch_size=5)
     stored = ReferenceFeatures(path, sae, layer=layer, pairs=loaded)
     some = [loaded[i] for i in (7, 0, 30)]
-    batch = PairCollator(0)(some)
+    batch = collated(some)
     with torch.no_grad():
         _, hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"], layer)
         pooled = pooled_features(sae, hidden, batch["labels"])
@@ -80,7 +86,7 @@ def test_reference_features_of_something_else_are_refused(tmp_path, loaded):
         ReferenceFeatures(path, sae, pairs=loaded)
     with pytest.raises(ValueError, match=rf"no pair {missing}"):
         ReferenceFeatures(path, sae).pooled([missing])
-    cut = [{**loaded[0], "rejected": loaded[0]["rejected"][:1]}]
+    cut = [{**loaded[0], "rejected_ids": loaded[0]["rejected_ids"][:1]}]
     with pytest.raises(ValueError, match=r"has 3 tokens in its rejected answer, need 1; .*tokenizer and lengths"):
         ReferenceFeatures(path, sae, pairs=cut)
     huge = SparseAutoencoder(*(1e6 * x for x in make_sae(False, D, F).parameters()))
@@ -110,7 +116,7 @@ def test_tokens_are_collected_without_padding_and_first_positions(loaded):
     tokens = collect_tokens(model, two, 10**6, layer=-1, seed=0, label="")
 
     def states(pair, side):
-        ids = torch.tensor([[*pair["prompt"], *pair[side]]])
+        ids = torch.tensor([[*pair["prompt_ids"], *pair[f"{side}_ids"]]])
         return hidden_states(model, ids)[1][0, 1:].detach()
 
     # One pair gives its chosen answer, the other its rejected one: which is the seed's affair. Longest first.
@@ -199,7 +205,7 @@ def test_fpo_end_to_end(loaded, layer):
     """Loss and the gradient of every parameter against Eq. 4 and 8 to 11 in plain float64."""
     model = tiny_model().double().eval()
     sae = make_sae(layer == -1, D, F, dtype=torch.float64)
-    batch = PairCollator(0)([loaded[i] for i in range(4)])
+    batch = collated([loaded[i] for i in range(4)])
     ref_model = tiny_model(seed=3).double().eval()
     beta, alpha, k = 0.7, 0.5, 6
 
@@ -235,7 +241,7 @@ def test_fpo_end_to_end(loaded, layer):
 
 def test_without_its_constraint_fpo_is_length_normalised_dpo(loaded):
     model, sae = tiny_model().eval(), make_sae(True, D, F)
-    batch = PairCollator(0)([loaded[i] for i in range(4)])
+    batch = collated([loaded[i] for i in range(4)])
     last, hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"])
     inputs = fpo_inputs(sae, hidden, batch["labels"], torch.rand(8, F), 6)
     ref = -torch.rand(8) * 20
