@@ -55,20 +55,21 @@ def real_inputs(case: Case, source: Path) -> Inputs:
 def hidden_states(data: Path, pairs: int, target: Path) -> None:
     """SmolLM2's states and shifted labels, PROMPT positions before the response and its first RESPONSE, to a file."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-    from asft_kernels.data import PairCollator, load_pairs
+    from asft_kernels.data import load_pairs, with_labels
     from asft_kernels.models import PreferenceModel
 
     model_folder = smollm2_path()
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    dataset, _ = load_pairs(data, tokenizer, max_length=512, max_prompt_length=256)
+    dataset, _ = load_pairs(data, tokenizer, max_length=512)
     if len(dataset) < pairs:
         raise SystemExit(f"--data: got {len(dataset)} usable pairs in {data}, need {pairs}; give a longer file")
-    collate = PairCollator(tokenizer.pad_token_id)
+    collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
     model = PreferenceModel(AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)).eval()
     sides: tuple[list, list] = [], []
     for index in range(pairs):  # one by one: the longest dialogue sets no other's length
-        batch = collate([dataset[index]])
+        batch = with_labels(collate([dataset[index]]))
         with torch.no_grad():
             states = model.hidden_states(batch["input_ids"], batch["attention_mask"])
         labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)

@@ -229,9 +229,12 @@ def test_reasoning_that_the_template_shows_makes_a_difference(tmp_path):
 
 
 def test_templates_that_refuse(tmp_path):
+    alone = "messages | length == 1 and not add_generation_prompt"
+    refusing = with_template(
+        "{{ messages[0]['content'] if " + alone + " else raise_exception('roles must alternate') }}"
+    )
     with pytest.raises(InputError, match="line 1: the chat template refuses the chat: roles must alternate"):
-        load(tmp_path, [CHAT], with_template("{{ messages[0]['content'] if messages | length == 1 and not "
-                                             "add_generation_prompt else raise_exception('roles must alternate') }}"))  # fmt: skip
+        load(tmp_path, [CHAT], refusing)
     with pytest.raises(InputError, match="its chat template shows neither the text nor the parts"):
         load(tmp_path, [CHAT], with_template("fixed"))
     with pytest.raises(InputError, match="line 1: chat messages, and the tokenizer has no chat template"):

@@ -291,7 +291,7 @@ def test_folders_and_archives(tmp_path, capsys):
         (".", "is a folder that datasets did not save; need a file of"),
         (
             "nowhere",
-            "no such file; need a file of JSON lines or a JSON array (plain or gzipped), Parquet or Arrow, or a folder",
+            "no such file; need a file of JSON lines or a JSON array (plain or gzipped), Parquet or",
         ),
     ):
         run(tmp_path / source, tmp_path / "out.jsonl", code=2)

@@ -26,6 +26,7 @@ LAYERS = [  # each may import those before it
     "functional",
     "nn liger",
     "models data",
+    "training",
     "generation",
     "score data_commands",
     "evaluation",

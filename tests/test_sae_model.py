@@ -25,10 +25,6 @@ from tiny_lm import pairs, saved_tiny_model, tiny_model, tiny_tokenizer, write_l
 D, F = 16, 40
 
 
-def collated(rows):
-    return with_labels(DataCollatorForPreference(pad_token_id=0)(rows))
-
-
 @pytest.fixture
 def data(tmp_path):
     return write_lines(tmp_path / "pairs.jsonl", pairs(32))
@@ -63,7 +59,7 @@ def test_reference_features_come_back(tmp_path, loaded, layer):
     write_reference_features(path, model, sae, loaded, layer=layer, batch_size=5)
     stored = ReferenceFeatures(path, sae, layer=layer, pairs=loaded)
     some = [loaded[i] for i in (7, 0, 30)]
-    batch = collated(some)
+    batch = with_labels(DataCollatorForPreference(0)(some))
     with torch.no_grad():
         _, hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"], layer)
         pooled = pooled_features(sae, hidden, batch["labels"])
@@ -205,7 +201,7 @@ def test_fpo_end_to_end(loaded, layer):
     """Loss and the gradient of every parameter against Eq. 4 and 8 to 11 in plain float64."""
     model = tiny_model().double().eval()
     sae = make_sae(layer == -1, D, F, dtype=torch.float64)
-    batch = collated([loaded[i] for i in range(4)])
+    batch = with_labels(DataCollatorForPreference(0)([loaded[i] for i in range(4)]))
     ref_model = tiny_model(seed=3).double().eval()
     beta, alpha, k = 0.7, 0.5, 6
 
@@ -241,7 +237,7 @@ def test_fpo_end_to_end(loaded, layer):
 
 def test_without_its_constraint_fpo_is_length_normalised_dpo(loaded):
     model, sae = tiny_model().eval(), make_sae(True, D, F)
-    batch = collated([loaded[i] for i in range(4)])
+    batch = with_labels(DataCollatorForPreference(0)([loaded[i] for i in range(4)]))
     last, hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"])
     inputs = fpo_inputs(sae, hidden, batch["labels"], torch.rand(8, F), 6)
     ref = -torch.rand(8) * 20

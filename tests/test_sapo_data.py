@@ -24,7 +24,7 @@ def model(tmp_path_factory):
 
 def command(model, tmp_path, rows, *options, output="out.jsonl"):
     source = write_lines(tmp_path / "in.jsonl", rows)
-    limits = ("--max-length", "64", "--max-prompt-length", "32", "--token-generate-length", "4", "--batch-size", "3")
+    limits = ("--max-length", "64", "--token-generate-length", "4", "--batch-size", "3")
     return ["sapo", str(source), str(tmp_path / output), "--model", str(model), *limits, *options]
 
 
@@ -34,13 +34,13 @@ def read(path):
 
 def test_rejected_answers_differ_in_one_segment(model, tmp_path, capsys):
     """Byte tokens: before t and behind t + 4 the texts agree, unless the segment ended the answer."""
-    bad = [{"prompt": "p"}, {"prompt": "p" * 40, "chosen": "yes"}]
+    bad = [{"prompt": "p"}, {"prompt": "p" * 70, "chosen": "yes"}]
     assert main(command(model, tmp_path, [*ROWS, *bad])) == 0
     written = read(tmp_path / "out.jsonl")
     said = capsys.readouterr().out
     assert "12 rows, 2 bad; 10 rows written" in said
     assert "missing key 'chosen': 1 (line 11)" in said
-    assert "prompt longer than the limit: 1 (line 12)" in said
+    assert "prompt fills max_length: 1 (line 12)" in said
     assert [(row["prompt"], row["chosen"]) for row in written] == [(row["prompt"], row["chosen"]) for row in ROWS]
     for row in written:
         parse_pair(row)

@@ -61,7 +61,8 @@ def model(tmp_path_factory):
 
 def command(data, output, *models, extra=()):
     named = [word for model in models for word in ("--model", str(model))]
-    return ["--data", str(data), *named, "--output", str(output), "--max-length", "64", "--batch-size", "4", *extra]  # fmt: skip
+    limits = ["--max-length", "64", "--batch-size", "4"]
+    return ["--data", str(data), *named, "--output", str(output), *limits, *extra]
 
 
 @pytest.fixture(scope="module")
@@ -315,8 +316,8 @@ def test_the_page_lays_references_as_a_batch_lies(data):
         "ref_logps": torch.stack([lengths, -lengths]),
         "pairs": dataset,
         "tokenizer": tokenizer,
-        "with_labels": with_labels,
         "DataCollatorForPreference": DataCollatorForPreference,
+        "with_labels": with_labels,
     }
     names["preference"] = lambda ref_logps, labels, **_: given.append((ref_logps, (labels != -100).sum(1)))
     exec(block.replace("[0, 1]", "[3, 1]"), names)

@@ -12,6 +12,7 @@ A message is {"role": str, "content": str or list of parts, ...} or ShareGPT's {
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +40,7 @@ class Pair:
     """
 
     prompt: Text
-    answers: dict[str, Text]
+    answers: Mapping[str, Text]
     context: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -103,7 +104,7 @@ def parse_pair(row: dict[str, Any], answers: tuple[str, ...] = BOTH) -> Pair:
         if isinstance(answer, str) and not answer.strip():
             raise BadRow("empty answer", name)
     try:
-        json.dumps([pair.prompt, pair.answers, pair.context], ensure_ascii=False, default=str).encode()
+        json.dumps([pair.prompt, [*pair.answers.values()], pair.context], ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
         raise BadRow("text with half a surrogate pair, which no tokenizer can encode") from error
     return pair
@@ -124,8 +125,9 @@ def _message(key: str, message: Any) -> dict[str, Any]:
     if "from" in fields and "role" not in fields:
         role = SHAREGPT_ROLES.get(fields["from"])
         if not role or not isinstance(fields.get("value"), str):
-            raise BadRow("ShareGPT turn that is not understood", f"{key}: from {fields['from']!r}, "
-                         f"need {', '.join(SHAREGPT_ROLES)} and a string as value; write it as role and content")  # fmt: skip
+            got = f"{key}: from {fields['from']!r}"
+            need = f"need {', '.join(SHAREGPT_ROLES)} and a string as value; write it as role and content"
+            raise BadRow("ShareGPT turn that is not understood", f"{got}, {need}")
         return {"role": role, "content": fields["value"]}
     if not isinstance(fields.get("role"), str):
         raise BadRow("wrong type", f"{key}: a message needs the string 'role'")

@@ -213,6 +213,6 @@ def split_every_nth(pairs: "Dataset", nth: int) -> "tuple[Dataset, Dataset]":
 
 
 def with_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch of TRL's DataCollatorForPreference (2B, T) with labels, -100 where `completion_mask` is 0, in its place."""
+    """A batch of TRL's DataCollatorForPreference, (2B, T) each, with labels in the place of its `completion_mask`."""
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}

@@ -183,9 +183,9 @@ class PairTokenizer:
             ):
                 notes.append("reasoning_content that the template does not show")
             text = answer[-1]["content"]
-            if isinstance(text, str) and text != text.strip() and len(answer) == 1:
-                if self._whole(pair, side, content=text.strip()) == whole:
-                    notes.append("white space around the answer, which the template strips")
+            edges = isinstance(text, str) and text != text.strip() and len(answer) == 1
+            if edges and self._whole(pair, side, content=text.strip()) == whole:
+                notes.append("white space around the answer, which the template strips")
         if any(token in str(message["content"]) for token in self.special for message in messages):
             notes.append("chat messages that hold special tokens already: a template in a template")
         return list(dict.fromkeys(notes))

@@ -113,18 +113,17 @@ def _batch(model: Path, data: Path, pairs: int, max_length: int) -> tuple[Tensor
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-    from asft_kernels.data import load_pairs
+    from asft_kernels.data import load_pairs, with_labels
     from asft_kernels.models import PreferenceModel
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    dataset, _ = load_pairs(str(data), tokenizer, max_length=max_length)
-    collate = DataCollatorForPreference(tokenizer.pad_token_id, max_length=max_length)
-    batch = collate([dataset[index] for index in range(pairs)])
-    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    dataset, _ = load_pairs(data, tokenizer, max_length=max_length)
+    collator = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
+    batch = with_labels(collator([dataset[index] for index in range(pairs)]))
     wrapped = PreferenceModel(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)).eval()
     with torch.no_grad():
         hidden = wrapped.hidden_states(batch["input_ids"], batch["attention_mask"])
-    return hidden, wrapped.lm_head.weight.detach(), labels
+    return hidden, wrapped.lm_head.weight.detach(), batch["labels"]
 
 
 def _extra_memory(name: str, path: Path) -> int | None:

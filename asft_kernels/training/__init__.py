@@ -6,11 +6,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from asft_kernels.training.config import PreferenceConfig
     from asft_kernels.training.hooks import Method
+    from asft_kernels.training.patch import patch_trl, unpatch_trl
     from asft_kernels.training.trainer import PreferenceTrainer
 
-__all__ = ["Method", "PreferenceConfig", "PreferenceTrainer"]
+__all__ = ["Method", "PreferenceConfig", "PreferenceTrainer", "patch_trl", "unpatch_trl"]
 
-_MODULES = {"Method": "hooks", "PreferenceConfig": "config", "PreferenceTrainer": "trainer"}
+_MODULES = {
+    "Method": "hooks",
+    "PreferenceConfig": "config",
+    "PreferenceTrainer": "trainer",
+    "patch_trl": "patch",
+    "unpatch_trl": "patch",
+}
 
 
 def __getattr__(name: str) -> Any:

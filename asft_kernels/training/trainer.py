@@ -19,6 +19,7 @@ from trl.trainer.utils import use_adapter
 
 from asft_kernels.errors import InputError
 from asft_kernels.models.fused import DIFFERENTIABLE
+from asft_kernels.models.seam import causal_lm
 from asft_kernels.objectives import Objective, get_objective
 from asft_kernels.token_loss import preference_loss_from_logps
 from asft_kernels.training.collator import ENTRIES, Collator, counting_pairs
@@ -367,6 +368,17 @@ class PreferenceTrainer(DPOTrainer):
             self.objective.load_state_dict(_state(checkpoint, OBJECTIVE_STATE))
         if self.method.has_state:
             self.method.load_state_dict(_state(checkpoint, METHOD_STATE.format(rank=self.args.process_index)))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Tied weights are stored once; anything else that does not match is another model's."""
+        inner = causal_lm(self.model)
+        tied = set(getattr(inner, "all_tied_weights_keys", None) or {})
+        wrong = sorted({*load_result.missing_keys, *load_result.unexpected_keys} - tied)
+        if wrong:
+            raise InputError(
+                f"resume_from_checkpoint: got a checkpoint of another model: {', '.join(wrong[:3])} ... do not match"
+            )
+        inner.tie_weights()
 
 
 def _state(checkpoint: str, name: str) -> dict[str, Any]:

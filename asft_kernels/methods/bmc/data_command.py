@@ -95,7 +95,8 @@ def bridged(
     for _, row in rows:
         try:
             pair = parse_pair(row)
-            pair.text("chosen"), pair.text("rejected")
+            for side in BOTH:
+                pair.text(side)  # an answer of several messages cannot be edited
             parsed.append(pair)
         except BadRow as problem:
             parsed.append(problem)
