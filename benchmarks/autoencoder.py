@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import about, require
-from benchmarks.methods import python, run
+from benchmarks.methods import asft, run
 from benchmarks.run import append, rows_of
 from benchmarks.tables import markdown, sources
 
@@ -31,7 +31,7 @@ HEADER = ["`--l1`", "explained variance", "features a token", "dead"]
 def measure(model: Path, data: Path, l1: float, work: Path) -> dict[str, Any]:
     output = work / "sae.safetensors"
     given = ("--model", str(model), "--data", str(data), "--output", str(output), "--l1", f"{l1:g}")
-    run(python("asft_kernels.cli", "data", "sae", *given), work / "log")
+    run(asft("data", "sae", *given), work / "log")
     made = json.loads(output.with_name(output.name + ".json").read_text())
     made["settings"] = {name: value for name, value in made["settings"].items() if name not in PATHS}
     digest = hashlib.sha256(data.read_bytes()).hexdigest()

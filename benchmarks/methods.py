@@ -149,7 +149,7 @@ def prepare(name: str, model: Path, train: Path, work: Path) -> Path:
         path = work / "sae.safetensors"
         if not path.exists():
             given = ("--model", str(model), "--data", str(train), "--output", str(path), "--max-length", "512")
-            run(python("asft_kernels.cli", "data", "sae", *given), work / "sae.log")
+            run(asft("data", "sae", *given), work / "sae.log")
         return path
     if name in ("rad", "rso", "bridged"):
         return prepare_pairs(name, model, train, work)

@@ -388,10 +388,10 @@ def test_bad_input_is_said_before_a_model_is_loaded(data, model, tmp_path, capsy
 def test_batch_size_is_a_number_of_pairs(data, model, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main([*command(data, tmp_path, model), "--batch-size", "0"])
-    assert "argument --batch-size: got '0', need a whole number of at least 1" in capsys.readouterr().err
+    assert "argument --batch_size: got '0', need a whole number of at least 1" in capsys.readouterr().err
     monkeypatch.setattr(run_module, "_score_rest", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
     assert main(command(data, tmp_path, model)) == 2
-    assert "--batch-size: got 4, more than the device has memory for" in capsys.readouterr().err
+    assert "asft score: the device has too little memory" in capsys.readouterr().err
 
 
 def test_missing_extra_is_named(data, model, tmp_path, capsys, monkeypatch):

@@ -139,7 +139,7 @@ def loss_errors(backend: str, dtype: Any, device: str) -> dict[str, float]:
     given = [tensor.to(device, dtype).requires_grad_() for tensor in (hidden / 4, head)]
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
     loss = fused_asft_loss(given[0], given[1], labels, backend=backend)
-    truth = reference.fused_asft_loss(exact[0], exact[1], labels)
+    truth: Any = reference.fused_asft_loss(exact[0], exact[1], labels)
     loss.backward()
     truth.backward()
     got = [loss, *(tensor.grad for tensor in given)]
