@@ -11,11 +11,10 @@ pytest.importorskip("transformers", reason="needs the train extra: transformers"
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from asft_kernels import fused_preference_loss
+from asft_kernels.cli.data import main as data_main
 from asft_kernels.data import load_pairs, with_labels
 from asft_kernels.methods.fpo import SparseAutoencoder, fpo_inputs, pooled_features, read_sae, write_sae
-from asft_kernels.methods.fpo.__main__ import main as train_main
 from asft_kernels.methods.fpo.cache import ReferenceFeatures, write_reference_features
-from asft_kernels.methods.fpo.cache import main as cache_main
 from asft_kernels.methods.fpo.collect import collect_tokens
 from asft_kernels.methods.fpo.hidden import hidden_states
 from asft_kernels.methods.fpo.training import Trainer, quality
@@ -90,11 +89,9 @@ def test_reference_features_of_something_else_are_refused(tmp_path, loaded):
     with pytest.raises(ValueError, match=r"a pooled feature of [\d.e+]+, need at most 65504 \(float16\)"):
         write_reference_features(path, model, huge, loaded)
     path.write_text("something else")
-    with pytest.raises(ValueError, match=r"ref\.arrow: got another file .*, need a file that python -m"):
+    with pytest.raises(ValueError, match=r"ref\.arrow: got another file .*, need a file that asft data"):
         ReferenceFeatures(path, sae)
-    with pytest.raises(
-        ValueError, match="no such file; python -m asft_kernels.methods.fpo.cache makes one".replace(".", r"\.")
-    ):
+    with pytest.raises(ValueError, match="no such file; asft data features makes one".replace(".", r"\.")):
         ReferenceFeatures(tmp_path / "none.arrow", sae)
 
 
@@ -102,22 +99,10 @@ def test_cache_command(tmp_path, data, loaded, capsys):
     folder, sae = saved_tiny_model(tmp_path / "model"), make_sae(False, D, F)
     write_sae(sae, tmp_path / "sae.npz")
     command = ["--model", folder, "--data", data, "--sae", tmp_path / "sae.npz", "--output", tmp_path / "ref.arrow"]
-    assert (
-        cache_main(
-            [
-                str(x)
-                for x in (
-                    *command,
-                    "--max-length",
-                    "64",
-                )
-            ]
-        )
-        == 0
-    )
+    assert data_main(["features", *(str(x) for x in (*command, "--max-length", "64"))]) == 0
     assert re.search(r"32 pairs, [\d.]+ KiB a pair", capsys.readouterr().out)
     assert ReferenceFeatures(tmp_path / "ref.arrow", sae, pairs=loaded).pooled([loaded[3]["id"]]).shape == (2, F)
-    assert cache_main([str(x) for x in (*command, "--max-length", "64", "--layer", "9")]) == 2
+    assert data_main(["features", *(str(x) for x in (*command, "--max-length", "64", "--layer", "9"))]) == 2
     assert "layer: got 9, need -1 (the head's input) or 0 to 1" in capsys.readouterr().err
 
 
@@ -181,17 +166,17 @@ SMALL = ["--features", "64", "--tokens", "500", "--steps", "20", "--batch-size",
 def test_train_command(tmp_path, data, capsys):
     folder, output = saved_tiny_model(tmp_path / "model"), tmp_path / "sae.safetensors"
     command = ["--model", str(folder), "--data", str(data), "--output", str(output), *SMALL]
-    assert train_main(command) == 0
+    assert data_main(["sae", *command]) == 0
     assert re.search(r"20 steps; on \d+ held-out tokens explained variance", capsys.readouterr().out)
     sae, metrics = read_sae(output), json.loads((tmp_path / "sae.safetensors.json").read_text())
     assert (sae.hidden_size, sae.features) == (16, 64)
     assert metrics["steps_done"] == 20
     assert set(metrics["held_out"]) == {"explained_variance", "l0", "dead", "tokens"}
-    assert train_main([*command, "--layer", "5"]) == 2
+    assert data_main(["sae", *command, "--layer", "5"]) == 2
     assert "layer: got 5, need" in capsys.readouterr().err
-    assert train_main([*command, "--batch-size", "501"]) == 2
-    assert "--batch-size: got 501, need at most 500" in capsys.readouterr().err
-    assert train_main([*command, "--output", "x.pt"]) == 2
+    assert data_main(["sae", *command, "--batch-size", "501"]) == 2
+    assert "--batch_size: got 501, need at most 500" in capsys.readouterr().err
+    assert data_main(["sae", *command, "--output", "x.pt"]) == 2
     assert "need .npz or .safetensors" in capsys.readouterr().err
 
 
@@ -205,7 +190,7 @@ def test_ctrl_c_writes_what_there_is(tmp_path, data, capsys, monkeypatch):
 
     monkeypatch.setattr(Trainer, "step", interrupted)
     folder, output = saved_tiny_model(tmp_path / "model"), tmp_path / "sae.npz"
-    assert train_main(["--model", str(folder), "--data", str(data), "--output", str(output), *SMALL]) == 0
+    assert data_main(["sae", "--model", str(folder), "--data", str(data), "--output", str(output), *SMALL]) == 0
     assert "stopped after step 7; writing what there is" in capsys.readouterr().err
     assert json.loads((tmp_path / "sae.npz.json").read_text())["steps_done"] == 7
     read_sae(output)
