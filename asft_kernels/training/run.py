@@ -97,8 +97,8 @@ def run(
     say(f"{len(read.train)} pairs for training, {len(read.evaluation) if read.evaluation else 0} for evaluation")
     if config.eval_strategy != "no" and read.evaluation is None:
         raise InputError(
-            f"eval_strategy: got {config.eval_strategy.value!r} without pairs to evaluate on; add --eval_dataset_name or "
-            "--eval_every_nth"
+            f"eval_strategy: got {config.eval_strategy.value!r} without pairs to evaluate on; add "
+            "--eval_dataset_name or --eval_every_nth"
         )
     settings = {
         **config.to_dict(), **asdict(model), **asdict(data), "objective": repr(objective), "method": method.name,
@@ -141,7 +141,9 @@ def run(
         step = trainer.state.global_step
         if stop.stopped:
             rest = (
-                f"go on with: {run_folder.command()} --resume" if saves(config) else "no checkpoint, as save_strategy is no"
+                f"go on with: {run_folder.command()} --resume"
+                if saves(config)
+                else "no checkpoint, as save_strategy is no"
             )
             at_once(f"stopped after step {trainer.state.global_step}; {rest}")
         else:
