@@ -25,7 +25,7 @@ class Method:
     Attributes:
         name: as `--method` takes it.
         Arguments: a dataclass whose fields join the command's options; None for none. `arguments` is one of them.
-        provides: objective inputs that `at_head` gives.
+        provides: objective inputs that `at_head` gives, and "token_weights" if it gives these.
         columns: columns of the dataset that `collate` reads.
         makes_pairs: rows reach `batches` as they are in the dataset; `trainer.collator(rows)` makes a batch of them.
         ref_tokens: `ref_logps` reads the reference's log-probabilities per token.
@@ -134,5 +134,7 @@ def find_method(name: str | None, objective: Objective, arguments: dict[str, Any
     for other, given in (arguments or {}).items():
         if other != kind.name and given is not None and given != (default := type(given)()):
             field = next(x for x in vars(given) if getattr(given, x) != getattr(default, x))
-            raise InputError(f"{field}: got {getattr(given, field)!r}, need none: {objective!r} does not go with {other}")
+            raise InputError(
+                f"{field}: got {getattr(given, field)!r}, need none: {objective!r} does not go with {other}"
+            )
     return kind((arguments or {}).get(kind.name))

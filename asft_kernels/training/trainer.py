@@ -408,7 +408,10 @@ def _state(checkpoint: str, name: str) -> dict[str, Any]:
 
 
 def _refuse_missing_inputs(objective: Any, method: Method) -> None:
-    for name, what in {**objective.inputs, **objective.optional_inputs}.items():
+    needed = {**objective.inputs, **objective.optional_inputs}
+    if objective.needs_token_weights:
+        needed["token_weights"] = "a weight of each token"
+    for name, what in needed.items():
         if name not in method.provides:
             raise InputError(
                 f"objective: {objective!r} needs {name} ({what}), which nothing here makes; need another objective or "

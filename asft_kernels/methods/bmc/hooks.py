@@ -22,6 +22,7 @@ class Hooks(Method):
     """
 
     name = "bmc"
+    provides = ("token_weights",)
     ref_tokens = True
 
     @classmethod

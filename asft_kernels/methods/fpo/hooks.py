@@ -23,7 +23,7 @@ class Arguments:
 
     sae: str | None = field(
         default=None,
-        metadata={"help": "FPO's autoencoder, .npz or .safetensors: python -m asft_kernels.methods.fpo trains one."},
+        metadata={"help": "FPO's autoencoder, .npz or .safetensors: asft data sae trains one."},
     )
     sae_layer: int = field(
         default=HEAD_INPUT,
@@ -31,9 +31,7 @@ class Arguments:
     )
     ref_features: str | None = field(
         default=None,
-        metadata={
-            "help": "File of python -m asft_kernels.methods.fpo.cache; without, the reference is asked at every step."
-        },
+        metadata={"help": "File of asft data features; without, the reference is asked at every step."},
     )
 
 
@@ -41,7 +39,7 @@ class Hooks(Method):
     """Gives feature_distance (arXiv 2411.07618, Eq. 8 to 11), of `asft_kernels.methods.fpo.fpo_inputs`.
 
     The reference's features come from its own pass at every step, which its log-probabilities are taken of as well, or
-    from a file of `asft_kernels.methods.fpo.cache`.
+    from a file of `asft data features`.
     """
 
     name = "fpo"
@@ -66,9 +64,7 @@ class Hooks(Method):
             raise InputError(f"objective: got {got} with fpo's features, need fpo by itself or once in a sum")
         (self.top_k,) = top_k
         if self.arguments.sae is None:
-            raise InputError(
-                "sae: got none, need the file of an autoencoder for fpo; python -m asft_kernels.methods.fpo trains one"
-            )
+            raise InputError("sae: got none, need the file of an autoencoder for fpo; asft data sae trains one")
         if self.live_reference and config.precompute_ref_log_probs:
             raise InputError(
                 "precompute_ref_log_probs: got True, need False: fpo reads the reference's features at every step; or "
@@ -77,24 +73,20 @@ class Hooks(Method):
 
     def start(self, trainer: Any) -> None:
         path, layer = str(self.arguments.sae), self.arguments.sae_layer
-        try:
-            sae = read_sae(path)
-        except ValueError as error:
-            raise InputError(f"sae: {error}") from error
-        try:
-            check_layer(trainer.model, layer)
-        except ValueError as error:
-            raise InputError(f"sae_{error}") from error
+        sae = read_sae(path)
+        check_layer(trainer.model, layer)
         size = trainer.model.config.get_text_config().hidden_size
         if sae.hidden_size != size:
-            raise InputError(f"sae: {path} is of hidden size {sae.hidden_size}, need {size}; was it trained on this model?")
+            raise InputError(
+                f"sae: {path} is of hidden size {sae.hidden_size}, need {size}; was it trained on this model?"
+            )
         if self.top_k > sae.features:
             raise InputError(f"top_k: got {self.top_k}, need at most {sae.features}, the features of {path}")
         if layer != HEAD_INPUT and (trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             # A block then runs without gradients, and again in the backward pass.
             raise InputError(
-                f"gradient_checkpointing_kwargs: got use_reentrant=True with sae_layer {layer}, need False: no gradient "
-                "would reach the hidden states"
+                f"gradient_checkpointing_kwargs: got use_reentrant=True with sae_layer {layer}, need False: no "
+                "gradient would reach the hidden states"
             )
         self.sae = sae.to(trainer.args.device)
 
@@ -102,12 +94,10 @@ class Hooks(Method):
         if not self.live_reference and dataset is not None:
             if "id" not in dataset.column_names:
                 raise InputError("ref_features: got rows without ids, need a data set of asft_kernels.data.load_pairs")
-            try:
-                self.features = ReferenceFeatures(
-                    str(self.arguments.ref_features), self.sae, layer=self.arguments.sae_layer, pairs=dataset
-                )
-            except ValueError as error:
-                raise InputError(f"ref_features: {error}") from error
+            self.features = ReferenceFeatures(
+                str(self.arguments.ref_features), self.sae, layer=self.arguments.sae_layer, pairs=dataset,
+                max_length=trainer.args.max_length,
+            )  # fmt: skip
         return dataset
 
     def collate(self, rows: Sequence[Mapping[str, Any]], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -81,7 +81,9 @@ class Hooks(Method):
         self, trainer: Any, model: Any, inputs: Mapping[str, Tensor], entries: Mapping[str, Tensor]
     ) -> Iterator[LossInputs]:
         if "mismatched_input_ids" not in entries:
-            raise InputError("kto: got rows without other pairs' answers, need a data set that the trainer was made with")
+            raise InputError(
+                "kto: got rows without other pairs' answers, need a data set that the trainer was made with"
+            )
         rows = {name: entries[f"mismatched_{name}"] for name in OF_MODEL}
         labels = rows["input_ids"].masked_fill(rows["completion_mask"] == 0, -100)
         ref_sums = entries.get("mismatched_ref_logps")
