@@ -44,12 +44,9 @@ def model(tmp_path_factory):
 
 
 def tokenised(count=8):
-    """Rows as `load_pairs` gives them, and the answers' ids by their plain names."""
-    tokenizer, rows = tiny_tokenizer(), []
-    for place, row in enumerate(pairs(count)):
-        ids = {name: tokenizer(row[name])["input_ids"] for name in ("prompt", *SIDES)}
-        rows.append({"id": str(place), **ids, **{f"{name}_ids": value for name, value in ids.items()}})
-    return rows
+    tokenizer, names = tiny_tokenizer(), ("prompt", *SIDES)
+    rows = [{f"{name}_ids": tokenizer(row[name])["input_ids"] for name in names} for row in pairs(count)]
+    return [{"id": str(place), **row} for place, row in enumerate(rows)]
 
 
 def made(folder, model, objective, *, rows=None, method=None, lora=None, eval_rows=None, **changes):
@@ -79,7 +76,7 @@ SEVERAL = {"max_steps": 3, "per_device_train_batch_size": 4, "optim": "adamw_tor
 
 def padded(rows):
     """input_ids, attention_mask, labels (2B, T) of rows, cut at MAX_LENGTH."""
-    whole = [(row["prompt"], row[side]) for side in SIDES for row in rows]
+    whole = [(row["prompt_ids"], row[f"{side}_ids"]) for side in SIDES for row in rows]
     ids = [torch.tensor((prompt + answer)[:MAX_LENGTH]) for prompt, answer in whole]
     labels = [x.clone().index_fill(0, torch.arange(len(p)), -100) for x, (p, _) in zip(ids, whole, strict=True)]
     mask = pad_sequence([torch.ones_like(x) for x in ids], batch_first=True)
@@ -118,7 +115,7 @@ def test_ktos_reference_point_is_that_of_other_pairs_answers(tmp_path, model, ac
         gradient_accumulation_steps=accumulation, precompute_ref_log_probs=precomputed,
         train_sampling_strategy="sequential",
     )  # fmt: skip
-    others = [{"prompt": row["prompt"], **{s: rows[(i + 4) % 8][s] for s in SIDES}} for i, row in enumerate(rows)]
+    others = [{**rows[(i + 4) % 8], "prompt_ids": row["prompt_ids"]} for i, row in enumerate(rows)]
     losses, kls = [], []
     for part in torch.arange(8).chunk(accumulation):
         with torch.no_grad():
@@ -189,9 +186,10 @@ def test_fpo_compares_features_at_a_layer(tmp_path, model, layer, checkpointing,
     objective = FPO(beta=0.7, alpha=50.0, top_k=4)  # alpha: large enough that the features' gradient shows
     given = {"sae": str(tmp_path / "sae.npz"), "sae_layer": layer}
     if stored:
-        rows = [row for row in rows if len(row["prompt"]) + max(len(row[s]) for s in SIDES) <= MAX_LENGTH]
         given["ref_features"] = str(tmp_path / "ref.arrow")
-        write_reference_features(given["ref_features"], ref, sae, Dataset.from_list(rows), layer=layer, batch_size=3)
+        write_reference_features(
+            given["ref_features"], ref, sae, Dataset.from_list(rows), layer=layer, max_length=MAX_LENGTH, batch_size=3
+        )
     trainer = made(
         tmp_path, model, objective, rows=rows, method=Hooks(Arguments(**given)), ref_model=reference(),
         gradient_checkpointing=checkpointing,
@@ -262,16 +260,17 @@ def test_single_answers_on_pairs_see_pairs_that_count():
 
 REFUSED = [
     ({"objective": "fpo"}, None, "sae: got none, need the file of an autoencoder"),
-    ({"objective": "fpo"}, {"sae": "nosuch.npz"}, "sae: nosuch.npz: no such file"),
+    ({"objective": "fpo"}, {"sae": "nosuch.npz"}, "nosuch.npz: no such file"),
     ({"objective": "fpo"}, {"sae": (8, 60)}, "is of hidden size 8, need 16"),
     ({"objective": "fpo"}, {"sae": (16, 3)}, "top_k: got 50, need at most 3, the features of"),
-    ({"objective": "fpo"}, {"sae": (16, 60), "sae_layer": 9}, "sae_layer: got 9, need -1"),
-    ({"objective": "fpo"}, {"sae": (16, 60), "ref_features": "nosuch"}, "ref_features: nosuch: no such file"),
+    ({"objective": "fpo"}, {"sae": (16, 60), "sae_layer": 9}, "layer: got 9, need -1"),
+    ({"objective": "fpo"}, {"sae": (16, 60), "ref_features": "nosuch"}, "nosuch: no such file; asft data features makes one"),
     ({"objective": "fpo", "precompute_ref_log_probs": True}, {"sae": (16, 60)}, "precompute_ref_log_probs: got True"),
     (
         {"objective": "fpo", "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"sae": (16, 60), "sae_layer": 0}, "gradient_checkpointing_kwargs: got use_reentrant=True with sae_layer 0",
     ),
+    ({"objective": "fpo", "truncation_mode": "keep_end"}, {"sae": (16, 60), "ref_features": "a"}, "truncation_mode: got"),
     ({"objective": "dpo"}, {"sae": (16, 60)}, "objective: got DPO.* with fpo's features, need fpo by itself"),
     ({"objective": "bmc", "objective_args": ["base=fpo"]}, None, "needs feature_distance .*, which nothing here makes"),
     ({"objective": "bmc", "objective_args": ["base=dpo"], "precompute_ref_log_probs": True}, None, "token by token"),

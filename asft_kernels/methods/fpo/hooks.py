@@ -70,6 +70,11 @@ class Hooks(Method):
                 "precompute_ref_log_probs: got True, need False: fpo reads the reference's features at every step; or "
                 "give ref_features"
             )
+        if not self.live_reference and config.truncation_mode != "keep_start":
+            raise InputError(
+                f"truncation_mode: got {config.truncation_mode!r}, need 'keep_start' with ref_features, whose answers are "
+                "cut at their ends"
+            )
 
     def start(self, trainer: Any) -> None:
         path, layer = str(self.arguments.sae), self.arguments.sae_layer
