@@ -234,7 +234,7 @@ def test_backend_is_the_same_in_check_scoring_and_training(loaded, monkeypatch):
     model = PreferenceModel(tiny_model(), "dpo", backend="triton")
     model(**batch(), ref_logps=torch.zeros(4))
     reference_logps(model, loaded, COLLATOR)
-    assert len(asked) >= 4
+    assert len(asked) >= 3
     assert set(asked) == {"triton"}
 
 

@@ -72,8 +72,8 @@ class Hooks(Method):
             )
         if not self.live_reference and config.truncation_mode != "keep_start":
             raise InputError(
-                f"truncation_mode: got {config.truncation_mode!r}, need 'keep_start' with ref_features, whose answers are "
-                "cut at their ends"
+                f"truncation_mode: got {config.truncation_mode!r}, need 'keep_start' with ref_features, whose answers "
+                "are cut at their ends"
             )
 
     def start(self, trainer: Any) -> None:
