@@ -8,19 +8,20 @@ from torch import nn
 
 pytest.importorskip("transformers", reason="needs the train extra: transformers")
 pytest.importorskip("datasets", reason="needs the train extra: datasets")
-pytest.importorskip("accelerate", reason="needs the train extra: accelerate")
+pytest.importorskip("trl", reason="needs the train extra: trl")
 
-from asft_kernels.train.on_pairs import on_pairs
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import asft_kernels.token_logps
-from asft_kernels import fused_asft_loss, fused_preference_loss, get_objective
-from asft_kernels.data import PairCollator, load_pairs
+from asft_kernels import fused_asft_loss, fused_preference_loss
+from asft_kernels.data import load_pairs, with_labels
 from asft_kernels.models import PreferenceModel, UnsupportedHead, fuse
 from asft_kernels.objectives import ASFT
 from asft_kernels.score.scoring import reference_logps
-from asft_kernels.train.step_inputs import MismatchInputs
 from model_cases import FP32, batch, built, own_logps
 from tiny_lm import pairs, tiny_model, tiny_tokenizer, write_lines
+
+COLLATOR = DataCollatorForPreference(pad_token_id=0)
 
 
 def test_forward_is_the_loss_of_hidden_states_and_head():
@@ -218,7 +219,7 @@ def test_no_path_leaves_the_check_out(loaded):
         lambda model: model.token_logps(**data),
         lambda model: model.hidden_states(data["input_ids"], data["attention_mask"]),
         lambda model: model.check_head(data),
-        lambda model: reference_logps(model, loaded, PairCollator(0)),
+        lambda model: reference_logps(model, loaded, COLLATOR),
     ):
         with pytest.raises(UnsupportedHead, match="GraniteForCausalLM: log-probabilities from hidden states"):
             call(wrong())
@@ -230,13 +231,10 @@ def test_backend_is_the_same_in_check_scoring_and_training(loaded, monkeypatch):
     monkeypatch.setattr(
         "asft_kernels.token_logps.choose_backend", lambda name, *x: asked.append(name) or choose("torch", *x)
     )
-    model = PreferenceModel(
-        tiny_model(), on_pairs(get_objective("kto")), step_inputs=MismatchInputs(), backend="triton"
-    )
-    mismatched = {f"mismatched_{name}": tensor for name, tensor in batch().items()}
-    model(**batch(), **mismatched, mismatched_ref_logps=torch.zeros(4), ref_logps=torch.zeros(4))
-    reference_logps(model, loaded, PairCollator(0))
-    assert len(asked) >= 4
+    model = PreferenceModel(tiny_model(), "dpo", backend="triton")
+    model(**batch(), ref_logps=torch.zeros(4))
+    reference_logps(model, loaded, COLLATOR)
+    assert len(asked) >= 3
     assert set(asked) == {"triton"}
 
 
@@ -262,7 +260,7 @@ def trained(tmp_path, loaded, objective, micro, accumulation, **extra):
             return torch.utils.data.DataLoader(self.train_dataset, micro, collate_fn=self.data_collator)
 
     def collate(rows):
-        made = PairCollator(0)(rows)
+        made = with_labels(COLLATOR(rows))
         return {**made, **{name: make(len(rows)) for name, make in extra.items()}}
 
     arguments = TrainingArguments(
@@ -285,7 +283,7 @@ def test_a_plain_trainer(tmp_path, loaded, objective, extra):
     Bound: fp32 sums in another order, 80 roundings of the largest entry; the log has 4 digits after the point.
     """
     model = PreferenceModel(tiny_model(), objective)
-    whole = PairCollator(0)([loaded[i] for i in range(8)])
+    whole = with_labels(COLLATOR([loaded[i] for i in range(8)]))
     model(**whole, **{name: make(8) for name, make in extra.items()})["loss"].backward()
     expected = model(**whole, **{name: make(8) for name, make in extra.items()})["loss"].item()
     for accumulation in (1, 2, 4):

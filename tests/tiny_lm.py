@@ -7,8 +7,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from asft_kernels.methods.fpo import SparseAutoencoder, write_sae
-
 CHAT_TEMPLATE = (
     "{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}<eos>\n{% endfor %}"
     "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
@@ -103,6 +101,8 @@ def stored(rows: list[dict], folder: Path, kind: str) -> Path:
 
 def saved_sae(path: Path, features: int = 24) -> Path:
     """A random ReLU autoencoder of the tiny model's hidden states."""
+    from asft_kernels.methods.fpo import SparseAutoencoder, write_sae
+
     generator = torch.Generator().manual_seed(0)
     size = tiny_config().hidden_size
     encoder = torch.randn(size, features, generator=generator)

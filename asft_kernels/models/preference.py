@@ -7,7 +7,6 @@ PreferenceModel, not the language model inside it.
 
 import dataclasses
 from collections.abc import Mapping
-from contextlib import nullcontext
 from os import PathLike
 from typing import Any, NoReturn
 
@@ -36,10 +35,6 @@ class PreferenceModel(nn.Module):
         model: a Hugging Face model with get_output_embeddings(), PEFT-wrapped or not.
         objective: a name or an object, as `fused_preference_loss` takes. One with state (lmpo) is a submodule: its
             buffers move and are saved with it.
-        step_inputs: None, or a module that makes objective_inputs at every step (`asft_kernels.train.step_inputs`):
-            called with this model, labels and, as keywords, the batch's tensors that its `batch_entries` name; returns
-            a context manager around the model's forward that gives a function of the head's input, called at the head,
-            which returns objective_inputs.
         logit_scale, softcap, check, backend, cache_bytes, chunk_size: as in `fuse`; the same in check, loss and
             scoring.
 
@@ -57,7 +52,6 @@ class PreferenceModel(nn.Module):
         model: nn.Module,
         objective: str | Objective = "asft",
         *,
-        step_inputs: nn.Module | None = None,
         logit_scale: float | None = None,
         softcap: float | None = None,
         check: bool = True,
@@ -84,7 +78,6 @@ class PreferenceModel(nn.Module):
         # Its own, so that a later fuse() or unfuse() of the model changes no loss.
         self.fused_head: FusedHead = vars(causal_lm(model))["forward"].head
         self.objective: Any = made
-        self.step_inputs: Any = step_inputs
         self._known = argument_names(model)
         self.register_state_dict_post_hook(_without_tied)
         self.register_load_state_dict_pre_hook(_with_tied)
@@ -113,8 +106,8 @@ class PreferenceModel(nn.Module):
                 that count. A number: their sum divided by it, so that micro-batches and ranks whose number is the total
                 of all add up to the mean over all, whatever their sizes.
             objective_inputs: as in `fused_preference_loss`; its entries may also be given by their own names.
-            batch: ref_logps, token_weights, nll_labels go to the loss, what step_inputs names to step_inputs, all else
-                (pixel_values, position_ids, ...) to the model; names that nobody knows are refused.
+            batch: ref_logps, token_weights, nll_labels go to the loss, all else (pixel_values, position_ids, ...) to
+                the model; names that nobody knows are refused.
 
         Returns:
             "loss", differentiable; detached "pair_losses" (B,), or "row_losses" (R,) of unpaired objectives, and every
@@ -135,10 +128,6 @@ class PreferenceModel(nn.Module):
         of_loss = {name: batch.pop(name) for name in LOSS_ENTRIES if name in batch}
         known = {**self.objective.inputs, **self.objective.optional_inputs}
         inputs = {**(objective_inputs or {}), **{name: batch.pop(name) for name in known if name in batch}}
-        making: Any = nullcontext()
-        if self.step_inputs is not None:
-            own = {name: batch.pop(name) for name in self.step_inputs.batch_entries}
-            making = self.step_inputs(self, labels, **own)
         name = type(causal_lm(self.model)).__name__
         refuse_unknown(batch, self._known, (*LOSS_ENTRIES, *known), name)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, **batch}
@@ -147,15 +136,13 @@ class PreferenceModel(nn.Module):
         def compute(hidden: Tensor, lm_head: Any) -> Tensor:
             nonlocal out
             hidden = last_positions(hidden, labels, name)
-            made = {} if inputs_at_head is None else inputs_at_head(hidden)
             losses, out = fused_preference_loss(
-                hidden, lm_head, labels.to(hidden.device), self.objective, objective_inputs={**inputs, **made},
+                hidden, lm_head, labels.to(hidden.device), self.objective, objective_inputs=inputs,
                 reduction="none", return_outputs=True, **of_loss, **self.fused_head.keywords,
             )  # fmt: skip
             return losses[:, None, None]
 
-        with making as inputs_at_head:
-            result, output = self.fused_head.run(self.model, self.model, compute, labels, batch)
+        result, output = self.fused_head.run(self.model, self.model, compute, labels, batch)
         losses = result[:, 0, 0]
         count = out.num_pairs if self.objective.paired else out.num_sequences
         total = losses.sum()

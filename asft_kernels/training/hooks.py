@@ -25,10 +25,11 @@ class Method:
     Attributes:
         name: as `--method` takes it.
         Arguments: a dataclass whose fields join the command's options; None for none. `arguments` is one of them.
-        provides: objective inputs that `at_head` gives.
+        provides: objective inputs that `at_head` gives, and "token_weights" if it gives these.
         columns: columns of the dataset that `collate` reads.
         makes_pairs: rows reach `batches` as they are in the dataset; `trainer.collator(rows)` makes a batch of them.
         ref_tokens: `ref_logps` reads the reference's log-probabilities per token.
+        live_reference: it asks the reference model for more than log-probabilities: these cannot come with the data.
         own_reference: it brings the reference's log-probabilities itself; the trainer makes no reference model.
         has_state: `state_dict` goes into checkpoints.
     """
@@ -39,6 +40,7 @@ class Method:
     columns: ClassVar[tuple[str, ...]] = ()
     makes_pairs: ClassVar[bool] = False
     ref_tokens: bool = False
+    live_reference: bool = False
     own_reference: bool = False
     has_state: ClassVar[bool] = False
 
@@ -122,11 +124,17 @@ def find_method(name: str | None, objective: Objective, arguments: dict[str, Any
         arguments: instances of `Method.Arguments` by name of the method.
 
     Raises:
-        InputError: for a name that is none.
+        InputError: for a name that is none, and arguments of another method.
     """
     there = installed()
     if name is not None and name not in there:
         raise InputError(f"method: got {name!r}, need one of {', '.join(map(repr, sorted(there)))}")
     serving = [kind for kind in there.values() if kind.serves(objective)]
     kind = there[name] if name is not None else (serving or [Method])[0]
+    for other, given in (arguments or {}).items():
+        if other != kind.name and given is not None and given != (default := type(given)()):
+            field = next(x for x in vars(given) if getattr(given, x) != getattr(default, x))
+            raise InputError(
+                f"{field}: got {getattr(given, field)!r}, need none: {objective!r} does not go with {other}"
+            )
     return kind((arguments or {}).get(kind.name))

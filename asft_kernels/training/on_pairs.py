@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asft_kernels.objectives import LossTerms, Objective
+from asft_kernels.errors import InputError
+from asft_kernels.objectives import LossTerms, Objective, WeightedSum
 from asft_kernels.objectives.base import chosen_of_pairs
 from asft_kernels.sequence import Logps
 
@@ -24,6 +25,7 @@ class OnPairs(Objective):
     def __post_init__(self) -> None:
         for name in ("needs_reference", "reference_kind", "optional_inputs", "stats", "stats_with_grad"):
             object.__setattr__(self, name, getattr(self.single, name))
+        object.__setattr__(self, "inputs", {k: v for k, v in self.single.inputs.items() if k != "desirable"})
 
     def per_token(self, logps: Tensor, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self.single.per_token(logps, stats)
@@ -44,5 +46,13 @@ class OnPairs(Objective):
 
 
 def on_pairs(objective: Any) -> Any:
-    """The objective itself if it is paired."""
+    """Returns the objective itself if it is paired.
+
+    Raises:
+        InputError: for a sum with one that tells good from bad (kto): the others would be of both answers, too.
+    """
+    if "desirable" in objective.inputs and isinstance(objective, WeightedSum):
+        raise InputError(
+            f"objective: got {objective!r}, need kto by itself: a sum does not tell it which answers are good"
+        )
     return objective if objective.paired else OnPairs(objective)

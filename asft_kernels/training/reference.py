@@ -10,19 +10,29 @@ SUMS = tuple(f"ref_{side}_logps" for side in SIDES)
 TOKENS = tuple(f"ref_{side}_token_logps" for side in SIDES)
 
 
-def given_columns(dataset: Any) -> bool:
-    """Whether a dataset brings the reference's log-probabilities."""
+def given_columns(dataset: Any, per_token: bool) -> bool:
+    """Whether a dataset brings the reference's log-probabilities.
+
+    Raises:
+        InputError: if it has sums alone, and values per token are needed.
+    """
     columns = set(getattr(dataset, "column_names", None) or ())
+    if per_token and columns >= set(SUMS) and not columns >= set(TOKENS):
+        raise InputError(
+            f"train_dataset: got {SUMS[0]}, sums of answers, need {TOKENS[0]} and {TOKENS[1]}: the objective compares "
+            "token by token"
+        )
     return columns >= set(SUMS) or columns >= set(TOKENS)
 
 
-def with_scores(dataset: Any, files: Sequence[str], objective: Any, tokenizer: Any) -> Any:
+def with_scores(dataset: Any, files: Sequence[str], objective: Any, tokenizer: Any, *, per_token: bool) -> Any:
     """Returns the dataset with columns of what files of `asft score` hold, as the objective reads it.
 
     Args:
         dataset: of `asft_kernels.data.load_pairs`: its ids say which score is whose.
         files: one a reference model.
-        objective: says whether sums, means or values per token are wanted.
+        objective: says whether sums or means are wanted.
+        per_token: whether values per token are wanted.
 
     Raises:
         InputError: for files that do not fit the data, and an objective that has no use for them.
@@ -31,7 +41,7 @@ def with_scores(dataset: Any, files: Sequence[str], objective: Any, tokenizer: A
         raise InputError(f"ref_scores: got files, need none: {objective!r} has no reference")
     if "id" not in dataset.column_names:
         raise InputError("ref_scores: got a dataset without ids, need one of asft_kernels.data.load_pairs")
-    if objective.ref_per_token:
+    if per_token:
         if len(files) > 1:
             raise InputError(f"ref_scores: got {len(files)} files, need one: {objective!r} has one reference")
         of_sides = load_token_logps(files[0], dataset, tokenizer)

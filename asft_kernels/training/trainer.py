@@ -93,8 +93,14 @@ class PreferenceTrainer(DPOTrainer):
         self.method = method or find_method(args.method, given)
         self.method.check(args, self.objective)
         _refuse_missing_inputs(self.objective, self.method)
-        given_ref = given_columns(train_dataset)
+        self.ref_per_token = self.objective.needs_reference and (self.objective.ref_per_token or self.method.ref_tokens)
+        given_ref = given_columns(train_dataset, self.ref_per_token)
         self.brings_reference = bool(args.ref_scores or given_ref or self.method.own_reference)
+        if self.brings_reference and self.method.live_reference:
+            raise InputError(
+                "ref_scores: got the reference's log-probabilities with the data, need none: "
+                f"{self.method.name} asks the reference model for more than they hold; leave them out"
+            )
         self.windows = {"train": Window(), "eval": Window()}
         self.window_start: float | None = None
         self._pairs_of_step: Tensor | int | None = None
@@ -107,7 +113,7 @@ class PreferenceTrainer(DPOTrainer):
         if not live and ref_model is not None and not self.method.own_reference:
             what = "it comes with the data" if self.objective.needs_reference else "the objective has no reference"
             raise InputError(f"ref_model: got a model, need None: {what}; leave it out")
-        if self.objective.ref_per_token and live and args.precompute_ref_log_probs:
+        if self.ref_per_token and live and args.precompute_ref_log_probs:
             raise InputError(
                 f"precompute_ref_log_probs: got True, need False: {type(given).__name__} compares token by token; or "
                 "give ref_scores, a file of asft score --token_logps"
@@ -146,7 +152,9 @@ class PreferenceTrainer(DPOTrainer):
 
     def _with_columns(self, dataset: Any, label: str) -> Any:
         if self.args.ref_scores:
-            dataset = with_scores(dataset, self.args.ref_scores, self.objective, self.processing_class)
+            dataset = with_scores(
+                dataset, self.args.ref_scores, self.objective, self.processing_class, per_token=self.ref_per_token
+            )
         return self.method.dataset(self, dataset, label)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
@@ -241,7 +249,7 @@ class PreferenceTrainer(DPOTrainer):
     def _reference(self, model: Any, inputs: Any, labels: Tensor, entries: Mapping[str, Tensor]) -> Tensor:
         """What the objective takes as ref_logps."""
         objective: Any = self.objective
-        if "ref_chosen_logps" in inputs:
+        if "ref_chosen_logps" in inputs and not self.ref_per_token:
             sums = torch.cat([inputs[f"ref_{side}_logps"] for side in SIDES])
             sums = sums.T if sums.dim() == 2 else sums  # (K, 2B)
             lengths = (labels[:, 1:] != -100).sum(dim=1).clamp(min=1)
@@ -249,6 +257,9 @@ class PreferenceTrainer(DPOTrainer):
             return sums / lengths if objective.reference_kind == "mean" and not of_files else sums
         tokens = entries.get("ref_token_logps")
         if tokens is None:
+            if self.brings_reference:
+                need = "ref_chosen_token_logps" if self.ref_per_token else "ref_chosen_logps"
+                raise InputError(f"eval_dataset: got rows without {need}, need them as in train_dataset")
             tokens = self.reference_token_logps(self.ref_model or model, inputs, labels)
         if self.method.ref_tokens:
             return self.method.ref_logps(tokens, labels, entries)
@@ -260,11 +271,11 @@ class PreferenceTrainer(DPOTrainer):
         return sums
 
     @torch.no_grad()
-    def reference_token_logps(self, model: Any, inputs: Any, labels: Tensor) -> Tensor:
-        """Computes log-probabilities under the reference: its own model, or the policy without its adapters.
+    def token_logps(self, model: Any, inputs: Any, labels: Tensor) -> Tensor:
+        """Computes log-probabilities of labels, without gradients.
 
         Args:
-            model: the reference model, or the policy.
+            model: fused.
             inputs: a batch.
             labels: (2B, T), -100 where none is wanted.
 
@@ -272,14 +283,19 @@ class PreferenceTrainer(DPOTrainer):
             (2B, T - 1), that of label t + 1 at t.
         """
         of_model = {name: value for name, value in inputs.items() if name not in OF_BATCH}
+        kwargs: Any = self.args.gradient_checkpointing_kwargs
+        with disable_gradient_checkpointing(self.model, kwargs):
+            outputs = model(**of_model, use_cache=False, labels=labels, fused_lm_head=True)
+        return outputs.log_probs[:, -(labels.shape[1] - 1) :]
+
+    def reference_token_logps(self, model: Any, inputs: Any, labels: Tensor) -> Tensor:
+        """Computes `token_logps` under the reference: its own model, or the policy (`model`) without its adapters."""
         adapters: Any = nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             policy = self.accelerator.unwrap_model(self.model)
             adapters = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
-        kwargs: Any = self.args.gradient_checkpointing_kwargs
-        with disable_gradient_checkpointing(self.model, kwargs), adapters:
-            outputs = model(**of_model, use_cache=False, labels=labels, fused_lm_head=True)
-        return outputs.log_probs[:, -(labels.shape[1] - 1) :]
+        with adapters:
+            return self.token_logps(model, inputs, labels)
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> tuple[Tensor, Tensor]:
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
@@ -395,7 +411,10 @@ def _state(checkpoint: str, name: str) -> dict[str, Any]:
 
 
 def _refuse_missing_inputs(objective: Any, method: Method) -> None:
-    for name, what in objective.inputs.items():
+    needed = {**objective.inputs, **objective.optional_inputs}
+    if objective.needs_token_weights:
+        needed["token_weights"] = "a weight of each token"
+    for name, what in needed.items():
         if name not in method.provides:
             raise InputError(
                 f"objective: {objective!r} needs {name} ({what}), which nothing here makes; need another objective or "

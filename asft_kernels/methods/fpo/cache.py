@@ -37,6 +37,12 @@ def encoder_digest(sae: SparseAutoencoder) -> str:
     return digest.hexdigest()
 
 
+def answer_length(pair: Any, side: str, max_length: int | None) -> int:
+    """Tokens of an answer that are trained: TRL's collator cuts it where prompt and answer exceed max_length."""
+    length = len(pair[f"{side}_ids"])
+    return length if max_length is None else max(0, min(length, max_length - len(pair["prompt_ids"])))
+
+
 @torch.no_grad()
 def write_reference_features(
     path: str | os.PathLike[str],
@@ -45,11 +51,13 @@ def write_reference_features(
     pairs: Any,
     *,
     layer: int = HEAD_INPUT,
+    max_length: int | None = None,
     batch_size: int = 8,
 ) -> None:
     """Features of `pairs` (rows with id, prompt_ids, chosen_ids, rejected_ids, as load_pairs makes them) under `model`.
 
-    layer: `asft_kernels.methods.fpo.hidden`. batch_size: pairs at a time. The file appears when it is complete.
+    layer: `asft_kernels.methods.fpo.hidden`. max_length: tokens of prompt and answer, as in training, None for all;
+    longer answers are cut. batch_size: pairs at a time. The file appears when it is complete.
     """
     import pyarrow as pa
     from tqdm import tqdm
@@ -63,7 +71,7 @@ def write_reference_features(
         fields += [pa.field(f"{side}_values", pa.list_(pa.float16()))]
     made_by = {"encoder": encoder_digest(sae), "features": sae.features, "layer": layer}
     schema = pa.schema(fields, metadata={MADE_BY: json.dumps(made_by).encode()})
-    collate, device = DataCollatorForPreference(pad_token_id=0), sae.W_enc.device
+    collate, device = DataCollatorForPreference(pad_token_id=0, max_length=max_length), sae.W_enc.device
     columns = (pairs[f"{name}_ids"] for name in ("prompt", *SIDES))
     lengths = [len(prompt) + max(len(c), len(r)) for prompt, c, r in zip(*columns, strict=True)]
     order = sorted(range(len(pairs)), key=lambda i: -lengths[i])  # little padding, and too large a batch shows at once
@@ -79,7 +87,7 @@ def write_reference_features(
             out: dict[str, list[Any]] = {"id": [row["id"] for row in rows]}
             for side, half in zip(SIDES, pooled.chunk(2), strict=True):
                 active = [vector.nonzero().squeeze(1) for vector in half]
-                out[f"{side}_tokens"] = [len(row[f"{side}_ids"]) for row in rows]
+                out[f"{side}_tokens"] = [answer_length(row, side, max_length) for row in rows]
                 out[f"{side}_features"] = [index.numpy().astype(index_type.to_pandas_dtype()) for index in active]
                 out[f"{side}_values"] = [v[index].half().numpy() for v, index in zip(half, active, strict=True)]
             file.write_batch(pa.record_batch(out, schema=schema))
@@ -89,12 +97,18 @@ def write_reference_features(
 class ReferenceFeatures:
     """A file of `write_reference_features`, for batches of pairs by their ids.
 
-    sae, layer: those of the run. pairs: the run's, all of which the file must hold with answers of the same
+    sae, layer, max_length: those of the run. pairs: the run's, all of which the file must hold with answers of the same
     length; None leaves that to the look-up. Raises InputError, beginning with the path, where one does not fit.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], sae: SparseAutoencoder, *, layer: int = HEAD_INPUT, pairs: Any = None
+        self,
+        path: str | os.PathLike[str],
+        sae: SparseAutoencoder,
+        *,
+        layer: int = HEAD_INPUT,
+        pairs: Any = None,
+        max_length: int | None = None,
     ):
         import pyarrow as pa
 
@@ -112,17 +126,18 @@ class ReferenceFeatures:
                 raise InputError(f"{self.path}: made with the {name} {made_by[name]}, need {own}; make it anew")
         self.row_of = {key: row for row, key in enumerate(self.table["id"].to_pylist())}
         if pairs is not None:
-            self._check(pairs)
+            self._check(pairs, max_length)
 
-    def _check(self, pairs: Any) -> None:
+    def _check(self, pairs: Any, max_length: int | None) -> None:
         lengths = {side: self.table[f"{side}_tokens"].to_pylist() for side in SIDES}
         for pair in pairs:
             row = self._row(pair["id"])
             for side in SIDES:
-                if lengths[side][row] != len(pair[f"{side}_ids"]):
+                need = answer_length(pair, side, max_length)
+                if lengths[side][row] != need:
                     raise InputError(
                         f"{self.path}: pair {pair['id']} has {lengths[side][row]} tokens in its {side} answer, "
-                        f"need {len(pair[f'{side}_ids'])}; make the file with this run's tokenizer and lengths"
+                        f"need {need}; make the file with this run's tokenizer and lengths"
                     )
 
     def _row(self, key: str) -> int:

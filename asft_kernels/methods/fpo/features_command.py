@@ -48,6 +48,9 @@ def run(options: argparse.Namespace) -> None:
     pairs, report = load_pairs(options.data, tokenizer, max_length=options.max_length, vocab_size=vocab_size)
     print(report)
     model = load_causal_lm(options.model, options.dtype).to(device).eval()
-    write_reference_features(options.output, model, sae, pairs, layer=options.layer, batch_size=options.batch_size)
+    write_reference_features(
+        options.output, model, sae, pairs, layer=options.layer, max_length=options.max_length,
+        batch_size=options.batch_size,
+    )  # fmt: skip
     size = os.path.getsize(options.output)
     print(f"{options.output}: {len(pairs)} pairs, {size / len(pairs) / 1024:.1f} KiB a pair")

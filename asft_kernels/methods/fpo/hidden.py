@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from asft_kernels.errors import InputError
-from asft_kernels.models.seam import causal_lm
+from asft_kernels.models.seam import causal_lm, output_head
 
 HEAD_INPUT = -1
 
@@ -28,20 +28,23 @@ def hidden_states(
 
 @contextmanager
 def layer_output(model: Any, layer: int) -> Iterator[list[Tensor]]:
-    """Gives a list that a forward of the model fills with its hidden states at `layer`; empty for the head's input."""
+    """Gives a list that holds the hidden states at `layer` of the model's last forward, once there was one.
+
+    The head's input is taken where the head is called: by the model's own forward, fused or not.
+    """
     check_layer(model, layer)
     kept: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> None:
+        kept[:] = [hidden]
+
     if layer == HEAD_INPUT:
-        yield kept
-        return
-    handle = (
-        causal_lm(model)
-        .get_decoder()
-        .layers[layer]
-        .register_forward_hook(
-            lambda _module, _inputs, output: kept.append(output if isinstance(output, Tensor) else output[0])
+        handle = output_head(model).register_forward_pre_hook(lambda _module, inputs: keep(inputs[0]))
+    else:
+        block = causal_lm(model).get_decoder().layers[layer]
+        handle = block.register_forward_hook(
+            lambda _module, _inputs, output: keep(output if isinstance(output, Tensor) else output[0])
         )
-    )
     try:
         yield kept
     finally:

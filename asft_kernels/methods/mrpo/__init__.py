@@ -1,1 +1,0 @@
-"""MRPO: several reference models, from score files."""

@@ -1,1 +1,0 @@
-"""PoFT: the mean log-probability of other models' answers, from score files."""
