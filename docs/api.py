@@ -15,6 +15,8 @@ PAGE = Path(__file__).with_name("api.md")
 MODULES = {
     "asft_kernels": "The calls",
     "asft_kernels.models": "Models",
+    "asft_kernels.training": "Training",
+    "asft_kernels.methods.dnpo.noisy_logps": "DNPO",
     "asft_kernels.liger": "Liger's names",
 }
 SECTIONS = ("Args", "Attributes", "Returns", "Raises")

@@ -9,11 +9,12 @@ import torch
 
 pytest.importorskip("transformers", reason="needs the train extra: transformers")
 pytest.importorskip("datasets", reason="needs the train extra: datasets")
-pytest.importorskip("accelerate", reason="needs the train extra: accelerate")
+pytest.importorskip("trl", reason="needs the train extra: trl")
 
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from asft_kernels.data import PairCollator, load_pairs
+from asft_kernels.data import load_pairs, with_labels
 from asft_kernels.models import PreferenceModel
 from tiny_lm import pairs, tiny_model, tiny_tokenizer, write_lines
 
@@ -32,7 +33,11 @@ def trainer(tmp_path) -> Any:
         output_dir=str(tmp_path / "out"), per_device_train_batch_size=2, max_steps=4, save_steps=2, learning_rate=1e-2,
         disable_tqdm=True, report_to=[], remove_unused_columns=False, use_cpu=True,
     )  # fmt: skip
-    return Trainer(model, arguments, train_dataset=rows, data_collator=PairCollator(0), callbacks=[SaveModel()])
+    collate = DataCollatorForPreference(0)
+    return Trainer(
+        model, arguments, train_dataset=rows, data_collator=lambda rows: with_labels(collate(rows)),
+        callbacks=[SaveModel()],
+    )  # fmt: skip
 
 
 def test_saved_resumed_and_read(tmp_path):

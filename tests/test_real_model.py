@@ -9,7 +9,7 @@ import asft_kernels
 from asft_kernels import fused_asft_loss, fused_linear_logps, reference
 from bounds import fp32_bound, relative_error, rounded_once
 
-pytest.importorskip("transformers", reason="needs the train extra: transformers")
+pytest.importorskip("trl", reason="needs the train extra: trl")
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,9 @@ def real():
     """hidden (8, T, 576), weight (49152, 576) and labels of 4 pairs, fp32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from asft_kernels.data import PairCollator, load_pairs
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    from asft_kernels.data import load_pairs, with_labels
     from asft_kernels.models.smollm2 import ModelUnavailable, smollm2_path
 
     try:
@@ -27,8 +29,8 @@ def real():
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     path = Path(asft_kernels.__file__).parent / "demo_data" / "eval.jsonl"
-    pairs, _ = load_pairs(path, tokenizer, max_length=160, max_prompt_length=96)
-    batch = PairCollator(tokenizer.pad_token_id or 0)(list(pairs.select(range(4))))
+    pairs, _ = load_pairs(path, tokenizer, max_length=160)
+    batch = with_labels(DataCollatorForPreference(tokenizer.pad_token_id or 0)(list(pairs.select(range(4)))))
     with torch.no_grad():
         hidden = model.model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
     return hidden, model.lm_head.weight.detach(), batch["labels"]

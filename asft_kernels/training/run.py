@@ -250,7 +250,7 @@ def _head_checked(trainer: PreferenceTrainer) -> str:
     batch = trainer._prepare_inputs(trainer.collator(rows))
     trainer.model.to(trainer.args.device)
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-    trainer.reference_token_logps(trainer.model, batch, labels)
+    trainer.token_logps(trainer.model, batch, labels)
     forward = fused_forward(causal_lm(trainer.model))
     worst = None if forward is None else forward.head.difference
     return f"output head checked: fused and own log-probabilities differ by at most {worst or 0.0:.1e}"
