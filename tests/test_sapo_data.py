@@ -71,7 +71,7 @@ def test_segment_that_comes_out_as_it_was_is_left_out(model, tmp_path, monkeypat
     made = Regeneration.negatives
     monkeypatch.setattr(
         Regeneration, "negatives",
-        lambda self, rows, *rest: [rows[0]["chosen"], *made(self, rows, *rest)[1:]],
+        lambda self, rows, *rest: [rows[0]["chosen_ids"], *made(self, rows, *rest)[1:]],
     )  # fmt: skip
     assert main(command(model, tmp_path, ROWS[:4])) == 0
     assert "left out, segment written anew as it was: 2 (lines 1, 4)" in capsys.readouterr().out
@@ -114,8 +114,8 @@ def test_interrupted_run_goes_on_with_the_same_rows(model, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--temperature", "0"), "--temperature: got 0.0, need a number > 0"),
-        (("--top-p", "0"), "--top-k, top-p: got 50, 0.0"),
+        (("--temperature", "0"), "temperature: got 0.0, need a number > 0"),
+        (("--top-p", "0"), "top_k, top_p: got 50, 0.0"),
         (("--max-length", "999"), "--max-length: got 999, need at most 256, the model's positions"),
         (("--model", "nowhere"), "'nowhere', no such folder"),
     ],

@@ -162,6 +162,11 @@ class PreferenceTrainer(DPOTrainer):
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         if "prompt_ids" in (dataset.column_names or ()):
             return dataset  # tokenised by `load_pairs`, with a report
+        if "rejected" not in (dataset.column_names or ()) and self.method.makes_pairs:
+            raise InputError(
+                "train_dataset: got no column rejected, need it for TRL's tokenising; or a dataset of "
+                'asft_kernels.data.load_pairs(..., answers=("chosen",))'
+            )
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:

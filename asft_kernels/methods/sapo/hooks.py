@@ -92,8 +92,8 @@ class Hooks(Method):
         missing = set(ROW) - set(trainer.train_dataset.column_names or ROW)
         if missing:
             raise InputError(
-                f"train_dataset: got no column {', '.join(sorted(missing))}, need rows of text alone: answers with images "
-                "are not written anew"
+                f"train_dataset: got no column {', '.join(sorted(missing))}, need rows of text alone: answers with "
+                "images are not written anew"
             )
         args, given = trainer.args, self.arguments
         self.moving = MovingWeights(

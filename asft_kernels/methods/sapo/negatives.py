@@ -72,14 +72,12 @@ class Regeneration:
             )
             for row in rows
         ]
-        begun = [
-            row["prompt_ids"] + row["chosen_ids"][: segment.start] for row, segment in zip(rows, segments, strict=True)
-        ]
+        placed = list(zip(rows, segments, strict=True))
+        begun = [row["prompt_ids"] + row["chosen_ids"][: segment.start] for row, segment in placed]
         written = self._write(begun, segments, writer, generator)
         ends = writer.ends()
         return [
-            splice(row["chosen_ids"], segment, new, ends)
-            for row, segment, new in zip(rows, segments, written, strict=True)
+            splice(row["chosen_ids"], segment, new, ends) for (row, segment), new in zip(placed, written, strict=True)
         ]
 
     def _write(
