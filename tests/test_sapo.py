@@ -99,6 +99,19 @@ def test_average_and_reference_by_hand(mode, expected):
     assert moving.average.keys() == {"weight"}  # what is not trained is not kept
 
 
+def test_autocast_sees_the_weights_that_are_used():
+    """It keeps the cast of a parameter until its context ends."""
+    policy = torch.nn.Linear(1, 1)
+    moving = MovingWeights(policy, ema_beta=0.5, ref_update_mode="ema", ref_sync_steps=1, needs_reference=False)
+    torch.nn.init.constant_(policy.weight, 8.0)
+    one = torch.ones(1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = policy(one)
+        with moving.used(moving.average):
+            assert policy(one) != before
+        assert policy(one) == before
+
+
 class Echo:
     """Writes token 100 + row, as many as asked for, and remembers what it was asked."""
 

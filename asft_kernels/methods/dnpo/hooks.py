@@ -97,8 +97,7 @@ class Hooks(Method):
         self.optimizer.zero_grad()
         for batch in batches:
             seen = batch[ENTRIES]
-            with trainer.compute_loss_context_manager():
-                noisy, power = self._noisy(trainer, seen)
+            noisy, power = self._noisy(trainer, seen)
             policy = Logps(seen["policy_sums"], seen["lengths"])
             losses = self.objective.noise_loss(policy, seen["ref_sums"], noisy, power).where(seen["counts"], 0)
             (losses.sum() / pairs).backward()
@@ -113,10 +112,9 @@ class Hooks(Method):
         """The batch with what both steps read: sums under both models, hidden states of the rejected answers."""
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
         reference = trainer.ref_model or trainer.model
-        with trainer.compute_loss_context_manager(), _head_inputs(reference) as kept:
+        with _head_inputs(reference) as kept:
             ref = trainer.reference_token_logps(reference, batch, labels)
-        with trainer.compute_loss_context_manager():
-            policy = trainer.token_logps(trainer.model, batch, labels)
+        policy = trainer.token_logps(trainer.model, batch, labels)
         lengths = (labels[:, 1:] != -100).sum(dim=1)
         policy_sums, ref_sums = (tokens.double().sum(dim=1) for tokens in (policy, ref))
         hidden = last_positions(kept[-1], labels, type(causal_lm(reference)).__name__)
@@ -132,7 +130,7 @@ class Hooks(Method):
         reference = trainer.ref_model or trainer.model
         keywords = _fused_forward(reference).head.keywords
         options = {name: keywords[name] for name in ("logit_scale", "softcap", "backend")}
-        with trainer.without_adapters():
+        with trainer.without_adapters(), trainer.accelerator.autocast():  # as the reference's own products
             noisy = fused_noisy_linear_logps(
                 seen["hidden"], output_head(reference), self.noise_head, seen["labels"], seed=seed, **options
             )

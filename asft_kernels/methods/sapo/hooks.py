@@ -125,7 +125,10 @@ class Hooks(Method):
 
     def _batch(self, trainer: Any, rows: list[dict[str, list[int]]]) -> dict[str, Any]:
         """As many pairs as a batch has, out of the buffer that those of `rows` have just joined."""
-        with self.moving.used(self.moving.average), trainer.compute_loss_context_manager():
+        with (
+            self.moving.used(self.moving.average),
+            trainer.accelerator.autocast(),
+        ):  # generate() passes PEFT's forward by
             negatives = self.regeneration.negatives(rows, self.writer, self.random)
         for row, rejected in zip(rows, negatives, strict=True):
             self.buffer.push({**row, "rejected_ids": rejected})
