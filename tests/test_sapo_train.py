@@ -7,8 +7,9 @@ import torch
 
 pytest.importorskip("trl", reason="needs the train extra: trl")
 pytest.importorskip("datasets", reason="needs the train extra: datasets")
-peft = pytest.importorskip("peft", reason="needs the train extra: peft")
+pytest.importorskip("peft", reason="needs the train extra: peft")
 
+import peft
 from datasets import Dataset
 
 from asft_kernels.errors import InputError
@@ -173,6 +174,10 @@ def test_resumes_to_the_bit(tmp_path, dropout):
     assert same(trained(again), trained(whole))
     assert all(same(states[0][name], states[1][name]) for name in ("average", "reference"))
     assert states[0]["buffer"] == states[1]["buffer"]
+    ended, last = made(tmp_path / "ended", dropout, **given), str(tmp_path / "whole" / "checkpoint-4")
+    ended._load_from_checkpoint(last)
+    ended.load_own_state(last)  # as a run does that has nothing but its end left to do
+    assert ended.evaluate()["eval_loss"] == evaluated[1]
     (checkpoint / "method_0.pt").unlink()
     with pytest.raises(InputError, match=r"has no method_0\.pt, need a checkpoint of the same objective and method"):
         made(tmp_path / "third", dropout, **given).train(resume_from_checkpoint=str(checkpoint))
