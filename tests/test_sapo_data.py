@@ -61,17 +61,11 @@ def test_answer_longer_than_the_model_keeps_its_end(model, tmp_path, monkeypatch
     assert row["rejected"] == answer[:start] + "????" + answer[start + 4 :]
 
 
-def test_batches_of_equal_rows_are_drawn_apart(model, tmp_path):
-    assert main(command(model, tmp_path, ROWS[:1] * 6)) == 0
-    written = [row["rejected"] for row in read(tmp_path / "out.jsonl")]
-    assert written[:3] != written[3:]
-
-
 def test_segment_that_comes_out_as_it_was_is_left_out(model, tmp_path, monkeypatch, capsys):
     made = Regeneration.negatives
     monkeypatch.setattr(
         Regeneration, "negatives",
-        lambda self, rows, *rest: [rows[0]["chosen"], *made(self, rows, *rest)[1:]],
+        lambda self, rows, *rest: [rows[0]["chosen_ids"], *made(self, rows, *rest)[1:]],
     )  # fmt: skip
     assert main(command(model, tmp_path, ROWS[:4])) == 0
     assert "left out, segment written anew as it was: 2 (lines 1, 4)" in capsys.readouterr().out
@@ -107,17 +101,20 @@ def test_interrupted_run_goes_on_with_the_same_rows(model, tmp_path, monkeypatch
     monkeypatch.setattr(Regeneration, "negatives", made)
     assert main(again) == 0
     assert read(tmp_path / "again.jsonl") == read(tmp_path / "out.jsonl")
-    assert main(command(model, tmp_path, ROWS, "--seed", "1", output="other.jsonl")) == 0
-    assert read(tmp_path / "other.jsonl") != read(tmp_path / "out.jsonl")
+    equal = ROWS[:1] * 6
+    assert main(command(model, tmp_path, equal, output="equal.jsonl")) == 0
+    written = [row["rejected"] for row in read(tmp_path / "equal.jsonl")]
+    assert written[:3] != written[3:]  # batches are drawn apart
+    assert main(command(model, tmp_path, equal, "--seed", "1", output="other.jsonl")) == 0
+    assert [row["rejected"] for row in read(tmp_path / "other.jsonl")] != written
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--temperature", "0"), "--temperature: got 0.0, need a number > 0"),
-        (("--top-p", "0"), "--top-k, top-p: got 50, 0.0"),
+        (("--temperature", "0"), "temperature: got 0.0, need a number > 0"),
+        (("--top-p", "0"), "top_k, top_p: got 50, 0.0"),
         (("--max-length", "999"), "--max-length: got 999, need at most 256, the model's positions"),
-        (("--model", "nowhere"), "'nowhere', no such folder"),
     ],
 )
 def test_bad_arguments(model, tmp_path, capsys, options, message):

@@ -32,6 +32,7 @@ class Method:
         live_reference: it asks the reference model for more than log-probabilities: these cannot come with the data.
         own_reference: it brings the reference's log-probabilities itself; the trainer makes no reference model.
         has_state: `state_dict` goes into checkpoints.
+        of_rank: names in `state_dict` of what differs between ranks; the rest is saved once.
     """
 
     name: ClassVar[str] = ""
@@ -43,6 +44,7 @@ class Method:
     live_reference: bool = False
     own_reference: bool = False
     has_state: ClassVar[bool] = False
+    of_rank: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def serves(cls, objective: Objective) -> bool:
@@ -101,7 +103,7 @@ class Method:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps, of this rank."""
+        """Returns what a checkpoint keeps."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -124,12 +126,17 @@ def find_method(name: str | None, objective: Objective, arguments: dict[str, Any
         arguments: instances of `Method.Arguments` by name of the method.
 
     Raises:
-        InputError: for a name that is none, and arguments of another method.
+        InputError: for a name that is none or not the method that the objective needs, and arguments of another
+            method.
     """
     there = installed()
     if name is not None and name not in there:
         raise InputError(f"method: got {name!r}, need one of {', '.join(map(repr, sorted(there)))}")
     serving = [kind for kind in there.values() if kind.serves(objective)]
+    if name is not None and serving and there[name] not in serving:
+        raise InputError(
+            f"method: got {name!r}, need {serving[0].name!r}, which {objective!r} needs; or another objective"
+        )
     kind = there[name] if name is not None else (serving or [Method])[0]
     for other, given in (arguments or {}).items():
         if other != kind.name and given is not None and given != (default := type(given)()):

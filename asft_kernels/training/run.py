@@ -260,6 +260,7 @@ def _train(trainer: PreferenceTrainer, checkpoint: Path | None, done: dict[str, 
     last = trainer.args.max_steps if trainer.args.max_steps > 0 else (done or {}).get("max_steps", 0)
     if checkpoint and done and done["global_step"] >= last:  # ended after its last checkpoint: only the end is left
         trainer._load_from_checkpoint(str(checkpoint))
+        trainer.load_own_state(str(checkpoint))
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         return
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

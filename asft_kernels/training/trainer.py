@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from asft_kernels.errors import InputError
+from asft_kernels.models.check import evaluating
 from asft_kernels.models.fused import DIFFERENTIABLE
 from asft_kernels.models.seam import causal_lm
 from asft_kernels.objectives import Objective, get_objective
@@ -30,7 +31,8 @@ from asft_kernels.training.on_pairs import on_pairs
 from asft_kernels.training.reference import SIDES, TOKENS, given_columns, with_scores
 from asft_kernels.training.seams import exchanged
 
-OBJECTIVE_STATE, METHOD_STATE = "objective.pt", "method_{rank}.pt"  # in checkpoints, where there is any
+# In checkpoints, where there is any.
+OBJECTIVE_STATE, METHOD_STATE, RANKS_STATE = "objective.pt", "method.pt", "method_{rank}.pt"
 OF_BATCH = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", ENTRIES}  # no keywords of the model
 TRL_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
@@ -160,6 +162,11 @@ class PreferenceTrainer(DPOTrainer):
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         if "prompt_ids" in (dataset.column_names or ()):
             return dataset  # tokenised by `load_pairs`, with a report
+        if "rejected" not in (dataset.column_names or ()) and self.method.makes_pairs:
+            raise InputError(
+                "train_dataset: got no column rejected, need it for TRL's tokenising; or a dataset of "
+                'asft_kernels.data.load_pairs(..., answers=("chosen",))'
+            )
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
@@ -170,8 +177,7 @@ class PreferenceTrainer(DPOTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            own = [*TOKENS, *self.method.columns, *(["chosen", "prompt"] if self.method.makes_pairs else [])]
-            self._signature_columns = [*(self._signature_columns or ()), *own]
+            self._signature_columns = [*(self._signature_columns or ()), *TOKENS, *self.method.columns]
 
     def get_train_dataloader(self) -> DataLoader:
         if not self.method.makes_pairs:
@@ -263,19 +269,43 @@ class PreferenceTrainer(DPOTrainer):
             tokens = self.reference_token_logps(self.ref_model or model, inputs, labels)
         if self.method.ref_tokens:
             return self.method.ref_logps(tokens, labels, entries)
-        if objective.ref_per_token:
+        return self.as_ref_logps(tokens, labels)
+
+    def as_ref_logps(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Returns what the objective takes as ref_logps.
+
+        Args:
+            tokens: (2B, T - 1) log-probabilities under the reference, that of label t + 1 at t.
+            labels: (2B, T).
+        """
+        if self.objective.ref_per_token:
             return tokens
         sums = tokens.double().sum(dim=1)
-        if objective.reference_kind == "mean":
+        if self.objective.reference_kind == "mean":
             return sums / (labels[:, 1:] != -100).sum(dim=1).clamp(min=1)
         return sums
 
-    @torch.no_grad()
-    def token_logps(self, model: Any, inputs: Any, labels: Tensor) -> Tensor:
-        """Computes log-probabilities of labels, without gradients.
+    def reference_token_logps(self, model: Any, inputs: Any, labels: Tensor) -> Tensor:
+        """`token_logps` under the reference: its own model, or the policy without its adapters.
 
         Args:
-            model: fused.
+            model: the reference model, or the policy.
+        """
+        with self.without_adapters():
+            return self.token_logps(model, inputs, labels)
+
+    def without_adapters(self) -> AbstractContextManager[Any]:
+        """Makes the policy the reference where that is what it is without its adapters."""
+        if self.ref_model is not None or not is_peft_model(self.model):
+            return nullcontext()
+        policy = self.accelerator.unwrap_model(self.model)
+        return use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
+
+    @torch.no_grad()
+    def token_logps(self, model: Any, inputs: Any, labels: Tensor) -> Tensor:
+        """Computes log-probabilities of a batch, without dropout.
+
+        Args:
             inputs: a batch.
             labels: (2B, T), -100 where none is wanted.
 
@@ -284,18 +314,9 @@ class PreferenceTrainer(DPOTrainer):
         """
         of_model = {name: value for name, value in inputs.items() if name not in OF_BATCH}
         kwargs: Any = self.args.gradient_checkpointing_kwargs
-        with disable_gradient_checkpointing(self.model, kwargs):
+        with disable_gradient_checkpointing(self.model, kwargs), evaluating(model):
             outputs = model(**of_model, use_cache=False, labels=labels, fused_lm_head=True)
         return outputs.log_probs[:, -(labels.shape[1] - 1) :]
-
-    def reference_token_logps(self, model: Any, inputs: Any, labels: Tensor) -> Tensor:
-        """Computes `token_logps` under the reference: its own model, or the policy (`model`) without its adapters."""
-        adapters: Any = nullcontext()
-        if self.ref_model is None and is_peft_model(self.model):
-            policy = self.accelerator.unwrap_model(self.model)
-            adapters = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
-        with adapters:
-            return self.token_logps(model, inputs, labels)
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> tuple[Tensor, Tensor]:
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
@@ -376,17 +397,33 @@ class PreferenceTrainer(DPOTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         if self.args.should_save and self._state_of_objective():
             torch.save(self._state_of_objective(), folder / OBJECTIVE_STATE)
-        if self.method.has_state:
-            torch.save(self.method.state_dict(), folder / METHOD_STATE.format(rank=self.args.process_index))
+        if not self.method.has_state:
+            return
+        state = self.method.state_dict()
+        own = {name: state.pop(name) for name in self.method.of_rank}
+        if self.args.should_save:
+            torch.save(state, folder / METHOD_STATE)
+        if own:
+            torch.save(own, folder / RANKS_STATE.format(rank=self.args.process_index))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
+        if checkpoint is not None:
+            self.load_own_state(checkpoint)
+
+    def load_own_state(self, checkpoint: str) -> None:
+        """Takes the state of objective and method from a checkpoint.
+
+        Raises:
+            InputError: if it has none.
+        """
         if self._state_of_objective():
             self.objective.load_state_dict(_state(checkpoint, OBJECTIVE_STATE))
         if self.method.has_state:
-            self.method.load_state_dict(_state(checkpoint, METHOD_STATE.format(rank=self.args.process_index)))
+            state = _state(checkpoint, METHOD_STATE)
+            if self.method.of_rank:
+                state |= _state(checkpoint, RANKS_STATE.format(rank=self.args.process_index))
+            self.method.load_state_dict(state)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Tied weights are stored once; anything else that does not match is another model's."""

@@ -1,1 +1,1 @@
-"""DNPO, Dynamic Noise Preference Optimization, arXiv 2502.05400: noise on the reference, trained against the policy."""
+"""DNPO, Dynamic Noise Preference Optimization, arXiv 2502.05400: trainable noise on the reference's logits."""

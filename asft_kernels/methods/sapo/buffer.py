@@ -14,8 +14,6 @@ class ReplayBuffer:
     """
 
     def __init__(self, maximum: int):
-        if maximum < 1:
-            raise ValueError(f"max_replay_buffer_size: got {maximum}, need at least 1 entry")
         self.entries: deque[Any] = deque(maxlen=maximum)
         self.times_sampled: deque[int] = deque(maxlen=maximum)
 

@@ -1,7 +1,7 @@
 """Self-augmentation: a segment of each chosen answer, written anew by a model, makes the rejected one.
 
 One offline pass of arXiv 2405.20830 (SAPO), without its training: the model stays as it is
-(`python -m asft_kernels.methods.sapo` trains along). Rows: prompt and chosen in any form of preference data;
+(`asft train --method sapo` trains along). Rows: prompt and chosen in any form of preference data;
 what they have as rejected is ignored. Written: prompt, chosen, rejected.
 """
 
@@ -34,21 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    try:
-        regeneration = Regeneration(
-            max_length=args.max_length,
-            token_generate_length=args.token_generate_length,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-        )
-    except ValueError as error:
-        raise InputError(f"--{str(error).replace('_', '-')}") from error
+    regeneration = Regeneration(
+        max_length=args.max_length,
+        token_generate_length=args.token_generate_length,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+    )
     try:
         writer = TransformersGenerator.from_pretrained(args.model, batch_size=args.batch_size)
         check_positions(writer.model.config, args.max_length)
-    except InputError as error:
-        raise InputError(str(error)) from error
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"--model: {error}") from error
     run_stream(
@@ -73,7 +70,7 @@ def augmented(
             tokens = encode(pair)
             if len(tokens.prompt) >= args.max_length:
                 raise BadRow("prompt fills max_length", f"{len(tokens.prompt)} tokens, --max-length {args.max_length}")
-            read.append((pair, {"prompt": tokens.prompt, **tokens.answers}))
+            read.append((pair, {"prompt_ids": tokens.prompt, "chosen_ids": tokens.answers["chosen"]}))
         except BadRow as problem:
             read.append(problem)
     usable = [ids for _, ids in (entry for entry in read if not isinstance(entry, BadRow))]
@@ -86,12 +83,12 @@ def augmented(
             continue
         pair, ids = entry
         negative = next(negatives)
-        if negative == ids["chosen"]:
+        if negative == ids["chosen_ids"]:
             report.note(line, "left out, segment written anew as it was")
             yield []
             continue
         chosen = pair.text("chosen")
-        if _text(writer, ids["chosen"]).strip() != chosen.strip():
+        if _text(writer, ids["chosen_ids"]).strip() != chosen.strip():
             report.note(line, "text that the tokenizer does not give back as it was, also outside the segment")
         before = chosen[: len(chosen) - len(chosen.lstrip())]  # dialogues: a space
         row = pair.row(chosen=chosen, rejected=before + _text(writer, negative).lstrip())

@@ -1,62 +1,83 @@
-"""The two models beside the policy: its exponential moving average, which writes, and the reference."""
+"""The two sets of weights beside the policy's: their exponential moving average, which writes, and the reference's."""
 
-import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+import torch
+from torch import Tensor, nn
+
+from asft_kernels.models.check import evaluating
 
 MODES = ("ema", "policy", "fixed")
 
+Weights = dict[str, Tensor]
 
-class MovingModels:
-    """θ_ema ← (1 − β)·θ + β·θ_ema before every step; the reference is copied from it now and then.
 
-    policy: the module that is trained; both others begin as copies of it.
-    ema_beta: β in [0, 1), 0.5 in the authors' runs. 0: the policy itself writes.
-    ref_sync_steps: steps between copies into the reference, the first at step 0. 108 in the authors' code, one
-        epoch of their data.
-    ref_update_mode: what is copied: "ema", "policy", or nothing ("fixed": the policy as it came).
-    needs_reference: without it `reference` is None, and no third copy is kept.
+class MovingWeights:
+    """Holds θ_ema ← (1 − β)·θ + β·θ_ema, updated before every step, and a reference copied from it now and then.
+
+    θ are the parameters that are trained, adapters alone where these are. Both sets begin as copies of them.
+
+    Args:
+        policy: the model that is trained; it computes with either set while that is `used`.
+        ema_beta: β in [0, 1). 0: the policy's own weights write.
+        ref_update_mode: what is copied: "ema", "policy", or nothing ("fixed": the policy as it came).
+        ref_sync_steps: steps between copies into the reference, the first at step 0.
+        needs_reference: without it `reference` is None.
     """
 
     def __init__(
-        self,
-        policy: nn.Module,
-        *,
-        ema_beta: float = 0.5,
-        ref_update_mode: str = "ema",
-        ref_sync_steps: int = 108,
-        needs_reference: bool = True,
+        self, policy: nn.Module, *, ema_beta: float, ref_update_mode: str, ref_sync_steps: int, needs_reference: bool
     ):
-        if not 0 <= ema_beta < 1:
-            raise ValueError(f"ema_beta: got {ema_beta}, need a number from 0 to below 1")
-        if ref_update_mode not in MODES:
-            raise ValueError(f"ref_update_mode: got {ref_update_mode!r}, need one of {', '.join(map(repr, MODES))}")
-        if ref_sync_steps < 1:
-            raise ValueError(f"ref_sync_steps: got {ref_sync_steps}, need at least 1 step")
+        self.policy, self.ema_beta = policy, ema_beta
         self.ref_update_mode, self.ref_sync_steps = ref_update_mode, ref_sync_steps
-        self.average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(ema_beta))
-        self.average.eval().requires_grad_(False)
-        self.reference: Any = copy.deepcopy(self.average.module) if needs_reference else None
+        self.average = self._copies()
+        self.reference = self._copies() if needs_reference else None
 
-    @property
-    def ema(self) -> Any:
-        return self.average.module
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.policy.named_parameters() if parameter.requires_grad}
 
-    def update(self, policy: nn.Module, step: int) -> None:
-        """Before optimiser step `step`, counted from 0."""
-        self.average.update_parameters(policy)
+    def _copies(self) -> Weights:
+        return {name: parameter.detach().clone() for name, parameter in self._trained().items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Moves both before optimiser step `step`, counted from 0."""
+        policy = self._trained()
+        torch._foreach_lerp_([*self.average.values()], [*policy.values()], 1 - self.ema_beta)
         if self.reference is None or self.ref_update_mode == "fixed" or step % self.ref_sync_steps:
             return
-        source = self.ema if self.ref_update_mode == "ema" else policy
-        self.reference.load_state_dict(source.state_dict())
+        _copy(self.reference, self.average if self.ref_update_mode == "ema" else policy)
+
+    @contextmanager
+    def used(self, weights: Weights) -> Iterator[None]:
+        """Gives the policy other weights, by exchanging pointers, and puts it into evaluation.
+
+        Autocast keeps a parameter's cast by the parameter, not its content: what it kept is dropped on both sides.
+        """
+        with evaluating(self.policy):
+            self._exchange(weights)
+            try:
+                yield
+            finally:
+                self._exchange(weights)
+
+    def _exchange(self, weights: Weights) -> None:
+        for name, parameter in self._trained().items():
+            parameter.data, weights[name] = weights[name], parameter.data
+        torch.clear_autocast_cache()
 
     def state_dict(self) -> dict[str, Any]:
-        reference = None if self.reference is None else self.reference.state_dict()
-        return {"average": self.average.state_dict(), "reference": reference}
+        return {"average": self.average, "reference": self.reference}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.average.load_state_dict(state["average"])
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        _copy(self.average, state["average"])
         if self.reference is not None:
-            self.reference.load_state_dict(state["reference"])
+            _copy(self.reference, state["reference"])
+
+
+def _copy(into: Weights, source: Mapping[str, Tensor]) -> None:
+    for name, tensor in into.items():
+        tensor.copy_(source[name])

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from asft_kernels.errors import InputError
 from asft_kernels.methods.sapo.segments import Segment, choose_segment, splice
 
 
@@ -45,36 +46,38 @@ class Regeneration:
 
     def __post_init__(self) -> None:
         if self.token_generate_length < 1:
-            raise ValueError(f"token_generate_length: got {self.token_generate_length}, need at least 1 token")
+            raise InputError(f"token_generate_length: got {self.token_generate_length}, need at least 1 token")
         if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature: got {self.temperature}, need a number > 0: negatives are sampled")
+            raise InputError(f"temperature: got {self.temperature}, need a number > 0: negatives are sampled")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
+            raise InputError(
                 f"top_k, top_p: got {self.top_k}, {self.top_p}; need top_k >= 0 (0: off) and 0 < top_p <= 1 (1: off)"
             )
 
     def negatives(
         self, rows: Sequence[dict[str, Any]], writer: IdGenerator, generator: torch.Generator
     ) -> list[list[int]]:
-        """For each row {"prompt", "chosen"} of token ids the answer with one segment written anew.
+        """Returns for each row the answer with one segment written anew; it may come out as it was.
 
-        An answer that comes out as it was is equal to its "chosen". generator: of segments and seeds.
+        Args:
+            rows: prompt_ids and chosen_ids, token ids.
+            generator: of segments and seeds.
         """
-        rows = [{name: list(row[name]) for name in ("prompt", "chosen")} for row in rows]
         segments = [
             choose_segment(
-                len(row["chosen"]),
+                len(row["chosen_ids"]),
                 longest=self.token_generate_length,
-                room=self.max_length - len(row["prompt"]),
+                room=self.max_length - len(row["prompt_ids"]),
                 generator=generator,
             )
             for row in rows
         ]
-        begun = [row["prompt"] + row["chosen"][: segment.start] for row, segment in zip(rows, segments, strict=True)]
+        placed = list(zip(rows, segments, strict=True))
+        begun = [row["prompt_ids"] + row["chosen_ids"][: segment.start] for row, segment in placed]
         written = self._write(begun, segments, writer, generator)
         ends = writer.ends()
         return [
-            splice(row["chosen"], segment, new, ends) for row, segment, new in zip(rows, segments, written, strict=True)
+            splice(row["chosen_ids"], segment, new, ends) for (row, segment), new in zip(placed, written, strict=True)
         ]
 
     def _write(
