@@ -73,7 +73,7 @@ def check_head(
             head cannot be fused.
     """
     name = type(causal_lm(model)).__name__
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for last in (False, True):
             at_head = _AtHead(name, labels, shift, guess.at(temperature), options)
             _, output = run_to_head(model, call, at_head, _with_own_cache(inputs))
@@ -232,7 +232,8 @@ def _rounding(at_head: _AtHead, used: LogitMap, logits: Tensor, after: float) ->
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts all modules into evaluation; each is then as it was."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

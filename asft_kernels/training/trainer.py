@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from asft_kernels.errors import InputError
+from asft_kernels.models.check import evaluating
 from asft_kernels.models.fused import DIFFERENTIABLE
 from asft_kernels.models.seam import causal_lm
 from asft_kernels.objectives import Objective, get_objective
@@ -270,12 +271,27 @@ class PreferenceTrainer(DPOTrainer):
             return sums / (labels[:, 1:] != -100).sum(dim=1).clamp(min=1)
         return sums
 
-    @torch.no_grad()
-    def token_logps(self, model: Any, inputs: Any, labels: Tensor) -> Tensor:
-        """Computes log-probabilities of labels, without gradients.
+    def reference_token_logps(self, model: Any, inputs: Any, labels: Tensor) -> Tensor:
+        """`token_logps` under the reference: its own model, or the policy without its adapters.
 
         Args:
-            model: fused.
+            model: the reference model, or the policy.
+        """
+        with self.without_adapters():
+            return self.token_logps(model, inputs, labels)
+
+    def without_adapters(self) -> AbstractContextManager[Any]:
+        """Makes the policy the reference where that is what it is without its adapters."""
+        if self.ref_model is not None or not is_peft_model(self.model):
+            return nullcontext()
+        policy = self.accelerator.unwrap_model(self.model)
+        return use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
+
+    @torch.no_grad()
+    def token_logps(self, model: Any, inputs: Any, labels: Tensor) -> Tensor:
+        """Computes log-probabilities of a batch, without dropout.
+
+        Args:
             inputs: a batch.
             labels: (2B, T), -100 where none is wanted.
 
@@ -284,18 +300,9 @@ class PreferenceTrainer(DPOTrainer):
         """
         of_model = {name: value for name, value in inputs.items() if name not in OF_BATCH}
         kwargs: Any = self.args.gradient_checkpointing_kwargs
-        with disable_gradient_checkpointing(self.model, kwargs):
+        with disable_gradient_checkpointing(self.model, kwargs), evaluating(model):
             outputs = model(**of_model, use_cache=False, labels=labels, fused_lm_head=True)
         return outputs.log_probs[:, -(labels.shape[1] - 1) :]
-
-    def reference_token_logps(self, model: Any, inputs: Any, labels: Tensor) -> Tensor:
-        """Computes `token_logps` under the reference: its own model, or the policy (`model`) without its adapters."""
-        adapters: Any = nullcontext()
-        if self.ref_model is None and is_peft_model(self.model):
-            policy = self.accelerator.unwrap_model(self.model)
-            adapters = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
-        with adapters:
-            return self.token_logps(model, inputs, labels)
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> tuple[Tensor, Tensor]:
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
