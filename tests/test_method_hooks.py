@@ -18,9 +18,10 @@ from asft_kernels.methods.fpo import SparseAutoencoder, fpo_inputs, pooled_featu
 from asft_kernels.methods.fpo.cache import write_reference_features
 from asft_kernels.methods.fpo.hidden import hidden_states
 from asft_kernels.methods.fpo.hooks import Arguments, Hooks
-from asft_kernels.objectives import BMC, FPO, KTO, SFT, PoFT, WeightedSum, weighted_reference
+from asft_kernels.objectives import BMC, DPO, FPO, KTO, SFT, PoFT, WeightedSum, weighted_reference
 from asft_kernels.sequence import Logps
 from asft_kernels.training import PreferenceConfig, PreferenceTrainer
+from asft_kernels.training.hooks import find_method
 from asft_kernels.training.on_pairs import OnPairs
 from bounds import unit_roundoff
 from test_preference_trainer import options, pytestmark  # noqa: F401
@@ -292,6 +293,11 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, model, changes, argument
             model, args=config, train_dataset=Dataset.from_list(rows or tokenised()), method=method,
             processing_class=tiny_tokenizer(),
         )  # fmt: skip
+
+
+def test_arguments_of_another_method_are_refused():
+    with pytest.raises(InputError, match=r"sae: got 'a.npz', need none: DPO.* does not go with fpo"):
+        find_method(None, DPO(), {"fpo": Arguments(sae="a.npz")})
 
 
 def test_rows_of_another_data_set_have_no_reference_point(tmp_path, model):
