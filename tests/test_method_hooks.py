@@ -18,24 +18,19 @@ from asft_kernels.methods.fpo import SparseAutoencoder, fpo_inputs, pooled_featu
 from asft_kernels.methods.fpo.cache import write_reference_features
 from asft_kernels.methods.fpo.hidden import hidden_states
 from asft_kernels.methods.fpo.hooks import Arguments, Hooks
-from asft_kernels.objectives import BMC, FPO, KTO, SFT, PoFT, WeightedSum, weighted_reference
+from asft_kernels.objectives import BMC, DPO, FPO, KTO, SFT, PoFT, WeightedSum, weighted_reference
 from asft_kernels.sequence import Logps
 from asft_kernels.training import PreferenceConfig, PreferenceTrainer
+from asft_kernels.training.hooks import find_method
 from asft_kernels.training.on_pairs import OnPairs
 from bounds import unit_roundoff
-from test_preference_trainer import options
+from test_preference_trainer import options, pytestmark  # noqa: F401
 from tiny_lm import pairs, saved_sae, saved_tiny_model, tiny_model, tiny_tokenizer
 
-pytestmark = [
-    # peft 0.21 and trl ask for names that transformers renamed; nothing of ours does
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
 SIDES = ("chosen", "rejected")
 MAX_LENGTH = 24  # some answers are cut
 # Sums of some 25 log-probabilities of size 6 in fp32: 1e-5 at most, in losses that beta scales to a tenth of it.
-AT_START = {"abs": 1e-5}
+AT_START = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -190,8 +185,9 @@ def test_fpo_compares_features_at_a_layer(tmp_path, model, layer, checkpointing,
         write_reference_features(
             given["ref_features"], ref, sae, Dataset.from_list(rows), layer=layer, max_length=MAX_LENGTH, batch_size=3
         )
+    method = Hooks(Arguments(**given))
     trainer = made(
-        tmp_path, model, objective, rows=rows, method=Hooks(Arguments(**given)), ref_model=reference(),
+        tmp_path, model, objective, rows=rows, method=method, ref_model=reference(),
         gradient_checkpointing=checkpointing,
     )  # fmt: skip
     ids, mask, labels = padded(rows)
@@ -200,7 +196,7 @@ def test_fpo_compares_features_at_a_layer(tmp_path, model, layer, checkpointing,
         ref_sums = token_logps(ref, rows)[2].double().sum(1)
     last, hidden = hidden_states(plain, ids, mask, layer)
     if stored:
-        rounded = trainer.method.features.pooled([row["id"] for row in rows])
+        rounded = method.features.pooled([row["id"] for row in rows])
         # float16 in the file, 2^-11 of each entry, of fp32 sums in batches of other padding.
         torch.testing.assert_close(rounded, ref_pooled, rtol=2**-11 + 1e-5, atol=1e-5)
         ref_pooled = rounded
@@ -217,7 +213,7 @@ def test_fpos_reference_may_be_the_model_without_its_adapters(tmp_path, model):
     rows = logs(made(tmp_path, model, FPO(top_k=4), method=method, lora=lora, **SEVERAL))
     distances = [row["rejected_feature_distance"] for row in rows]
     assert distances[0] < 1e-8 < distances[-1]
-    assert rows[0]["loss"] == pytest.approx(math.log(2), **AT_START)
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=AT_START)
 
 
 # (objective, loss while policy and reference are the same)
@@ -239,9 +235,8 @@ def test_each_trains_and_resumes_to_the_bit(tmp_path, model, objective, start):
 
     rows = logs(run(tmp_path / "whole"))
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
-    if start is not None:
-        assert rows[0]["loss"] == pytest.approx(start, **AT_START)
-        assert rows[-1]["loss"] < start - 1e-4
+    assert start is None or rows[0]["loss"] == pytest.approx(start, abs=AT_START)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 1e-4
     again = run(tmp_path / "again")
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert [row["loss"] for row in again.state.log_history if "loss" in row] == [row["loss"] for row in rows]
@@ -300,8 +295,13 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, model, changes, argument
         )  # fmt: skip
 
 
+def test_arguments_of_another_method_are_refused():
+    with pytest.raises(InputError, match=r"sae: got 'a.npz', need none: DPO.* does not go with fpo"):
+        find_method(None, DPO(), {"fpo": Arguments(sae="a.npz")})
+
+
 def test_rows_of_another_data_set_have_no_reference_point(tmp_path, model):
     trainer = made(tmp_path, model, "kto", eval_rows=tokenised(4))
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(0.5, **AT_START)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(0.5, abs=AT_START)
     with pytest.raises(InputError, match="kto: got rows without other pairs' answers"):
         trainer.evaluate(Dataset.from_list(tokenised(4)))

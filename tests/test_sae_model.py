@@ -83,7 +83,7 @@ def test_reference_features_of_something_else_are_refused(tmp_path, loaded):
     with pytest.raises(ValueError, match=rf"no pair {missing}"):
         ReferenceFeatures(path, sae).pooled([missing])
     limit = len(loaded[0]["prompt_ids"]) + 1
-    with pytest.raises(ValueError, match=r"has 3 tokens in its rejected answer, need 1; .*tokenizer and lengths"):
+    with pytest.raises(ValueError, match=r"has 4 tokens in its chosen answer, need 1; .*tokenizer and lengths"):
         ReferenceFeatures(path, sae, pairs=loaded.select([0]), max_length=limit)
     huge = SparseAutoencoder(*(1e6 * x for x in make_sae(False, D, F).parameters()))
     with pytest.raises(ValueError, match=r"a pooled feature of [\d.e+]+, need at most 65504 \(float16\)"):

@@ -38,7 +38,7 @@ class Method:
     name: ClassVar[str] = ""
     Arguments: ClassVar[type | None] = None
     provides: ClassVar[tuple[str, ...]] = ()
-    columns: ClassVar[tuple[str, ...]] = ()
+    columns: tuple[str, ...] = ()
     makes_pairs: ClassVar[bool] = False
     ref_tokens: bool = False
     live_reference: bool = False

@@ -45,13 +45,13 @@ class Hooks(Method):
     name = "fpo"
     Arguments = Arguments
     provides = ("feature_distance",)
-    arguments: Arguments
+    arguments: Any
 
     @classmethod
     def serves(cls, objective: Objective) -> bool:
         return bool(_terms(objective))
 
-    def __init__(self, arguments: Arguments | None = None):
+    def __init__(self, arguments: Any = None):
         super().__init__(arguments)
         self.live_reference = self.arguments.ref_features is None
         self.columns = () if self.live_reference else ("id",)
@@ -114,8 +114,10 @@ class Hooks(Method):
     ) -> Iterator[LossInputs]:
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         layer, name = self.arguments.sae_layer, type(trainer.model).__name__
-        given, ref_pooled = {}, entries.get("ref_pooled")
-        if self.live_reference:
+        given = {}
+        if not self.live_reference:
+            ref_pooled = entries["ref_pooled"]
+        else:
             reference = trainer.ref_model or model
             with layer_output(trainer.accelerator.unwrap_model(reference), layer) as kept:
                 tokens = trainer.reference_token_logps(reference, inputs, labels)
