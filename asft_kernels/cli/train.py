@@ -1,5 +1,6 @@
 """`asft train`: TRL's names for model, data, LoRA and the Trainer, ours for the objective."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
 
     def body() -> int:
+        # TRL asks for names that transformers renamed: nothing that a user could mend.
+        warnings.filterwarnings("ignore", "`.*` is deprecated and will be removed in v6", FutureWarning)
         from asft_kernels.training.hooks import installed
         from asft_kernels.training.run import run
 
