@@ -43,10 +43,16 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(config, items):
     for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if item.get_closest_marker("emulated") and parameters.get("dtype") == torch.float16:
+            item.add_marker("slow")  # differs from bf16 by the name of a type
         for kind in KINDS:
-            assert not item.get_closest_marker(kind) or kind in item.path.read_text(), f"{item.path} holds tests marked {kind}"
+            assert not item.get_closest_marker(kind) or kind in item.path.read_text(), (
+                f"{item.path} holds tests marked {kind}"
+            )
     if not EMULATOR:
         skip = pytest.mark.skip(reason="ASFT_KERNELS_EMULATOR_DIR is not set: no emulator to execute compiled kernels")
         for item in items:

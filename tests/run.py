@@ -37,8 +37,8 @@ PARTS = {  # name -> pytest's -m, one process group for each
 }
 DEFAULT = ("plain", "compile", "emulated")
 CORE = (  # of the quick part: they import no more than torch
-    "api_page", "base_objectives", "batch", "checks", "contract", "every_objective", "functional", "layers",
-    "neighbour_objectives", "objectives", "plan", "run", "token_stats",
+    "autocast", "base_objectives", "batch", "checks", "contract", "every_objective", "functional", "layers",
+    "neighbour_objectives", "objectives", "plan", "token_stats",
 )  # fmt: skip
 EMULATOR_DIR = "ASFT_KERNELS_EMULATOR_DIR"
 NO_TESTS = 5  # pytest's exit code for an empty selection

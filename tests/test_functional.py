@@ -28,8 +28,10 @@ from cases import IGNORE, figures, make_case, packed
 BACKENDS = [
     "torch",
     pytest.param("triton", marks=pytest.mark.interpreter),
-    pytest.param("triton", marks=pytest.mark.emulated, id="triton-emulated"),
+    pytest.param("triton", marks=[pytest.mark.emulated, pytest.mark.slow], id="triton-emulated"),
 ]
+# The kernels are emulated one by one (tests/test_kernels.py); together in one test, and in all in `slow`.
+EVERYWHERE = [*BACKENDS[:2], pytest.param("triton", marks=pytest.mark.emulated, id="triton-emulated")]
 # fp32 sums of a few dozen terms and some 40 logits of size 10: well inside the bound for |z| <= 32.
 FP32 = fp32_bound(32)
 
@@ -48,7 +50,7 @@ def small(dtype=torch.float32, **more):
     return case.on("cuda") if torch.cuda.is_available() else case
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_loss_outputs_and_gradients(backend, dtype):
     case = small(dtype, bias=True)
@@ -75,8 +77,7 @@ def test_loss_outputs_and_gradients(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("beta", [0.001, 1.0])
-@pytest.mark.parametrize("sft_weight", [0.0, 1.0])
+@pytest.mark.parametrize(("beta", "sft_weight"), [(0.001, 0.0), (1.0, 1.0)])
 def test_beta_and_second_stage(backend, beta, sft_weight):
     case = small()
     exact = case.to(torch.float64)
