@@ -82,9 +82,7 @@ def test_fp32_large_vocabulary(peaked):
     truth = plain_loss(exact)
     assert relative_error(mine, truth) <= fp32_bound(max_logit(case))
     for got, right in zip(
-        torch.autograd.grad(mine, case.leaves),
-        torch.autograd.grad(truth, exact.leaves),
-        strict=True,
+        torch.autograd.grad(mine, case.leaves), torch.autograd.grad(truth, exact.leaves), strict=True
     ):
         assert relative_error(got, right) <= fp32_bound(max_logit(case))
 
@@ -285,8 +283,5 @@ def test_reference_agrees_with_the_closed_form():
     """The oracle itself, against the loss written another way."""
     case = make_case(dtype=torch.float64)
     torch.testing.assert_close(
-        reference.fused_asft_loss(case.hidden, case.head, case.labels),
-        plain_loss(case),
-        rtol=1e-13,
-        atol=0,
+        reference.fused_asft_loss(case.hidden, case.head, case.labels), plain_loss(case), rtol=1e-13, atol=0
     )

@@ -43,12 +43,7 @@ KERNELS = {
     "weigh_logits_kernel",
 }
 # The instruction that makes the tile worth its registers, by chip; fp32 runs on FMA units or fp32 MFMA.
-MATRIX = {
-    "sm_80": "HMMA.16816.F32",
-    "sm_90": "HGMMA.64x",
-    "sm_100": "UTCHMMA",
-    "gfx942": "v_mfma_f32_",
-}
+MATRIX = {"sm_80": "HMMA.16816.F32", "sm_90": "HGMMA.64x", "sm_100": "UTCHMMA", "gfx942": "v_mfma_f32_"}
 
 
 @cache

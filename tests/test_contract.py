@@ -81,12 +81,7 @@ def test_bias_alone_trains():
 def test_checkpointing():
     case = make_case()
     plain = grads_of(fused_asft_loss(case.hidden, case.head, case.labels), *case.leaves)
-    loss = checkpoint(
-        lambda h, w: fused_asft_loss(h, w, case.labels),
-        case.hidden,
-        case.weight,
-        use_reentrant=False,
-    )
+    loss = checkpoint(lambda h, w: fused_asft_loss(h, w, case.labels), case.hidden, case.weight, use_reentrant=False)
     assert all(torch.equal(a, b) for a, b in zip(plain, grads_of(loss, *case.leaves), strict=True))
 
 

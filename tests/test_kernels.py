@@ -72,12 +72,7 @@ class Inputs:
         self.labels = torch.randint(V, (N,), generator=gen)
         if rivals and N > 6 and V > 20:
             # Rows of the head parallel to a token's hidden state: logits far above that token's label.
-            for t, v, gap in (
-                (1, V // 2, 31.0),
-                (2, V - 1, 45.0),
-                (2, V // 3, 20.0),
-                (5, 3, 205.0),
-            ):
+            for t, v, gap in ((1, V // 2, 31.0), (2, V - 1, 45.0), (2, V // 3, 20.0), (5, 3, 205.0)):
                 h = self.hidden[self.rows[t]]
                 self.weight[v] = h * gap / h.square().sum()
             self.labels[[1, 2, 5]] = V // 4
@@ -141,8 +136,7 @@ AROUND_HALF = torch.linspace(0.45, 0.55, 33, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
-    "which",
-    both(*[["log1p", "expm1", "softplus", "sigmoid", "softcap_logits", "softcap_slope"]] * 2),
+    "which", both(*[["log1p", "expm1", "softplus", "sigmoid", "softcap_logits", "softcap_slope"]] * 2)
 )
 def test_device_math(which, device):
     """Relative errors: a series or quotient of some 8 operations, or exp and log, which chips round
@@ -221,10 +215,7 @@ def test_label_logits_reads_a_transposed_head(device):
 @pytest.mark.parametrize(("scale", "softcap", "bias"), [(1.0, None, False), (1.3, 40.0, True)])
 @pytest.mark.parametrize(
     ("N", "V", "D", "first", "stop"),
-    both(
-        [(1, 1, 1, 0, 1), (7, 33, 5, 0, 33), (70, 251, 37, 100, 251), (33, 123, 67, 64, 97)],
-        [(9, 75, 40, 20, 75)],
-    ),
+    both([(1, 1, 1, 0, 1), (7, 33, 5, 0, 33), (70, 251, 37, 100, 251), (33, 123, 67, 64, 97)], [(9, 75, 40, 20, 75)]),
 )
 def test_logits_exp(N, V, D, first, stop, scale, softcap, bias, dtype, store, sums, device):
     """E' = exp(z - q) c: exp turns an absolute error of its argument into a relative one, dz of z

@@ -16,8 +16,7 @@ GEMMA = Logits(scale=0.5, softcap=20.0)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() or triton_runs_on_cpu()),
-    reason="Triton has nothing to run on here",
+    not (torch.cuda.is_available() or triton_runs_on_cpu()), reason="Triton has nothing to run on here"
 )
 
 
@@ -120,13 +119,7 @@ def check(problem, saved, grads, factor=many, largest=0.0) -> None:
 
 # What differs between the plans: chunks that divide V or not, chunks smaller than a tile, exponentials
 # of none, some and all of them kept.
-PLANS = [
-    Plan(131, 131, 0),
-    Plan(131, 131, 1),
-    Plan(131, 32, 2),
-    Plan(131, 52, 3),
-    Plan(131, 19, 5),
-]
+PLANS = [Plan(131, 131, 0), Plan(131, 131, 1), Plan(131, 32, 2), Plan(131, 52, 3), Plan(131, 19, 5)]
 WAYS = [
     *((PLAIN, False, plan) for plan in PLANS),
     *((GEMMA, True, plan) for plan in PLANS[2:4]),
