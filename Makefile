@@ -1,5 +1,6 @@
 # make demo   fine-tune a small model on the package's own pairs, and compare with the plain path
-# make test   the whole test suite, one summary at the end
+# make check  ruff, pyright and the core's quick tests: under a minute on two cores
+# make test   the test suite, on all cores, one summary at the end
 # make bench  time, memory and accuracy beside the other packages: 20 minutes on a CPU; results in bench_results/,
 #             and README.md's figures are drawn from them
 # make lint   ruff and pyright
@@ -9,7 +10,7 @@
 #             by hand, not in CI: each makes an environment of its own, .venv-oldest or .venv-newest, of 5 GB
 #
 #   make test PYTHON=python3.12          another interpreter (after `make clean`)
-#   make test ARGS="plain compile"       some parts only; make demo ARGS="--help"
+#   make test ARGS="plain compile"       some parts only; ARGS="slow": what is long; make demo ARGS="--help"
 #   make bench ARGS="main"               some sets only (--list: which); draw them: python -m benchmarks.report --write
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 KEY := $(shell { pwd; cat setup.py constraints.txt; } | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint oldest newest venv clean
+.PHONY: help demo check test bench lint oldest newest venv clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -36,6 +37,9 @@ test: venv
 	@echo "== fetching a small real language model, which some tests use (93 MB, once)"
 	@$(PY) -m asft_kernels.models.smollm2 || echo "== going on without it: those tests say that they skip"
 	$(PY) tests/run.py $(ARGS)
+
+check: lint
+	$(PY) tests/run.py quick
 
 # A run that was cut off goes on when started again.
 bench: venv
@@ -55,7 +59,7 @@ newest: ENDS := torch==2.15.0 triton==3.9.0 numpy
 oldest newest:
 	@$(MAKE) --no-print-directory venv VENV=.venv-$@
 	@grep -vE '^(torch|triton|numpy)=' constraints.txt >.venv-$@/constraints.txt
-	.venv-$@/bin/python -m pip install -c .venv-$@/constraints.txt $(ENDS) hypothesis pytest tqdm
+	.venv-$@/bin/python -m pip install -c .venv-$@/constraints.txt $(ENDS) hypothesis pytest pytest-xdist tqdm
 	.venv-$@/bin/python tests/run.py $(or $(ARGS),plain compile)
 
 venv:

@@ -68,6 +68,7 @@ setup(
             "bitsandbytes>=0.49; platform_system == 'Linux'",  # heads of 4 and 8 bits
             "hypothesis>=6.100",
             "pytest>=8.4",
+            "pytest-xdist>=3.6",
             # Compiled kernels are executed with it; newer and older releases are untested.
             "tinygrad==0.14.0; python_version >= '3.11'",
         ],

@@ -44,17 +44,7 @@ class Case:
 
 
 def make_case(
-    rows=4,
-    T=13,
-    D=24,
-    V=97,
-    *,
-    dtype=torch.float32,
-    valid=0.5,
-    bias=False,
-    peaked=False,
-    spread=1.0,
-    seed=0,
+    rows=4, T=13, D=24, V=97, *, dtype=torch.float32, valid=0.5, bias=False, peaked=False, spread=1.0, seed=0
 ) -> Case:
     """A batch with about `valid` of its labels unmasked; peaked copies rows of hidden into the head.
 
@@ -105,12 +95,5 @@ def gemms(call, n_valid: int, V: int, D: int) -> float:
     """Multiply-adds of every mm and addmm that ran, in units of one N x V x D product."""
     with profile(activities=[ProfilerActivity.CPU], with_flops=True) as prof:
         call()
-    products = {
-        "aten::mm",
-        "aten::addmm",
-        "aten::bmm",
-        "aten::baddbmm",
-        "aten::linear",
-        "aten::matmul",
-    }
+    products = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::matmul"}
     return sum(e.flops for e in prof.events() if e.name in products) / (2 * n_valid * V * D)

@@ -1,4 +1,4 @@
-"""Which of three processes this is, seeds, NaN in every fresh tensor, and helpers that all tests share.
+"""Which of three kinds of process this is, seeds, NaN in every fresh tensor, and helpers that all tests share.
 
 `python -m pytest` runs the plain tests and the kernels under Triton's interpreter (the compiled kernels
 where there is a GPU); `-m compile` cross-compiles; `-m emulated` executes compiled code on the CPU. The
@@ -13,6 +13,7 @@ import torch
 import emulator
 from asft_kernels.backends import HAS_TRITON, interpreter_fault
 
+KINDS = ("compile", "emulated")
 EMULATOR = os.environ.get("ASFT_KERNELS_EMULATOR_DIR")
 
 
@@ -34,7 +35,24 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Two kinds stand in few files, which say so; the others need not be imported for them."""
+    for kind in KINDS:
+        if _selects(config, kind) and collection_path.suffix == ".py" and kind not in collection_path.read_text():
+            return True
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if item.get_closest_marker("emulated") and parameters.get("dtype") == torch.float16:
+            item.add_marker("slow")  # differs from bf16 by the name of a type
+        for kind in KINDS:
+            assert not item.get_closest_marker(kind) or kind in item.path.read_text(), (
+                f"{item.path} holds tests marked {kind}"
+            )
     if not EMULATOR:
         skip = pytest.mark.skip(reason="ASFT_KERNELS_EMULATOR_DIR is not set: no emulator to execute compiled kernels")
         for item in items:

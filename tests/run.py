@@ -1,15 +1,17 @@
 """All tests, in the processes that they need, and one summary: what `make test` runs.
 
     plain      everything on torch and in Triton's interpreter: `python -m pytest`
-    slow       what takes minutes, of the same kind: `-m slow`
     compile    kernels cross-compiled for GPUs that need not be there: `-m compile`
-    emulated   compiled kernels executed on the CPU: `-m emulated`, one process per file
+    emulated   compiled kernels executed on the CPU: `-m emulated`
+    slow       what is thorough and long, of all three kinds: not part of `make test`
+    quick      the core without the interpreter: what `make check` runs
 
-They are apart because a kernel decorated for the interpreter cannot be compiled in that process,
-and because a wild address in compiled code kills the process: here that is one failure, with its
-file's name. The last line is `N passed, N failed, N skipped`. The exit code is 1 if anything
-failed, a process died, or a part ran no test. With CI=true a part that skips everything fails as
-well, and so does each skipped emulated test, if the emulator is there.
+The kinds are apart because a kernel decorated for the interpreter cannot be compiled in that process.
+Each kind is spread over as many processes as there are processors, one thread each; a process that dies,
+as of a wild address in compiled code, is one failure with the test's name, and another takes its place.
+The last line is `N passed, N failed, N skipped`. The exit code is 1 if anything failed or a part ran no
+test. With CI=true a part that skips everything fails as well, and so does each skipped emulated test, if
+the emulator is there.
 """
 
 import argparse
@@ -26,14 +28,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("plain", "slow", "compile", "emulated")
+PARTS = {  # name -> pytest's -m, one process group for each
+    "quick": ["not slow and not compile and not emulated and not interpreter"],
+    "plain": ["not slow and not compile and not emulated"],
+    "compile": ["compile and not slow"],
+    "emulated": ["emulated and not slow"],
+    "slow": ["slow and not compile and not emulated", "compile and slow", "emulated and slow"],
+}
+DEFAULT = ("plain", "compile", "emulated")
+CORE = (  # of the quick part: they import no more than torch
+    "autocast", "base_objectives", "batch", "checks", "contract", "every_objective", "functional", "layers",
+    "neighbour_objectives", "objectives", "plan", "token_stats",
+)  # fmt: skip
 EMULATOR_DIR = "ASFT_KERNELS_EMULATOR_DIR"
 NO_TESTS = 5  # pytest's exit code for an empty selection
 
 
 @dataclass
 class Result:
-    """Counts of one part, summed over its processes."""
+    """Counts of one part, summed over its runs of pytest."""
 
     name: str
     passed: int = 0
@@ -45,26 +58,32 @@ class Result:
         self.failed.append(f"{self.name}: {what}")
 
 
-def run_pytest(result: Result, args: list[str], env: dict[str, str], what: str) -> None:
-    """One pytest process, its output live on the terminal, its counts added to `result`."""
+def run_pytest(result: Result, args: list[str]) -> None:
+    """One run of pytest, its output live on the terminal, its counts added to `result`."""
+    # The switches are each process's own (tests/conftest.py): none is inherited from the caller.
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
+    env.setdefault("OMP_NUM_THREADS", "1")
+    # Neighbours stay together, for what they have in common is made once; who is done takes over from others.
+    spread = ["-p", "xdist", "-n", str(len(os.sched_getaffinity(0))), "--dist", "worksteal"]
     with tempfile.TemporaryDirectory(prefix="asft-tests-") as folder:
         xml = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", *args, f"--junitxml={xml}"]
-        print(f"\n== {result.name}: python -m pytest {' '.join(args)}", flush=True)
+        command = [*args, *spread, "--durations=5", "--durations-min=5"]
+        print(f"\n== {result.name}: python -m pytest {' '.join(map(repr, command))}", flush=True)
         began = time.monotonic()
+        command = [sys.executable, "-m", "pytest", *command, f"--junitxml={xml}"]
         code = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL).returncode
         result.seconds += time.monotonic() - began
         failed_before = len(result.failed)
         cases = report(xml)
     add_counts(result, cases or [])
     if code < 0:
-        result.fail(f"{what}: the process died of {signal_name(-code)}")
+        result.fail(f"the process died of {signal_name(-code)}")
     elif code == NO_TESTS:
-        result.fail(f"{what}: no test was collected")
+        result.fail("no test was collected")
     elif cases is None:
-        result.fail(f"{what}: pytest ended with code {code} and left no readable report")
+        result.fail(f"pytest ended with code {code} and left no readable report")
     elif code != 0 and len(result.failed) == failed_before:
-        result.fail(f"{what}: pytest ended with code {code}, though no test failed")
+        result.fail(f"pytest ended with code {code}, though no test failed")
 
 
 def signal_name(number: int) -> str:
@@ -97,85 +116,30 @@ def add_counts(result: Result, cases: list[ET.Element]) -> None:
 
 
 def skip_reason(skip: ET.Element) -> str:
-    message = whole_file_skip(skip)[1] or skip.get("message") or ""
+    message = skip.get("message") or ""
+    if message == "collection skipped":  # a file that skipped itself at import: (path, line, "Skipped: reason")
+        path, _, reason = ast.literal_eval(skip.text or "")
+        message = f"{Path(path).name}: {reason.removeprefix('Skipped: ')}"
     if skip.get("type") == "pytest.xfail":
         message = f"expected to fail: {message}"
     return " ".join(message.split()) or "no reason given"
 
 
-def whole_file_skip(skip: ET.Element) -> tuple[str, str]:
-    """(path, reason) where a file skipped itself at import, else two empty strings."""
-    if skip.get("message") != "collection skipped":
-        return "", ""
-    try:  # pytest's text for it: (path, line, "Skipped: reason")
-        path, _, reason = ast.literal_eval(skip.text or "")
-    except (ValueError, SyntaxError, TypeError):
-        return "", skip.text or ""
-    return path, reason.removeprefix("Skipped: ")
-
-
-def emulated_files(result: Result, env: dict[str, str]) -> list[str]:
-    """Test files that hold emulated tests, by pytest's own collection."""
-    print("\n== emulated: looking for its files", flush=True)
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="asft-tests-") as folder:
-        xml = Path(folder) / "junit.xml"
-        args = ["-m", "emulated", "--collect-only", "-q", f"--junitxml={xml}"]
-        found = subprocess.run(
-            [sys.executable, "-m", "pytest", *args],
-            cwd=ROOT,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            capture_output=True,
-        )
-        whole = [skip for case in report(xml) or [] if (skip := case.find("skipped")) is not None]
-    result.seconds += time.monotonic() - began
-    if found.returncode not in (0, NO_TESTS):
-        print(found.stdout, found.stderr, sep="\n", flush=True)
-        result.fail(f"collection ended with code {found.returncode}")
-    for skip in whole:  # files that skip themselves at import: pytest lists none of their tests
-        path, reason = whole_file_skip(skip)
-        if path and "mark.emulated" in Path(path).read_text(encoding="utf-8"):
-            result.skipped[f"{Path(path).name}: {reason}"] += 1
-    files = (line.split("::")[0] for line in found.stdout.splitlines() if "::" in line)
-    return [name for name in dict.fromkeys(files) if (ROOT / name).is_file()]
-
-
 def run_part(name: str) -> Result:
-    result = Result(name)
-    # The switches are each process's own (tests/conftest.py): none is inherited from the caller.
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
-    args = ["--durations=5", "--durations-min=5"]
-    if name == "plain":
-        run_pytest(result, args, env, "the process")
-    elif name in ("slow", "compile"):
-        run_pytest(result, ["-m", name, *args], env, "the process")
-    elif not env.get(EMULATOR_DIR):
-        run_pytest(result, ["-m", "emulated", *args], env, "the process")  # all skip: one is enough
-    else:
-        files = emulated_files(result, env)
-        if not files and not result.failed:
-            result.fail("no test was collected")
-        for file in files:
-            run_pytest(result, [file, "-v", "-m", "emulated", *args], env, file)
-    check_skips(result)
-    return result
-
-
-def check_skips(result: Result) -> None:
     """In CI a part that should have run and did not is a failure, not a line to overlook."""
+    result = Result(name)
+    files = [f"tests/test_{file}.py" for file in CORE] if name == "quick" else []
     in_ci = os.environ.get("CI", "").lower() in ("1", "true")
-    has_emulator = bool(os.environ.get(EMULATOR_DIR))
-    if not in_ci or (result.name == "emulated" and not has_emulator):
-        return
-    if result.name == "emulated":
-        for reason, count in result.skipped.items():
-            for _ in range(count):
+    for selection in PARTS[name]:
+        before = result.skipped.copy()
+        run_pytest(result, [*files, "-m", selection])
+        if in_ci and selection.startswith("emulated") and os.environ.get(EMULATOR_DIR):
+            for reason in (result.skipped - before).elements():
                 result.fail(f"skipped in CI though {EMULATOR_DIR} is set: {reason}")
-        result.skipped.clear()
-    elif result.skipped and not result.passed and not result.failed:
+            result.skipped = before
+    if in_ci and name != "emulated" and result.skipped and not result.passed and not result.failed:
         result.fail("all tests were skipped in CI")
+    return result
 
 
 def print_summary(results: list[Result]) -> None:
@@ -199,13 +163,13 @@ def print_summary(results: list[Result]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Runs the test suite: four parts, one summary.")
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; default: all")
+    parser = argparse.ArgumentParser(description="Runs the test suite in parts, with one summary.")
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; default: {', '.join(DEFAULT)}")
     options = parser.parse_args()
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
         parser.error(f"part: got {unknown[0]!r}, need one of {', '.join(PARTS)}")
-    results = [run_part(part) for part in PARTS if part in (options.parts or PARTS)]
+    results = [run_part(part) for part in PARTS if part in (options.parts or DEFAULT)]
     print_summary(results)
     return 1 if any(r.failed for r in results) else 0
 

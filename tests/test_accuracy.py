@@ -76,15 +76,13 @@ def test_fp32_logps(peaked):
 
 @pytest.mark.parametrize("peaked", [False, True])
 def test_fp32_large_vocabulary(peaked):
-    case = make_case(rows=4, T=129, D=48, V=152_001, valid=0.97, peaked=peaked, spread=3.0)
+    case = make_case(rows=4, T=17, D=48, V=152_001, valid=0.97, peaked=peaked, spread=3.0)
     exact = case.to(torch.float64)
     mine = fused_asft_loss(case.hidden, case.head, case.labels)
     truth = plain_loss(exact)
     assert relative_error(mine, truth) <= fp32_bound(max_logit(case))
     for got, right in zip(
-        torch.autograd.grad(mine, case.leaves),
-        torch.autograd.grad(truth, exact.leaves),
-        strict=True,
+        torch.autograd.grad(mine, case.leaves), torch.autograd.grad(truth, exact.leaves), strict=True
     ):
         assert relative_error(got, right) <= fp32_bound(max_logit(case))
 
@@ -133,16 +131,17 @@ def test_low_precision(dtype, peaked, pairs):
             assert relative_error(got, truth) <= TORCH_FACTOR * rounded_once(truth, dtype)
 
 
-@pytest.mark.parametrize("cache_bytes", [0, 3000, None])
-@pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("bias", "softcap", "cache_bytes"), [(False, None, None), (False, 5.0, 0), (True, None, 0), (True, 5.0, 300)]
+)
 def test_gradcheck(bias, softcap, cache_bytes):
-    case = make_case(rows=4, T=6, D=5, V=23, dtype=torch.float64, bias=bias)
+    """Nothing, one of three chunks and everything kept."""
+    case = make_case(rows=4, T=5, D=3, V=11, dtype=torch.float64, bias=bias)
 
     def loss(hidden, weight, *bias):
         return fused_asft_loss(
             hidden, (weight, *bias) if bias else weight, case.labels, lam=0.7, beta=0.3, sft_weight=0.5,
-            logit_scale=1.3, softcap=softcap, chunk_size=7, cache_bytes=cache_bytes, reduction="none",
+            logit_scale=1.3, softcap=softcap, chunk_size=4, cache_bytes=cache_bytes, reduction="none",
         )  # fmt: skip
 
     assert torch.autograd.gradcheck(loss, tuple(case.leaves))
@@ -284,8 +283,5 @@ def test_reference_agrees_with_the_closed_form():
     """The oracle itself, against the loss written another way."""
     case = make_case(dtype=torch.float64)
     torch.testing.assert_close(
-        reference.fused_asft_loss(case.hidden, case.head, case.labels),
-        plain_loss(case),
-        rtol=1e-13,
-        atol=0,
+        reference.fused_asft_loss(case.hidden, case.head, case.labels), plain_loss(case), rtol=1e-13, atol=0
     )

@@ -349,8 +349,8 @@ def test_both_phases_with_a_chosen_tile(dtype, logits, tile, device, monkeypatch
         return tile
 
     monkeypatch.setattr(triton_fused, "best_tile", chosen)
-    whole = Whole(dtype, device, N=50, V=120, D=48, logits=logits, bias=True)
-    plan = Plan(120, 56, 1)
+    whole = Whole(dtype, device, N=50, V=56, D=48, logits=logits, bias=True)
+    plan = Plan(56, 40, 1)
     saved = whole.forward(plan)
     check(whole, saved, whole.backward(saved, plan), few)
     assert asked == [(Problem(dtype, 48, 50, logits.softcap is not None), True)] * 2

@@ -9,15 +9,7 @@ from cases import IGNORE
 
 
 def packed_rows(labels, cu_seqlens=None, shift=True, **more):
-    batch = pack(
-        labels,
-        vocab=10,
-        cu_seqlens=cu_seqlens,
-        shift=shift,
-        ignore_index=IGNORE,
-        num_valid=None,
-        **more,
-    )
+    batch = pack(labels, vocab=10, cu_seqlens=cu_seqlens, shift=shift, ignore_index=IGNORE, num_valid=None, **more)
     return batch.rows.tolist(), batch.labels.tolist(), batch.offsets.tolist()
 
 
@@ -43,11 +35,7 @@ def test_a_label_never_crosses_a_border():
         ([0, 0, 2, 5], [0, 2, 3], [0, 0, 1, 3]),  # empty first
         ([0, 2, 2, 2, 5], [0, 2, 3], [0, 1, 1, 1, 3]),  # empty in between
         ([0, 2, 5, 5], [0, 2, 3], [0, 1, 3, 3]),  # empty last
-        (
-            [0, 0, 1, 1, 5],
-            [1, 2, 3],
-            [0, 0, 0, 0, 3],
-        ),  # empty around one of length 1: nothing to predict
+        ([0, 0, 1, 1, 5], [1, 2, 3], [0, 0, 0, 0, 3]),  # empty around one of length 1: nothing to predict
     ],
 )
 def test_empty_and_short_sequences(borders, rows, offsets):
@@ -56,14 +44,7 @@ def test_empty_and_short_sequences(borders, rows, offsets):
 
 
 def test_another_ignore_index():
-    batch = pack(
-        torch.tensor([[7, 0, 3]]),
-        vocab=10,
-        cu_seqlens=None,
-        shift=False,
-        ignore_index=0,
-        num_valid=None,
-    )
+    batch = pack(torch.tensor([[7, 0, 3]]), vocab=10, cu_seqlens=None, shift=False, ignore_index=0, num_valid=None)
     assert batch.labels.tolist() == [7, 3]
 
 

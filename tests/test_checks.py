@@ -79,10 +79,7 @@ def test_options(keywords, message):
 @pytest.mark.parametrize(
     ("hidden", "message"),
     [
-        (
-            torch.ones(4, 13, 24, dtype=torch.int64),
-            "hidden: got dtype torch.int64, need one of torch.float32",
-        ),
+        (torch.ones(4, 13, 24, dtype=torch.int64), "hidden: got dtype torch.int64, need one of torch.float32"),
         (torch.randn(4, 13, 25), "hidden: got size 25 in its last dimension, need 24"),
         (
             torch.randn(4, 13, 2, 24),
@@ -90,14 +87,8 @@ def test_options(keywords, message):
         ),
         (torch.randn(52, 24), "labels: got shape (4, 13), need (52,)"),
         ([[1.0]], "hidden: got list, need a tensor"),
-        (
-            torch.randn(4, 13, 24).double(),
-            "lm_head weight: got torch.float32, need torch.float64, the dtype of hidden",
-        ),
-        (
-            torch.randn(4, 13, 24, device="meta"),
-            "hidden: got a tensor on the meta device, need one with data",
-        ),
+        (torch.randn(4, 13, 24).double(), "lm_head weight: got torch.float32, need torch.float64, the dtype of hidden"),
+        (torch.randn(4, 13, 24, device="meta"), "hidden: got a tensor on the meta device, need one with data"),
     ],
 )
 def test_hidden(hidden, message):
@@ -122,21 +113,12 @@ def test_labels(labels, message):
 @pytest.mark.parametrize(
     ("borders", "message"),
     [
-        (
-            None,
-            "cu_seqlens: got None with packed hidden (M, D), need the borders of its R sequences, (R+1,) integers",
-        ),
-        (
-            torch.tensor([0, 3, 5]),
-            "cu_seqlens: got borders in order up to 5, need 0 first, never decreasing, and 6",
-        ),
+        (None, "cu_seqlens: got None with packed hidden (M, D), need the borders of its R sequences, (R+1,) integers"),
+        (torch.tensor([0, 3, 5]), "cu_seqlens: got borders in order up to 5, need 0 first, never decreasing, and 6"),
         (torch.tensor([0, 3, 9]), "cu_seqlens: got borders in order up to 9"),
         (torch.tensor([1, 3, 6]), "cu_seqlens: got borders out of order or not from 0 up to 6"),
         (torch.tensor([0, 4, 3, 5, 6]), "cu_seqlens: got borders out of order"),
-        (
-            torch.tensor([0.0, 3, 6]),
-            "cu_seqlens: got (3,) torch.float32, need a tensor (R+1,) of int32 or int64",
-        ),
+        (torch.tensor([0.0, 3, 6]), "cu_seqlens: got (3,) torch.float32, need a tensor (R+1,) of int32 or int64"),
         ([0, 3, 6], "cu_seqlens: got list, need a tensor (R+1,)"),
     ],
 )
@@ -169,10 +151,7 @@ def test_borders_elsewhere():
 
 
 def test_borders_with_padded_hidden():
-    call(
-        "cu_seqlens: got borders with padded hidden (4, 13, 24)",
-        cu_seqlens=torch.tensor([0, 13, 52]),
-    )
+    call("cu_seqlens: got borders with padded hidden (4, 13, 24)", cu_seqlens=torch.tensor([0, 13, 52]))
 
 
 def test_a_whole_model_for_a_head():
@@ -215,10 +194,7 @@ def partitioned():
         (nn.Linear(24, 97, device="meta"), "lm_head weight: got a tensor on the meta device"),
         (torch.ones(97, 24).long(), "lm_head weight: got dtype torch.int64"),
         ((torch.randn(97, 24), torch.randn(96)), "lm_head: got a bias of shape (96,), need (97,)"),
-        (
-            (torch.randn(97, 24), torch.randn(97).half()),
-            "lm_head bias: got torch.float16, need torch.float32",
-        ),
+        ((torch.randn(97, 24), torch.randn(97).half()), "lm_head bias: got torch.float16, need torch.float32"),
         ((torch.randn(97, 24), 0.5), "lm_head bias: got float, need a tensor"),
         (
             torch.randn(24, 97),
@@ -311,12 +287,7 @@ def test_an_interpreter_that_cannot_run_says_why(triton, numpy, works, monkeypat
 def test_triton_with_float64(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     case = make_case(dtype=torch.float64)
-    call(
-        "backend: got 'triton' with float64 tensors",
-        hidden=case.hidden,
-        head=case.head,
-        backend="triton",
-    )
+    call("backend: got 'triton' with float64 tensors", hidden=case.hidden, head=case.head, backend="triton")
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,12 @@
 """What a call promises around autograd, dtypes and layouts (the public contract), line by line."""
 
-from threading import Thread
-
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from asft_kernels import FusedASFTLoss, fused_asft_loss, fused_linear_logps, linear_logps, reference
-from asft_kernels.backends import HAS_TRITON, choose_backend
+from asft_kernels import FusedASFTLoss, fused_asft_loss, fused_linear_logps, reference
 from cases import IGNORE, figures, make_case, packed
 
 
@@ -85,12 +81,7 @@ def test_bias_alone_trains():
 def test_checkpointing():
     case = make_case()
     plain = grads_of(fused_asft_loss(case.hidden, case.head, case.labels), *case.leaves)
-    loss = checkpoint(
-        lambda h, w: fused_asft_loss(h, w, case.labels),
-        case.hidden,
-        case.weight,
-        use_reentrant=False,
-    )
+    loss = checkpoint(lambda h, w: fused_asft_loss(h, w, case.labels), case.hidden, case.weight, use_reentrant=False)
     assert all(torch.equal(a, b) for a, b in zip(plain, grads_of(loss, *case.leaves), strict=True))
 
 
@@ -149,144 +140,6 @@ def test_nothing_but_the_logps_is_differentiable():
     assert exps
     assert not any(x.requires_grad for x in (*of_rows[1:], *exps))
     assert [x.requires_grad for x in stats] == [True] + 6 * [False]
-
-
-def test_dynamic_shapes_compile_once():
-    """The number of tokens stays open: neither the chunk nor the length of the cache may pin it."""
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    weight = torch.randn(3000, 16, requires_grad=True)
-    compiled = torch.compile(fused_asft_loss, fullgraph=True, dynamic=True, backend=counter)
-    for T in (20, 60, 100, 333, 900):
-        hidden, labels = torch.randn(2, T, 16, requires_grad=True), torch.randint(3000, (2, T))
-        torch.testing.assert_close(compiled(hidden, weight, labels), fused_asft_loss(hidden, weight, labels))
-    assert counter.frame_count <= 2
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_of_the_surrounding_model(dynamic):
-    """fullgraph: nothing breaks the graph, and masked positions cost products but change nothing."""
-    torch._dynamo.reset()
-    body, head, case = nn.Linear(24, 24), nn.Linear(24, 97), make_case()
-
-    def step(states):
-        loss, out = fused_asft_loss(body(states), head, case.labels, return_outputs=True)
-        return loss, out.margins
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    got, expected = compiled(case.hidden), step(case.hidden)
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b)
-    leaves = [case.hidden, *body.parameters(), *head.parameters()]
-    for a, b in zip(grads_of(got[0], *leaves), grads_of(expected[0], *leaves), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-
-
-def test_the_choice_by_device_is_traced():
-    """That of a call with GPU tensors that names no backend."""
-
-    def step(x):
-        return x + (choose_backend(None, torch.device("cuda"), x.dtype) == ("triton" if HAS_TRITON else "torch"))
-
-    compiled = torch.compile(step, fullgraph=True, backend="eager")
-    assert compiled(torch.zeros(1)) == 1
-
-
-def test_compile_with_inductor():
-    torch._dynamo.reset()
-    case = make_case()
-    compiled = torch.compile(lambda h: fused_asft_loss(2 * h, case.head, case.labels), fullgraph=True)
-    expected = fused_asft_loss(2 * case.hidden, case.head, case.labels)
-    got = compiled(case.hidden)
-    torch.testing.assert_close(got, expected)
-    for a, b in zip(grads_of(got, *case.leaves), grads_of(expected, *case.leaves), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_takes_its_dtype_and_returns_each_tensors_own(dtype):
-    """fp32 head and states under autocast: as if both had been cast, with gradients in fp32."""
-    case = make_case(bias=True)
-    with torch.autocast("cpu", dtype=dtype):
-        loss = fused_asft_loss(case.hidden, case.head, case.labels)
-        grads = grads_of(loss, *case.leaves)  # backward under autocast must not round either
-    cast = case.to(dtype)
-    expected = fused_asft_loss(cast.hidden, cast.head, cast.labels)
-    assert torch.equal(loss, expected)
-    assert loss.dtype == torch.float32
-    for got, right in zip(grads, grads_of(expected, *cast.leaves), strict=True):
-        assert got.dtype == torch.float32
-        assert torch.equal(got, right.float())
-
-
-def test_autocast_with_mixed_leaves():
-    """What happens in training: the body yields bf16 while the head is fp32."""
-    case = make_case()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = fused_asft_loss(case.hidden.bfloat16(), case.head, case.labels)
-    loss.backward()
-    assert case.weight.grad.dtype == torch.float32
-
-
-def test_user_switches_for_fast_products_change_nothing():
-    case = make_case(rows=8, T=64, D=256, V=512)
-    exact = [fused_asft_loss(case.hidden, case.head, case.labels)]
-    exact += grads_of(exact[0], *case.leaves)
-    matmul = torch.backends.mkldnn.matmul
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")  # bf16 products for fp32 on CPUs that have them, TF32 on GPUs
-    try:
-        switched = matmul.fp32_precision
-        got = [fused_asft_loss(case.hidden, case.head, case.labels)]
-        got += grads_of(got[0], *case.leaves)
-        assert torch.get_float32_matmul_precision() == "medium"  # ours to leave as it was
-        assert matmul.fp32_precision == switched != "ieee"
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert all(torch.equal(a, b) for a, b in zip(exact, got, strict=True))
-
-
-def test_the_switch_for_fast_products_survives_threads_and_stays_inherited():
-    case = make_case(rows=8, T=64, D=64, V=512)
-    backends, matmul = torch.backends, torch.backends.mkldnn.matmul
-    before = backends.fp32_precision
-    matmul.fp32_precision = "none"  # as in a fresh process: it inherits
-    try:
-        backends.fp32_precision = "tf32"
-        threads = [
-            Thread(target=lambda: [fused_asft_loss(case.hidden, case.head, case.labels) for _ in range(20)])
-            for _ in range(3)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert matmul.fp32_precision == "tf32"
-        backends.fp32_precision = "ieee"
-        assert matmul.fp32_precision == "ieee"  # inherited: nothing of ours was left behind
-    finally:
-        backends.fp32_precision = before
-
-
-@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda', but CUDA is not available")
-def test_products_are_summed_in_fp32_on_a_gpu():
-    """cuBLAS may cut a long sum and round its parts to bf16 unless it is told not to; the user's switch comes back."""
-    matmul = torch.backends.cuda.matmul
-    cuts = matmul.allow_bf16_reduced_precision_reduction_split_k
-    before = (matmul.allow_bf16_reduced_precision_reduction, cuts), matmul.allow_fp16_accumulation
-    try:
-        for rounds, cuts in ((True, True), (False, True), (False, False)):
-            matmul.allow_bf16_reduced_precision_reduction = rounds, cuts
-            matmul.allow_fp16_accumulation = True
-            with linear_logps.exact_products("cuda"), linear_logps.exact_products("cuda"):
-                assert not matmul.allow_bf16_reduced_precision_reduction
-                assert matmul.allow_bf16_reduced_precision_reduction_split_k == cuts
-                assert not matmul.allow_fp16_accumulation
-            assert matmul.allow_bf16_reduced_precision_reduction == rounds
-            assert matmul.allow_bf16_reduced_precision_reduction_split_k == cuts
-            assert matmul.allow_fp16_accumulation
-    finally:
-        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_accumulation = before
 
 
 def test_non_contiguous_inputs():

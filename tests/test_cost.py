@@ -109,17 +109,7 @@ def test_repeats_to_the_bit():
 def host_reads(monkeypatch):
     """Counts every way in which a tensor's value reaches Python."""
     seen = []
-    for name in (
-        "item",
-        "tolist",
-        "__bool__",
-        "__int__",
-        "__float__",
-        "__index__",
-        "cpu",
-        "numpy",
-        "nonzero",
-    ):
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero"):
         original = getattr(torch.Tensor, name)
 
         def counted(self, *args, _name=name, _original=original, **kwargs):

@@ -28,8 +28,10 @@ from cases import IGNORE, figures, make_case, packed
 BACKENDS = [
     "torch",
     pytest.param("triton", marks=pytest.mark.interpreter),
-    pytest.param("triton", marks=pytest.mark.emulated, id="triton-emulated"),
+    pytest.param("triton", marks=[pytest.mark.emulated, pytest.mark.slow], id="triton-emulated"),
 ]
+# The kernels are emulated one by one (tests/test_kernels.py); together in one test, and in all in `slow`.
+EVERYWHERE = [*BACKENDS[:2], pytest.param("triton", marks=pytest.mark.emulated, id="triton-emulated")]
 # fp32 sums of a few dozen terms and some 40 logits of size 10: well inside the bound for |z| <= 32.
 FP32 = fp32_bound(32)
 
@@ -48,20 +50,13 @@ def small(dtype=torch.float32, **more):
     return case.on("cuda") if torch.cuda.is_available() else case
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_loss_outputs_and_gradients(backend, dtype):
     case = small(dtype, bias=True)
     case.labels[3] = IGNORE  # a pair that does not count
     exact = case.to(torch.float64)
-    options = {
-        "lam": 0.7,
-        "beta": 0.5,
-        "sft_weight": 0.3,
-        "logit_scale": 0.8,
-        "softcap": 6.0,
-        "return_outputs": True,
-    }
+    options = {"lam": 0.7, "beta": 0.5, "sft_weight": 0.3, "logit_scale": 0.8, "softcap": 6.0, "return_outputs": True}
     loss, out = fused_asft_loss(case.hidden, case.head, case.labels, **options, backend=backend, chunk_size=40)
     truth, plain = reference.fused_asft_loss(exact.hidden, exact.head, exact.labels, **options)
     assert relative_error(loss, truth) <= FP32
@@ -75,8 +70,7 @@ def test_loss_outputs_and_gradients(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("beta", [0.001, 1.0])
-@pytest.mark.parametrize("sft_weight", [0.0, 1.0])
+@pytest.mark.parametrize(("beta", "sft_weight"), [(0.001, 0.0), (1.0, 1.0)])
 def test_beta_and_second_stage(backend, beta, sft_weight):
     case = small()
     exact = case.to(torch.float64)
@@ -84,9 +78,7 @@ def test_beta_and_second_stage(backend, beta, sft_weight):
     truth = reference.fused_asft_loss(exact.hidden, exact.head, exact.labels, beta=beta, sft_weight=sft_weight)
     assert relative_error(loss, truth) <= FP32
     for got, right in zip(
-        torch.autograd.grad(loss, case.leaves),
-        torch.autograd.grad(truth, exact.leaves),
-        strict=True,
+        torch.autograd.grad(loss, case.leaves), torch.autograd.grad(truth, exact.leaves), strict=True
     ):
         assert relative_error(got, right) <= FP32
 
@@ -117,12 +109,7 @@ def test_reductions_and_pairs_that_do_not_count(backend, reduction):
     case.labels[5] = IGNORE  # rejected of pair 2 empty
     exact = case.to(torch.float64)
     loss, out = fused_asft_loss(
-        case.hidden,
-        case.head,
-        case.labels,
-        reduction=reduction,
-        backend=backend,
-        return_outputs=True,
+        case.hidden, case.head, case.labels, reduction=reduction, backend=backend, return_outputs=True
     )
     truth = reference.fused_asft_loss(exact.hidden, exact.head, exact.labels, reduction=reduction)
     assert out.num_pairs == 1
@@ -140,10 +127,7 @@ def test_packed(backend):
     hidden, labels, cu_seqlens = packed(case)
     exact = reference.fused_asft_loss(hidden.double(), case.weight.double(), labels, cu_seqlens=cu_seqlens)
     assert (
-        relative_error(
-            fused_asft_loss(hidden, case.head, labels, cu_seqlens=cu_seqlens, backend=backend),
-            exact,
-        )
+        relative_error(fused_asft_loss(hidden, case.head, labels, cu_seqlens=cu_seqlens, backend=backend), exact)
         <= FP32
     )
 
@@ -244,9 +228,7 @@ def test_an_objective_of_your_own_with_a_reference():
     truth = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
     assert relative_error(loss, truth) <= FP32
     for got, right in zip(
-        torch.autograd.grad(loss, case.leaves),
-        torch.autograd.grad(truth, exact.leaves),
-        strict=True,
+        torch.autograd.grad(loss, case.leaves), torch.autograd.grad(truth, exact.leaves), strict=True
     ):
         assert relative_error(got, right) <= FP32
     with pytest.raises(ValueError, match="ref_logps: got None"):
@@ -263,13 +245,7 @@ def test_token_weights_stand_at_their_labels(shift):
     exact = case.to(torch.float64)
     weights = torch.rand(3, 9, requires_grad=True)
     loss = fused_preference_loss(
-        case.hidden,
-        case.head,
-        case.labels,
-        "sft",
-        token_weights=weights,
-        shift=shift,
-        reduction="none",
+        case.hidden, case.head, case.labels, "sft", token_weights=weights, shift=shift, reduction="none"
     )
     logps = reference.fused_linear_logps(exact.hidden, exact.head, exact.labels, shift=shift)
     at = torch.cat([weights[:, 1:], torch.zeros(3, 1)], 1) if shift else weights
@@ -278,19 +254,14 @@ def test_token_weights_stand_at_their_labels(shift):
     assert relative_error(loss, truth) <= FP32
     assert (
         relative_error(
-            torch.autograd.grad(loss.sum(), case.hidden)[0],
-            torch.autograd.grad(truth.sum(), exact.hidden)[0],
+            torch.autograd.grad(loss.sum(), case.hidden)[0], torch.autograd.grad(truth.sum(), exact.hidden)[0]
         )
         <= FP32
     )
     with pytest.raises(RuntimeError):  # detached: the loss has no gradient to them
         torch.autograd.grad(
             fused_preference_loss(
-                case.hidden.detach(),
-                case.weight.detach(),
-                case.labels,
-                "sft",
-                token_weights=weights,
+                case.hidden.detach(), case.weight.detach(), case.labels, "sft", token_weights=weights
             ),
             weights,
         )
@@ -303,12 +274,7 @@ def test_nll_labels_take_the_likelihood_of_more_tokens():
     case.labels[:, :5] = IGNORE
     exact = case.to(torch.float64)
     loss, out = fused_preference_loss(
-        case.hidden,
-        case.head,
-        case.labels,
-        ASFT(lam=0.5),
-        nll_labels=everything,
-        return_outputs=True,
+        case.hidden, case.head, case.labels, ASFT(lam=0.5), nll_labels=everything, return_outputs=True
     )
     align = reference.fused_asft_loss(exact.hidden, exact.head, exact.labels, lam=0.5, sft_weight=0.0)
     nll = reference.fused_preference_loss(exact.hidden[:2], exact.head, everything, "sft")
@@ -316,9 +282,7 @@ def test_nll_labels_take_the_likelihood_of_more_tokens():
     assert relative_error(out.sft_loss, nll) <= FP32
     assert out.chosen_lengths.tolist() == [4, 4]
     for got, right in zip(
-        torch.autograd.grad(loss, case.leaves),
-        torch.autograd.grad(nll + align, exact.leaves),
-        strict=True,
+        torch.autograd.grad(loss, case.leaves), torch.autograd.grad(nll + align, exact.leaves), strict=True
     ):
         assert relative_error(got, right) <= FP32
 

@@ -8,10 +8,7 @@ from bounds import fp32_bound, relative_error, rounded_once
 from cases import Case, make_case
 from test_token_stats import ALL, exact_gradients, gradients, oracle, rounded_exponents, stats_of
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = ["torch", "triton"]

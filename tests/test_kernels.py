@@ -72,12 +72,7 @@ class Inputs:
         self.labels = torch.randint(V, (N,), generator=gen)
         if rivals and N > 6 and V > 20:
             # Rows of the head parallel to a token's hidden state: logits far above that token's label.
-            for t, v, gap in (
-                (1, V // 2, 31.0),
-                (2, V - 1, 45.0),
-                (2, V // 3, 20.0),
-                (5, 3, 205.0),
-            ):
+            for t, v, gap in ((1, V // 2, 31.0), (2, V - 1, 45.0), (2, V // 3, 20.0), (5, 3, 205.0)):
                 h = self.hidden[self.rows[t]]
                 self.weight[v] = h * gap / h.square().sum()
             self.labels[[1, 2, 5]] = V // 4
@@ -141,8 +136,7 @@ AROUND_HALF = torch.linspace(0.45, 0.55, 33, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
-    "which",
-    both(*[["log1p", "expm1", "softplus", "sigmoid", "softcap_logits", "softcap_slope"]] * 2),
+    "which", both(*[["log1p", "expm1", "softplus", "sigmoid", "softcap_logits", "softcap_slope"]] * 2)
 )
 def test_device_math(which, device):
     """Relative errors: a series or quotient of some 8 operations, or exp and log, which chips round
@@ -221,10 +215,7 @@ def test_label_logits_reads_a_transposed_head(device):
 @pytest.mark.parametrize(("scale", "softcap", "bias"), [(1.0, None, False), (1.3, 40.0, True)])
 @pytest.mark.parametrize(
     ("N", "V", "D", "first", "stop"),
-    both(
-        [(1, 1, 1, 0, 1), (7, 33, 5, 0, 33), (70, 251, 37, 100, 251), (33, 123, 67, 64, 97)],
-        [(9, 75, 40, 20, 75)],
-    ),
+    both([(1, 1, 1, 0, 1), (7, 33, 5, 0, 33), (70, 251, 37, 100, 251), (33, 123, 67, 64, 97)], [(9, 75, 40, 20, 75)]),
 )
 def test_logits_exp(N, V, D, first, stop, scale, softcap, bias, dtype, store, sums, device):
     """E' = exp(z - q) c: exp turns an absolute error of its argument into a relative one, dz of z
@@ -239,7 +230,7 @@ def test_logits_exp(N, V, D, first, stop, scale, softcap, bias, dtype, store, su
 @pytest.mark.parametrize(("store", "sums"), [(True, True), (False, True), (True, False)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("scale", "softcap", "bias"), [(1.0, None, False), (1.3, 40.0, True)])
-@pytest.mark.parametrize(("N", "V", "D", "first", "stop"), both([(70, 251, 37, 100, 251)], [(9, 75, 40, 20, 75)]))
+@pytest.mark.parametrize(("N", "V", "D", "first", "stop"), both([(11, 105, 37, 30, 105)], [(9, 75, 40, 20, 75)]))
 def test_logits_exp_in_strips(N, V, D, first, stop, scale, softcap, bias, dtype, store, sums, device):
     """Strips of 32 columns, two tiles each, the last one partial."""
     check_logits_exp(Inputs(N, V, D, dtype, device, bias=bias), first, stop, scale, softcap, store, sums, TWO_TILES)
@@ -259,7 +250,7 @@ def tiles_for(device, dtype, softcap) -> list[Tile | Strips]:
 @pytest.mark.parametrize(("scale", "softcap", "bias"), [(1.0, None, False), (1.3, 40.0, True)])
 def test_logits_exp_with_each_tile(scale, softcap, bias, dtype, sums, device):
     """With descriptors and persistent programs, too; the last tiles and the last step of D are partial."""
-    N, V, D, first, stop = (500, 3000, 264, 1000, 2500) if device == "cuda" else (70, 251, 40, 100, 251)
+    N, V, D, first, stop = (500, 3000, 264, 1000, 2500) if device == "cuda" else (70, 131, 40, 50, 130)
     for tile in tiles_for(device, dtype, softcap):
         x = Inputs(N, V, D, dtype, device, bias=bias)
         check_logits_exp(x, first, stop, scale, softcap, True, sums, tile)
@@ -681,7 +672,7 @@ def exact_asft(avg_w, avg_l, lam, beta, sft_weight):
 EXTREMES = [0.0, -1e-9, -3e-7, -1e-6, -2e-6, -1e-4, -0.1, -0.7, -3.0, -20.0, -90.0, -1e4]
 
 
-@pytest.mark.parametrize("beta", both([0.001, 0.1, 1.0, 10.0], [0.1, 1.0]))
+@pytest.mark.parametrize("beta", both([0.001, 0.1, 10.0], [1.0]))
 def test_asft_sequence_over_extreme_averages(beta, device):
     """Single-token sequences, so avg is exact. f = a - log(1 - p) is off by u (|a| + 2 |f| + 12); times
     beta that is the error dx of softplus' argument, a relative error of at most dx + 14 u + u |x| of

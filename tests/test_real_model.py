@@ -16,7 +16,6 @@ pytest.importorskip("trl", reason="needs the train extra: trl")
 def real():
     """hidden (8, T, 576), weight (49152, 576) and labels of 4 pairs, fp32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
     from asft_kernels.data import load_pairs, with_labels

@@ -1,5 +1,7 @@
 """The Triton backend whole, both phases, against float64: interpreted, emulated, or on a GPU."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -14,8 +16,7 @@ GEMMA = Logits(scale=0.5, softcap=20.0)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() or triton_runs_on_cpu()),
-    reason="Triton has nothing to run on here",
+    not (torch.cuda.is_available() or triton_runs_on_cpu()), reason="Triton has nothing to run on here"
 )
 
 
@@ -26,7 +27,7 @@ class Problem:
     by more and more from chunk to chunk, up to 200; so references move in tiles and between chunks.
     """
 
-    def __init__(self, dtype, device, *, N=50, V=251, D=43, logits=PLAIN, bias=False, rivals=True):
+    def __init__(self, dtype, device, *, N=50, V=131, D=43, logits=PLAIN, bias=False, rivals=True):
         gen = torch.Generator().manual_seed(N + V)
         self.logits, M = logits, N + 11
         hidden = torch.randn(M, D, generator=gen)
@@ -118,13 +119,7 @@ def check(problem, saved, grads, factor=many, largest=0.0) -> None:
 
 # What differs between the plans: chunks that divide V or not, chunks smaller than a tile, exponentials
 # of none, some and all of them kept.
-PLANS = [
-    Plan(251, 251, 0),
-    Plan(251, 251, 1),
-    Plan(251, 64, 2),
-    Plan(251, 100, 3),
-    Plan(251, 37, 5),
-]
+PLANS = [Plan(131, 131, 0), Plan(131, 131, 1), Plan(131, 32, 2), Plan(131, 52, 3), Plan(131, 19, 5)]
 WAYS = [
     *((PLAIN, False, plan) for plan in PLANS),
     *((GEMMA, True, plan) for plan in PLANS[2:4]),
@@ -132,32 +127,46 @@ WAYS = [
 ]
 
 
-# Both ways to round dW: rows of a multiple of 16 elements, where bf16 takes it whole, and others, in slices.
-ROUNDED = [48, 43]
+# Both ways to round dW: rows of a multiple of 16 elements, where bf16 takes it whole, and others, in slices. fp32 and
+# fp16 know slices alone, and differ in operands and rounding: fp16 needs some of the ways.
+ROUNDED = [(torch.float32, 43), (torch.bfloat16, 43), (torch.bfloat16, 48)]
+BOTH_PHASES = [(dtype, D, *way) for dtype, D in ROUNDED for way in WAYS] + [
+    (torch.float16, D, *way) for D, way in ((43, WAYS[1]), (43, WAYS[4]), (48, WAYS[6]))
+]
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("D", ROUNDED)
-@pytest.mark.parametrize(("logits", "bias", "plan"), WAYS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_both_phases(dtype, logits, bias, plan, D, device):
+@pytest.mark.parametrize(("dtype", "D", "logits", "bias", "plan"), BOTH_PHASES, ids=str)
+def test_both_phases(dtype, D, logits, bias, plan, device):
     problem = Problem(dtype, device, logits=logits, bias=bias, D=D)
     saved = problem.forward(plan)
     check(problem, saved, problem.backward(saved, plan), few)
 
 
+SMALL = Plan(75, 75, 0), Plan(75, 40, 1), Plan(75, 32, 3)
+EMULATED = [  # each value twice; fp16 is slow (conftest.py)
+    (torch.float32, 43, PLAIN, False, SMALL[1]),
+    (torch.float32, 48, GEMMA, True, SMALL[0]),
+    (torch.bfloat16, 43, GEMMA, True, SMALL[2]),
+    (torch.bfloat16, 48, PLAIN, False, SMALL[1]),
+]
+GRID = product(DTYPES, (43, 48), ((PLAIN, False), (GEMMA, True)), SMALL)
+GRID = [row for d, D, way, plan in GRID if (row := (d, D, *way, plan)) not in EMULATED]
+
+
 @pytest.mark.emulated
-@pytest.mark.parametrize("D", ROUNDED)
-@pytest.mark.parametrize("plan", [Plan(75, 75, 0), Plan(75, 40, 1), Plan(75, 32, 3)], ids=str)
-@pytest.mark.parametrize(("logits", "bias"), [(PLAIN, False), (GEMMA, True)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_both_phases_emulated(dtype, logits, bias, plan, D, device):
+@pytest.mark.parametrize(
+    ("dtype", "D", "logits", "bias", "plan"),
+    [*EMULATED, *(pytest.param(*row, marks=pytest.mark.slow) for row in GRID)],
+    ids=str,
+)
+def test_both_phases_emulated(dtype, D, logits, bias, plan, device):
     problem = Problem(dtype, device, logits=logits, bias=bias, N=20, V=75, D=D)
     saved = problem.forward(plan)
     check(problem, saved, problem.backward(saved, plan), few)
 
 
-@pytest.mark.parametrize("over", both(*[[0.5, 3.0, 6.0, 8.0]] * 2))
+@pytest.mark.parametrize("over", both([3.0, 8.0], [8.0]))
 def test_saturated_softcap(over, device):
     """Logits of +-over softcaps: their slopes, down to 4.5e-7, keep their relative accuracy. exp(-2 |u| / cap)
     magnifies the roundings of u as exp(z - r) does those of z, and twice as much."""
@@ -185,7 +194,7 @@ def test_biases_of_minus_infinity(logits, device):
     infinite = logps == -torch.inf
     assert infinite.any() == (logits is PLAIN)
     assert not infinite.all()
-    for plan in (Plan(V, V, 1), Plan(V, 40, 0), Plan(V, 40, 2), Plan(V, 10, 3)):
+    for plan in (Plan(V, V, 1), Plan(V, 40, 0), Plan(V, 20, 2)):
         saved = problem.forward(plan)
         got = saved.logps.cpu().double()
         assert torch.equal(got == -torch.inf, infinite)
@@ -199,7 +208,7 @@ def test_biases_of_minus_infinity(logits, device):
 def test_references_moved_in_the_problem(dtype, device):
     """Else rescaling above would be tested by nothing: three tokens move, one of them thrice."""
     problem = Problem(dtype, device)
-    plan = Plan(251, 64, 4)
+    plan = Plan(131, 34, 4)
     saved = problem.forward(plan)
     hidden, weight, *others = problem.inputs
     z_y = triton_fused.label_logits(hidden, weight.weight, *others, scale=1.0, softcap=None)
@@ -210,11 +219,10 @@ def test_references_moved_in_the_problem(dtype, device):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("D", [123, 112])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_odd_shapes(dtype, D, device):
-    problem = Problem(dtype, device, N=251, V=507, D=D, bias=True, rivals=False)
-    plan = Plan(507, 300, 1)
+@pytest.mark.parametrize(("dtype", "D"), [*ROUNDED, (torch.float16, 43)], ids=str)
+def test_more_tokens_than_entries(dtype, D, device):
+    problem = Problem(dtype, device, N=97, V=75, D=D, bias=True, rivals=False)
+    plan = Plan(75, 50, 1)
     saved = problem.forward(plan)
     check(problem, saved, problem.backward(saved, plan))
 
@@ -237,18 +245,17 @@ def test_smallest_shapes(N, V, D, device):
 def test_no_tokens(dtype, device):
     problem = Problem(dtype, device, N=3, rivals=False, bias=True)
     problem.rows, problem.labels, problem.g = problem.rows[:0], problem.labels[:0], problem.g[:0]
-    plan = Plan(251, 100, 2)
+    plan = Plan(131, 50, 2)
     saved = problem.forward(plan)
     assert saved.logps.shape == (0,)
-    assert [tuple(x.shape) for x in saved.exps] == [(0, 100), (0, 100)]
+    assert [tuple(x.shape) for x in saved.exps] == [(0, 50), (0, 50)]
     for got, like in zip(problem.backward(saved, plan), (problem.hidden, problem.weight, problem.bias), strict=True):
         assert got.shape == like.shape
         assert (got == 0).all()
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("D", ROUNDED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "D"), ROUNDED, ids=str)
 def test_parts_that_are_not_asked_for(dtype, D, device):
     """Every combination of frozen inputs gives what the full call gives, and None elsewhere."""
     problem = Problem(dtype, device, N=20, V=75, D=D, bias=True)
@@ -262,20 +269,6 @@ def test_parts_that_are_not_asked_for(dtype, D, device):
             grads = problem.backward(part, plan, hidden, weight, bias)
             assert [x is not None for x in grads] == [hidden, weight, bias]
             check(problem, part, grads)
-
-
-@pytest.mark.interpreter
-def test_chunks_and_cache_change_roundings_alone(device):
-    """fp32: other orders of the same sums, so the difference stays within the fp32 bound of each."""
-    problem = Problem(torch.float32, device, bias=True)
-    _, _, max_logit = problem.exact()
-    results = []
-    for plan in PLANS[1:]:
-        saved = problem.forward(plan)
-        results.append([saved.logps, *problem.backward(saved, plan)])
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert relative_error(a, b) <= 2 * fp32_bound(max_logit)
 
 
 @pytest.mark.interpreter
@@ -300,12 +293,11 @@ def test_strides(dtype, device):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("D", ROUNDED)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "D"), ROUNDED, ids=str)
 def test_backward_changes_nothing_and_repeats(dtype, D, device):
     """retain_graph, and two live graphs: saved tensors and inputs keep their bits, results repeat."""
-    problem = Problem(dtype, device, bias=True, D=D)
-    plan = Plan(251, 64, 2)
+    problem = Problem(dtype, device, N=33, V=75, bias=True, D=D)
+    plan = Plan(75, 32, 2)
     saved = problem.forward(plan)
     watched = [x for x in (*saved[:5], *saved.exps, problem.hidden, problem.weight, problem.bias, problem.g)]
     before = [x.clone() for x in watched]
@@ -319,7 +311,7 @@ def test_backward_changes_nothing_and_repeats(dtype, D, device):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("D", ROUNDED)
+@pytest.mark.parametrize("D", [43, 48])
 def test_bf16_takes_dw_whole_where_rows_are_aligned(D, device, monkeypatch):
     asked = []
 
@@ -328,7 +320,7 @@ def test_bf16_takes_dw_whole_where_rows_are_aligned(D, device, monkeypatch):
         return "whole" if aligned else "slices"
 
     monkeypatch.setattr(triton_fused, "best_form", chosen)
-    problem, plan = Problem(torch.bfloat16, device, D=D), Plan(251, 100, 3)
+    problem, plan = Problem(torch.bfloat16, device, N=7, V=21, D=D, rivals=False), Plan(21, 21, 1)
     problem.backward(problem.forward(plan), plan)
     assert asked == [D == 48]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import ProgressCallback, TrainerState
+from transformers import IntervalStrategy, ProgressCallback, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import get_peft_config, get_quantization_config
 
@@ -97,7 +97,7 @@ def run(
     say(f"{len(read.train)} pairs for training, {len(read.evaluation) if read.evaluation else 0} for evaluation")
     if config.eval_strategy != "no" and read.evaluation is None:
         raise InputError(
-            f"eval_strategy: got {config.eval_strategy.value!r} without pairs to evaluate on; add "
+            f"eval_strategy: got {IntervalStrategy(config.eval_strategy).value!r} without pairs to evaluate on; add "
             "--eval_dataset_name or --eval_every_nth"
         )
     settings = {
