@@ -26,6 +26,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from asft_kernels.data import BadRow, parse_pair
 from benchmarks.machine import about, require
 from benchmarks.run import append, rows_of
 
@@ -111,12 +112,25 @@ def run(command: list[str], log: Path) -> tuple[float, int]:
 
 
 def split(data: Path, folder: Path, train: int, held_out: int) -> tuple[Path, Path]:
-    """The first lines of data as training pairs, the next ones as evaluation pairs."""
+    """The first lines of data as training pairs, the next ones as evaluation pairs; dialogues as chat messages.
+
+    So that the model's chat template is used. Lines that hold no pair stay as they are.
+    """
     files = folder / "train.jsonl", folder / "eval.jsonl"
     with (gzip.open if data.suffix == ".gz" else open)(data, "rt") as source:
         for path, count in zip(files, (train, held_out), strict=True):
-            path.write_text("".join(itertools.islice(source, count)))
+            path.write_text("".join(as_chat(line) for line in itertools.islice(source, count)))
     return files
+
+
+def as_chat(line: str) -> str:
+    try:
+        pair = parse_pair(json.loads(line))
+        answers = {side: pair.text(side).strip() for side in ("chosen", "rejected")}
+    except BadRow:
+        return line
+    rows = {side: [{"role": "assistant", "content": text}] for side, text in answers.items()}
+    return json.dumps({"prompt": pair.messages, **rows}) + "\n"
 
 
 def scores_of(model: Path, data: Path, folder: Path) -> Path:

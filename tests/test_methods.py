@@ -39,11 +39,15 @@ def row(method, peak=2**30, held_out=()):
 
 def test_training_and_evaluation_lines_do_not_overlap(tmp_path):
     source = tmp_path / "pairs.jsonl.gz"
+    dialogue = {side: f"\n\nHuman: hello\n\nAssistant: {side}" for side in ("chosen", "rejected")}
     with gzip.open(source, "wt") as file:
-        file.writelines(json.dumps({"number": i}) + "\n" for i in range(10))
-    train, held_out = split(source, tmp_path, 5, 3)
+        file.writelines(json.dumps(row) + "\n" for row in (*({"number": i} for i in range(9)), dialogue))
+    train, held_out = split(source, tmp_path, 5, 5)
     assert [r["number"] for r in rows_of(train)] == [0, 1, 2, 3, 4]
-    assert [r["number"] for r in rows_of(held_out)] == [5, 6, 7]
+    *numbers, last = rows_of(held_out)
+    assert [r["number"] for r in numbers] == [5, 6, 7, 8]
+    assert last["prompt"] == [{"role": "user", "content": "hello"}]
+    assert last["rejected"] == [{"role": "assistant", "content": "rejected"}]
 
 
 def test_figures_of_the_table():
