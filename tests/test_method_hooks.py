@@ -1,5 +1,6 @@
 """KTO, BMC, FPO, PoFT and MRPO in `PreferenceTrainer`: what their hooks make of data, against plain computations."""
 
+# ruff: noqa: F811  (a fixture that is imported)
 import math
 
 import pytest
@@ -24,18 +25,13 @@ from asft_kernels.training import PreferenceConfig, PreferenceTrainer
 from asft_kernels.training.hooks import find_method
 from asft_kernels.training.on_pairs import OnPairs
 from bounds import unit_roundoff
-from test_preference_trainer import options, pytestmark  # noqa: F401
-from tiny_lm import pairs, saved_sae, saved_tiny_model, tiny_model, tiny_tokenizer
+from test_preference_trainer import logs, model, options, pytestmark  # noqa: F401
+from tiny_lm import pairs, saved_sae, tiny_model, tiny_tokenizer
 
 SIDES = ("chosen", "rejected")
 MAX_LENGTH = 24  # some answers are cut
 # Sums of some 25 log-probabilities of size 6 in fp32: 1e-5 at most, in losses that beta scales to a tenth of it.
 AT_START = 1e-5
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(saved_tiny_model(tmp_path_factory.mktemp("model"), initializer_range=0.3))
 
 
 def tokenised(count=8):
@@ -44,12 +40,7 @@ def tokenised(count=8):
     return [{"id": str(place), **row} for place, row in enumerate(rows)]
 
 
-def made(folder, model, objective, *, rows=None, method=None, lora=None, eval_rows=None, **changes):
-    own = {name: changes.pop(name) for name in ("ref_model",) if name in changes}
-    if isinstance(objective, str):
-        changes["objective"] = objective
-    else:
-        own["objective"] = objective
+def made(folder, model, objective, *, rows=None, method=None, lora=None, ref_model=None, eval_rows=None, **changes):
     one_step = dict(
         max_steps=1, per_device_train_batch_size=8, gradient_accumulation_steps=1, optim="sgd", learning_rate=1.0,
         max_grad_norm=0, max_length=MAX_LENGTH,
@@ -57,13 +48,9 @@ def made(folder, model, objective, *, rows=None, method=None, lora=None, eval_ro
     return PreferenceTrainer(
         model, args=PreferenceConfig(**options(folder, **{**one_step, **changes})), method=method, peft_config=lora,
         train_dataset=Dataset.from_list(rows or tokenised()), processing_class=tiny_tokenizer(),
-        eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None, **own,
+        eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None, objective=objective,
+        ref_model=ref_model,
     )  # fmt: skip
-
-
-def logs(trainer):
-    trainer.train()
-    return [row for row in trainer.state.log_history if "loss" in row]
 
 
 SEVERAL = {"max_steps": 3, "per_device_train_batch_size": 4, "optim": "adamw_torch", "learning_rate": 1e-2}
