@@ -32,6 +32,18 @@ class PreferenceConfig(DPOConfig):
     TRL's arguments keep their names, defaults and meaning, but for logging_steps=1, save_total_limit=2, a name for
     output_dir, and bf16, which is off where there is no accelerator. Those of its loss (beta, label_smoothing,
     ld_alpha, f_divergence_type, use_weighting, ...) are parameters of the objective.
+
+    Args:
+        objective: the loss, by name, or a sum of names such as "dpo + 0.005 sft"; default "asft".
+        objective_args: its parameters as ["NAME=VALUE", ...] or a dict; None (default): the paper's.
+        method: what makes the pairs or their further inputs, where the objective does not say ("sapo"); default None.
+        ref_scores: files of `asft score` with the reference's log-probabilities, one a reference model; default None.
+        nll_on_prompt: True: the likelihood term is over prompt and answer, as TRL's ORPO; default False.
+        logit_scale, softcap: what the model does to its head's output; None (default): found out.
+        backend, cache_bytes, chunk_size: as in `asft_kernels.fused_linear_logps`.
+
+    Raises:
+        InputError: for an objective or a parameter that is none, and for TRL's loss_type, with our name for it.
     """
 
     output_dir: str | None = field(

@@ -29,6 +29,8 @@ from asft_kernels.heads import Head, resolve_head
 from asft_kernels.linear_logps import exact_products
 from asft_kernels.options import Keywords, as_autocast, explained, make_options
 
+__all__ = ["fused_noisy_linear_logps"]
+
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
