@@ -69,11 +69,18 @@ def is_error(thing: Any) -> bool:
     return isinstance(thing, type) and issubclass(thing, Exception)
 
 
+def inherited(thing: Any) -> set[str]:
+    """Names of arguments that a class has from one of another library."""
+    theirs = [base for base in getattr(thing, "__bases__", ()) if not base.__module__.startswith("asft_kernels")]
+    fields = (getattr(base, "__dataclass_fields__", {}) for base in theirs)
+    return {name for of_base in fields for name in of_base}
+
+
 def signature(thing: Any) -> str:
     """Names and defaults without annotations, which the table explains; of the shared keywords each."""
     shown = []
     for p in inspect.signature(thing).parameters.values():
-        if p.name in ("self", "unknown"):  # unknown: what is refused by name
+        if p.name in ("self", "unknown", *inherited(thing)):  # unknown: what is refused by name
             continue
         doc = inspect.getdoc(thing) or ""
         if p.kind is p.VAR_KEYWORD and "\n    num_valid:" in doc:
