@@ -298,9 +298,9 @@ def test_resumes_to_the_bit(tmp_path):
 SCORED = Dataset.from_list([{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -1.0} for row in tokenised(4)])
 REFUSED = [
     ({"objective": "dnpo + sft"}, "need dnpo by itself: it trains its reference's noise, too"),
-    ({"objective": "dnpo", "ref_scores": ["x"]}, "ref_scores: .* DNPO needs the reference's hidden states"),
-    ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs: got True, need none: DNPO needs"),
-    ({"rows": SCORED}, "train_dataset: got columns of the reference's log-probabilities, need none"),
+    ({"objective": "dnpo", "ref_scores": ["x"]}, "ref_scores: .* dnpo asks the reference model for more"),
+    ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs: got True, need False: DNPO needs"),
+    ({"rows": SCORED}, "ref_scores: got the reference's log-probabilities with the data, need none"),
     ({"noise": -1.0}, "noise_learning_rate: got -1.0, need a finite number >= 0"),
 ]
 

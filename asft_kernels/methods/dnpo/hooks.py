@@ -28,7 +28,6 @@ from asft_kernels.training.figures import REWARDS
 from asft_kernels.training.hooks import LossInputs, Method
 
 INITIAL_STD = 0.1  # of every logit; at 0 the noise would have no mean gradient to grow by
-NEEDS_HIDDEN = "DNPO needs the reference's hidden states at every step"
 
 
 @dataclass
@@ -47,6 +46,7 @@ class Hooks(Method):
 
     name = "dnpo"
     Arguments = Arguments
+    live_reference = True
     has_state = True
     of_rank = ("generator",)
     arguments: Any
@@ -60,19 +60,15 @@ class Hooks(Method):
     def check(self, config: Any, objective: Any) -> None:
         if not isinstance(objective, DNPO):
             raise InputError(f"objective: got {objective!r}, need dnpo by itself: it trains its reference's noise, too")
-        for name in ("ref_scores", "precompute_ref_log_probs"):
-            if getattr(config, name):
-                raise InputError(f"{name}: got {getattr(config, name)!r}, need none: {NEEDS_HIDDEN}; leave it out")
+        if config.precompute_ref_log_probs:
+            raise InputError(
+                "precompute_ref_log_probs: got True, need False: DNPO needs the reference's hidden states at every step"
+            )
         self.objective = objective
 
     def start(self, trainer: Any) -> None:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise InputError("fsdp: got sharded parameters (FSDP, DeepSpeed), need whole heads for DNPO; use DDP")
-        if trainer.brings_reference:
-            raise InputError(
-                f"train_dataset: got columns of the reference's log-probabilities, need none: {NEEDS_HIDDEN}; leave "
-                "them out"
-            )
         args = trainer.args
         with trainer.without_adapters():
             head = resolve_head(output_head(trainer.ref_model or trainer.model))
