@@ -1,8 +1,8 @@
 """Inputs of the data commands, made by the model itself: scored pairs, and sampled answers with rewards.
 
-    python -m benchmarks.method_data scored PAIRS OUT --scores FILE         # for asft-data rad
-    python -m benchmarks.method_data candidates PAIRS OUT --model FOLDER    # answers two by two, for asft-score
-    python -m benchmarks.method_data rewarded PAIRS OUT --scores FILE       # of those: for asft-data rso
+    python -m benchmarks.method_data scored PAIRS OUT --scores FILE         # for asft data rad
+    python -m benchmarks.method_data candidates PAIRS OUT --model FOLDER    # answers two by two, for asft score
+    python -m benchmarks.method_data rewarded PAIRS OUT --scores FILE       # of those: for asft data rso
 
 No reward model is at hand. In its place stands p, the geometric mean of an answer's token probabilities under the model
 as it came, on the scale of reward-augmented data: 1 + 9 p. That is enough to run the commands on real texts; what comes
@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 
 def rewards(scores: Path) -> dict[int, list[float]]:
-    """Of chosen and rejected, by the line of the pair; scores: a file of asft-score."""
+    """Of chosen and rejected, by the line of the pair; scores: a file of asft score."""
     from pyarrow import parquet
 
     return {
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("pairs", type=Path)
     parser.add_argument("output", type=Path)
     given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("--scores", type=Path, help="file of asft-score for these pairs")
+    given.add_argument("--scores", type=Path, help="file of asft score for these pairs")
     given.add_argument("--model", help="folder or hub name of the model that answers")
     args = parser.parse_args()
     if (args.what == "candidates") != (args.scores is None):

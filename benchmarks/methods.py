@@ -134,7 +134,7 @@ def as_chat(line: str) -> str:
 
 
 def scores_of(model: Path, data: Path, folder: Path) -> Path:
-    """The file of asft-score, made if it is not there."""
+    """The file of asft score, made if it is not there."""
     found = list(folder.glob("*.parquet"))
     if not found:
         run(

@@ -269,6 +269,14 @@ def test_bf16_starts_at_ln_2(tmp_path, model):
     assert row["loss"] == pytest.approx(0.6931472, abs=1e-6)
 
 
+def test_dropout_is_off_in_attention_too(tmp_path):
+    """TRL's disable_dropout leaves it on: DPO then starts beside ln 2, as the reference has none."""
+    model = str(saved_tiny_model(tmp_path / "model", attention_dropout=0.5))
+    assert logs(made(tmp_path, model, objective="dpo", max_steps=1))[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    on = made(tmp_path, model, objective="dpo", max_steps=1, disable_dropout=False)
+    assert logs(on)[0]["loss"] != pytest.approx(0.6931472, abs=1e-4)
+
+
 def test_state_of_objectives_resumes_to_the_bit(tmp_path, model):
     given = {"objective": "lmpo", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     whole = made(tmp_path / "whole", model, **given)

@@ -51,20 +51,20 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
     if not Path(path).is_file():
         what = "is a folder; name the files in it" if Path(path).is_dir() else "no such file"
-        raise InputError(f"scores: got {str(path)!r}, {what}; need a file that asft-score wrote")
+        raise InputError(f"scores: got {str(path)!r}, {what}; need a file that asft score wrote")
     try:
         found = (parquet.read_schema(path).metadata or {}).get(METADATA)
     except (OSError, ValueError) as error:
-        raise InputError(f"scores: {path} is no Parquet file ({error}); need one that asft-score wrote") from error
+        raise InputError(f"scores: {path} is no Parquet file ({error}); need one that asft score wrote") from error
     if found is None:
-        raise InputError(f"scores: {path} is a Parquet file without the notes of asft-score; need one that it wrote")
+        raise InputError(f"scores: {path} is a Parquet file without the notes of asft score; need one that it wrote")
     return json.loads(found)
 
 
 def load_scores(paths: Paths, pairs: "Dataset", tokenizer: Any) -> Tensor:
     """(K, 2, n) float64: log-probability sums under K models, chosen then rejected, in the order of `pairs`.
 
-    paths: one file of asft-score or K of them. pairs: what `load_pairs` returned, or a part of it.
+    paths: one file of asft score or K of them. pairs: what `load_pairs` returned, or a part of it.
 
     Raises InputError for files of another tokenizer or of other data, and for those whose answers have
     another length here: they were made under other limits.
@@ -105,7 +105,7 @@ def mean_avg_logps(paths: Paths, pairs: "Dataset") -> Tensor:
 def _listed(paths: Paths) -> Sequence[str | Path]:
     listed = [paths] if isinstance(paths, str | Path) else paths
     if not listed:
-        raise InputError("scores: got no file, need at least one that asft-score wrote")
+        raise InputError("scores: got no file, need at least one that asft score wrote")
     return listed
 
 

@@ -135,6 +135,9 @@ class PreferenceTrainer(DPOTrainer):
                 eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
                 optimizers=optimizers, quantization_config=quantization_config, peft_config=peft_config,
             )  # fmt: skip
+        if args.disable_dropout:
+            for of_trl in filter(None, (self.model, self.ref_model)):
+                _without_functional_dropout(of_trl)
         self.compute_metrics = self._evaluation_figures  # so that predictions are gathered
         self.collator = Collator(self.data_collator, self.method, nll_on_prompt=args.nll_on_prompt)
         self.data_collator = self.collator
@@ -435,6 +438,14 @@ class PreferenceTrainer(DPOTrainer):
                 f"resume_from_checkpoint: got a checkpoint of another model: {', '.join(wrong[:3])} ... do not match"
             )
         inner.tie_weights()
+
+
+def _without_functional_dropout(model: nn.Module) -> None:
+    """TRL silences nn.Dropout; attention takes its rate from an attribute (attention_dropout) of the module."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _state(checkpoint: str, name: str) -> dict[str, Any]:
