@@ -48,9 +48,10 @@ class PreferenceTrainer(DPOTrainer):
     Args:
         model, ref_model, data_collator, processing_class, callbacks, optimizers: as `trl.DPOTrainer` takes them.
         quantization_config, peft_config: as `trl.DPOTrainer` takes them.
-        train_dataset, eval_dataset: as `trl.DPOTrainer` takes them, or of `asft_kernels.data.load_pairs`. They may bring
-            the reference's log-probabilities: columns ref_chosen_logps, ref_rejected_logps (a number, or a list of one a
-            reference model), or ref_chosen_token_logps, ref_rejected_token_logps (a list of one a token of the answer).
+        train_dataset, eval_dataset: as `trl.DPOTrainer` takes them, or of `asft_kernels.data.load_pairs`. They may
+            bring the reference's log-probabilities: columns ref_chosen_logps, ref_rejected_logps (a number, or a list
+            of one a reference model), or ref_chosen_token_logps, ref_rejected_token_logps (a list of one a token of
+            the answer).
         compute_metrics: None; there are no logits to compute metrics from.
         args: a `PreferenceConfig`; None for its defaults.
         objective: a name, a sum of names, or an object; None: what args say.
