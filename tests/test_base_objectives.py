@@ -217,18 +217,6 @@ def test_gradient_of_kto(sums, kl):
     assert (grad != 0).all()
 
 
-EXTREMES = tensor(-1e-300, -500.0, -0.0, -500.0, -1e-300, -1e-8, -500.0, -0.0, -1e-12, -500.0)
-
-
-@pytest.mark.parametrize("objective", [*SUMS, *MEANS, ASFT(), SFT("sum"), SFT("token")], ids=str)
-def test_certain_answers_and_margins_of_500_nats_are_finite(objective):
-    sums = EXTREMES.clone().requires_grad_()
-    terms = objective(Logps(sums, torch.ones(10).long()), tensor(*[-500.0] * 10) if objective.needs_reference else None)
-    (grad,) = torch.autograd.grad(terms.loss.sum(), sums)
-    assert terms.loss.isfinite().all()
-    assert grad.isfinite().all()
-
-
 @pytest.mark.parametrize("beta", [0.1, 1.0, 3.0])
 def test_orpo_goes_on_as_a_straight_line_and_pushes_a_certain_rejected_answer_hardest(beta):
     """f has value and slope of -FLOOR's tangent past it, on both sides; so the pull at p_l = 1 is lam beta / FLOOR."""

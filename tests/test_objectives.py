@@ -125,14 +125,6 @@ def test_reductions(reduction, expected):
     assert loss.tolist() == expected
 
 
-def test_mean_of_nothing_is_zero():
-    x = torch.ones(2, requires_grad=True)
-    loss = reduce_loss(x * 5, torch.tensor([False, False]), "mean")
-    loss.backward()
-    assert loss == 0
-    assert (x.grad == 0).all()
-
-
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
