@@ -155,34 +155,6 @@ def test_num_valid_and_upstream_gradient(backend):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.interpreter
-def test_triton_contract():
-    """retain_graph, repeatability, one host read's worth of structure: the Triton twin keeps the same promises."""
-    case = small(bias=True)
-    loss = fused_asft_loss(case.hidden, case.head, case.labels, backend="triton", cache_bytes=2000, chunk_size=20)
-    first = torch.autograd.grad(loss, case.leaves, retain_graph=True)
-    second = torch.autograd.grad(loss, case.leaves)
-    again = fused_asft_loss(case.hidden, case.head, case.labels, backend="triton", cache_bytes=2000, chunk_size=20)
-    third = torch.autograd.grad(again, case.leaves)
-    for a, b, c in zip(first, second, third, strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(a, c)
-    loss = fused_asft_loss(case.hidden, case.head, case.labels, backend="triton")
-    (grad,) = torch.autograd.grad(loss, case.hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward is not supported"):
-        grad.sum().backward()
-
-
-@pytest.mark.interpreter
-def test_triton_with_nothing_to_learn_from():
-    case = small()
-    case.labels.fill_(IGNORE)
-    loss = fused_asft_loss(case.hidden, case.head, case.labels, backend="triton")
-    loss.backward()
-    assert loss == 0
-    assert all((x.grad == 0).all() for x in case.leaves)
-
-
 def test_sft_objective():
     case = small(rows=3)
     exact = case.to(torch.float64)

@@ -57,7 +57,6 @@ def stats_of(case: Case, **options) -> TokenStats:
 
 CASES = {
     "plain": dict(),
-    "bias": dict(bias=True),
     "odd": dict(rows=2, T=40, D=43, V=251, bias=True),
     "peaked": dict(rows=3, T=30, D=32, V=130, peaked=True, spread=2.0),  # logits of 60 nats, for the label and others
 }
