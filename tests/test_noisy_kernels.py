@@ -106,7 +106,8 @@ class Chunk:
 SHAPES = [(1, 1, 0), (5, 37, 37), (21, 300, 74), (17, 128, 64), (4, 128, 3)]
 OPTIONS = [(1.0, None, False, False), (0.7, None, True, False), (1.3, 8.0, False, True), (0.5, 30.0, True, True)]
 SHAPES_AND_OPTIONS = both(
-    [(*shape, *options) for shape in SHAPES for options in OPTIONS],
+    [(*SHAPES[2], *options) for options in OPTIONS]
+    + [(*shape, *options) for shape, options in zip(SHAPES[:2] + SHAPES[3:], OPTIONS, strict=True)],
     [(5, 37, 37, *OPTIONS[3]), (17, 140, 64, *OPTIONS[0])],
 )
 PARAMETERS = ("N", "width", "first", "scale", "softcap", "bias", "noise_bias")
