@@ -351,18 +351,18 @@ def test_logits_of_minus_infinity(backend, options, cache_bytes):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_products(backend, differentiable, softcap, frozen_head, cached, recomputed):
     """All figures are asked for each time: their values cost no product."""
-    case = make_case(rows=4, T=17, D=32, V=192)
+    case = make_case(rows=2, T=9, D=32, V=96)
     n = int((case.labels[:, 1:] != IGNORE).sum())
 
     def call(cache_bytes=None):
         stats = stats_of(
-            case, backend=backend, differentiable=differentiable, softcap=softcap, chunk_size=64,
+            case, backend=backend, differentiable=differentiable, softcap=softcap, chunk_size=32,
             cache_bytes=cache_bytes,
         )  # fmt: skip
         loss_of(stats, ("logps", *differentiable)).backward()
 
     def count(*args):
-        return gemms(lambda: call(*args), n, 192, 32)
+        return gemms(lambda: call(*args), n, 96, 32)
 
     if backend == "triton" and not differentiable:
         recomputed -= 1  # by logits_exp, whose products are NumPy's in the interpreter: not counted
