@@ -1,5 +1,5 @@
 # make demo   fine-tune a small model on the package's own pairs, and compare with the plain path
-# make check  ruff, pyright and the core's quick tests: under a minute on two cores
+# make check  ruff, pyright and the core's quick tests
 # make test   the test suite, on all cores, one summary at the end
 # make bench  time, memory and accuracy beside the other packages: 20 minutes on a CPU; results in bench_results/,
 #             and README.md's figures are drawn from them

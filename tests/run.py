@@ -64,7 +64,7 @@ def run_pytest(result: Result, args: list[str]) -> None:
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
     env.setdefault("OMP_NUM_THREADS", "1")
     # Neighbours stay together, for what they have in common is made once; who is done takes over from others.
-    spread = ["-p", "xdist", "-n", str(len(os.sched_getaffinity(0))), "--dist", "worksteal"]
+    spread = ["-p", "xdist", "-n", "logical", "--dist", "worksteal"]
     with tempfile.TemporaryDirectory(prefix="asft-tests-") as folder:
         xml = Path(folder) / "junit.xml"
         command = [*args, *spread, "--durations=5", "--durations-min=5"]
