@@ -1,5 +1,9 @@
 """The one error for what a user got wrong."""
 
+import os
+
+PACKAGE = os.path.dirname(os.path.abspath(__file__))
+
 
 class InputError(ValueError):
     """An argument, a file or a model that cannot be used.
@@ -7,3 +11,11 @@ class InputError(ValueError):
     The text is one that a command prints as it stands: what was given, what it must be, what to do. Commands end with
     exit code 2 on it; any other exception is a bug and keeps its traceback.
     """
+
+
+def of_a_library(error: BaseException) -> bool:
+    """Whether an error was raised outside of this package's code, as a library's own check of what it was given."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and not frame.tb_frame.f_code.co_filename.startswith(PACKAGE)

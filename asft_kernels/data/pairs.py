@@ -68,6 +68,8 @@ def load_pairs(
                          "of the model's embedding; resize it or give the tokenizer another pad token")  # fmt: skip
     encode = PairTokenizer(processing_class, max_length)
     rows, source = _stored_rows(listed, split, config)
+    if not len(rows):
+        raise InputError(f"data: {source} has no rows, need preference pairs")
     found = _mapped(rows, encode, vocab_size, num_proc, answers)
     report = DataReport(source, rows=len(found))
     kept = []

@@ -12,7 +12,7 @@ from asft_kernels.data import load_pairs
 from asft_kernels.errors import InputError
 from asft_kernels.evaluation import answers, figures
 from asft_kernels.evaluation.report import write_report
-from asft_kernels.models.loading import check_positions, load_tokenizer
+from asft_kernels.models.loading import fitted_length, load_tokenizer
 from asft_kernels.score.run import score_path
 from asft_kernels.score.table import tokenizer_fingerprint
 
@@ -37,7 +37,7 @@ def run(args: Namespace, say: Callable[[str], None] = print) -> dict[str, Any]:
     tokenizers, vocabularies = {}, {}
     for model in args.model:  # what is wrong with the last one is said before the first is evaluated
         tokenizers[model], config = load_tokenizer(model)
-        check_positions(config, args.max_length)
+        args.max_length = fitted_length(config, args.max_length)
         vocabularies[model] = config.get_text_config().vocab_size
     settings = answers.Settings(args.dtype, args.batch_size, args.max_new_tokens if args.generate else None)
     numbers, ids = {}, {}

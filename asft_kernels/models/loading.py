@@ -8,6 +8,8 @@ from typing import Any
 
 from asft_kernels.errors import InputError
 
+DEFAULT_LENGTH = 1024  # tokens of prompt and answer, TRL's
+
 
 def load_tokenizer(model: str) -> tuple[Any, Any]:
     """(tokenizer, config). InputError before the hub is asked for what cannot be a name there."""
@@ -15,7 +17,8 @@ def load_tokenizer(model: str) -> tuple[Any, Any]:
 
     _plausible(model)
     with loading(model):
-        return AutoTokenizer.from_pretrained(model), AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(_base_of_adapter(model) or model)
+        return AutoTokenizer.from_pretrained(model), config
 
 
 def _plausible(model: str) -> None:
@@ -93,8 +96,15 @@ def loading(model: str) -> Iterator[None]:
         ) from error
 
 
-def check_positions(config: Any, max_length: int) -> None:
-    """InputError where max_length tokens pass what the model was made for."""
+def fitted_length(config: Any, max_length: int) -> int:
+    """Returns max_length, or the model's positions where the default has more.
+
+    Raises:
+        InputError: where another max_length has more tokens than the model was made for.
+    """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions and max_length > positions:
-        raise InputError(f"--max-length: got {max_length}, need at most {positions}, the model's positions")
+    if not positions or max_length <= positions:
+        return max_length
+    if max_length == DEFAULT_LENGTH:
+        return positions
+    raise InputError(f"max_length: got {max_length}, need at most {positions}, the model's positions")

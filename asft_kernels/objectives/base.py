@@ -35,6 +35,7 @@ class Objective:
 
     paired: rows 0..B-1 are chosen and row B+i is the answer rejected for row i; else any rows.
     needs_reference: takes ref_logps, (R,) or (K, R), of each row under the reference.
+    several_references: takes (K, R) of them.
     reference_kind: what they are: "sum" of a row's log-probabilities, or "mean" per token.
     uses_nll_labels: reads Logps.nll_avg, so that nll_labels make a difference.
     ref_per_token: ref_logps are given per token, in the labels' shape, and summed as the policy's are.
@@ -53,6 +54,7 @@ class Objective:
     paired: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = False
     reference_kind: ClassVar[str] = "sum"
+    several_references: ClassVar[bool] = False
     uses_nll_labels: ClassVar[bool] = False
     ref_per_token: bool = False
     needs_token_weights: ClassVar[bool] = False

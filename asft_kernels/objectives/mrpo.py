@@ -35,6 +35,7 @@ class MRPO(Objective):
     clip: float | None = 0.1
     swap_weights: bool = False
     needs_reference: ClassVar[bool] = True
+    several_references: ClassVar[bool] = True
 
     def __post_init__(self):
         require_number("mrpo", "beta", self.beta, above_zero=True)

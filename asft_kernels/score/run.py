@@ -13,7 +13,7 @@ from asft_kernels import __version__
 from asft_kernels.data import load_pairs, with_labels
 from asft_kernels.errors import InputError
 from asft_kernels.models import PreferenceModel
-from asft_kernels.models.loading import check_positions, load_causal_lm, load_tokenizer
+from asft_kernels.models.loading import fitted_length, load_causal_lm, load_tokenizer
 from asft_kernels.score.scoring import ScoredBatch, score_pairs
 from asft_kernels.score.table import SIDES, read_metadata, tokenizer_fingerprint, write_scores
 from asft_kernels.score.unfinished import UnfinishedScores
@@ -32,7 +32,7 @@ def run(args: Namespace, say: Callable[[str], None] = print) -> list[Path]:
     tokenizers = []
     for model in args.model:  # what is wrong with the last one is said before the first is scored
         tokenizer, config = load_tokenizer(model)
-        check_positions(config, args.max_length)
+        args.max_length = fitted_length(config, args.max_length)
         tokenizers.append((tokenizer, config.get_text_config().vocab_size))
     for model, (tokenizer, vocab_size), path in zip(args.model, tokenizers, paths, strict=True):
         _score_under(model, tokenizer, vocab_size, path, args, say)

@@ -11,6 +11,7 @@ from trl import DPOConfig
 
 from asft_kernels.errors import InputError
 from asft_kernels.objectives import OBJECTIVES, Objective, get_objective
+from asft_kernels.options import Options
 
 # Of TRL's loss: given ones are parameters of the objective.
 OF_THE_LOSS = (
@@ -121,11 +122,26 @@ class PreferenceConfig(DPOConfig):
                 "from hard labels; sft has label_smoothing"
             )
         self.build_objective()
+        self._check_numbers()
         if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
             self.bf16 = False
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it
+
+    def _check_numbers(self) -> None:
+        """What would otherwise fail far away."""
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: got {getattr(self, name)}, need at least 1")
+        if not 0 <= self.learning_rate < float("inf"):
+            raise InputError(f"learning_rate: got {self.learning_rate}, need a finite number >= 0")
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise InputError(f"num_train_epochs: got {self.num_train_epochs}, need more than 0, or max_steps")
+        try:
+            Options(backend=self.backend, cache_bytes=self.cache_bytes, chunk_size=self.chunk_size)
+        except ValueError as error:
+            raise InputError(str(error)) from error
 
     def build_objective(self) -> Objective:
         """Returns the objective that the arguments name.
@@ -133,17 +149,26 @@ class PreferenceConfig(DPOConfig):
         Raises:
             InputError: if there is none, or a parameter is not its own.
         """
+        if not isinstance(self.objective, str):
+            raise InputError(
+                f"objective: got {type(self.objective).__name__}, need a name; give an object to "
+                "PreferenceTrainer(objective=...)"
+            )
         parameters: dict[str, Any] = {}
         for given in self.objective_args or ():
             name, equals, value = given.partition("=")
             if not (name and equals):
                 raise InputError(f"objective_args: got {given!r}, need NAME=VALUE")
             parameters[name] = _literal(value)
-        parameters |= {name: getattr(self, name) for name in OF_THE_LOSS if getattr(self, name) is not None}
+        shorts = {name: getattr(self, name) for name in OF_THE_LOSS if getattr(self, name) is not None}
+        twice = parameters.keys() & shorts.keys()
+        if twice:
+            raise InputError(f"objective_args: got {min(twice)} there and as an option of its own, need it once")
+        parameters |= shorts
         if parameters and "+" in self.objective:
             raise InputError(
                 f"objective: got the sum {self.objective!r} and values for {', '.join(parameters)}, need a sum alone: "
-                "its terms have their papers' defaults"
+                "its terms have their papers' defaults; in Python PreferenceTrainer(objective=WeightedSum(...)) takes objects"
             )
         try:
             return get_objective(self.objective, **parameters)

@@ -141,7 +141,8 @@ def find_method(name: str | None, objective: Objective, arguments: dict[str, Any
     for other, given in (arguments or {}).items():
         if other != kind.name and given is not None and given != (default := type(given)()):
             field = next(x for x in vars(given) if getattr(given, x) != getattr(default, x))
+            how = f"method={other!r}" if not there[other].serves(objective) else f"{other}'s objective"
             raise InputError(
-                f"{field}: got {getattr(given, field)!r}, need none: {objective!r} does not go with {other}"
+                f"{field}: got {getattr(given, field)!r}, which is {other}'s, need {how} for it; leave it out"
             )
     return kind((arguments or {}).get(kind.name))

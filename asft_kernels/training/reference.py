@@ -48,6 +48,11 @@ def with_scores(dataset: Any, files: Sequence[str], objective: Any, tokenizer: A
         for name, values in zip(TOKENS, of_sides, strict=True):
             dataset = dataset.add_column(name, [of_row.tolist() for of_row in values])
         return dataset
+    several = objective.several_references or objective.reference_kind == "mean"
+    if len(files) > 1 and not several:
+        raise InputError(
+            f"ref_scores: got {len(files)} files, need one: {objective!r} has one reference; mrpo has more"
+        )
     if objective.reference_kind == "mean":
         values = mean_avg_logps(files, dataset)[None]
     else:

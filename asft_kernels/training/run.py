@@ -12,11 +12,12 @@ from transformers import IntervalStrategy, ProgressCallback, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import get_peft_config, get_quantization_config
 
+from asft_kernels.backends import choose_backend
 from asft_kernels.data import load_pairs, split_every_nth
-from asft_kernels.errors import InputError
+from asft_kernels.errors import InputError, of_a_library
 from asft_kernels.files import write_json
 from asft_kernels.models.fused import fused_forward
-from asft_kernels.models.loading import check_positions, load_processor, load_trainable_adapter
+from asft_kernels.models.loading import fitted_length, load_processor, load_trainable_adapter
 from asft_kernels.models.seam import causal_lm
 from asft_kernels.training import run_folder
 from asft_kernels.training.arguments import DataArguments, ModelArguments
@@ -80,6 +81,7 @@ def run(
     first = config.process_index == 0
     say, at_once = (say, say_at_once or say) if first else (_silent, _silent)
     folder = Path(str(config.output_dir))
+    _check_lora(model)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir: {folder} is a file, need a folder; name another")
     checkpoint = (
@@ -88,7 +90,7 @@ def run(
     name = _model_name(model)
     processor, model_config = load_processor(name, trust_remote_code=config.trust_remote_code)
     if config.max_length is not None:
-        check_positions(model_config, config.max_length)
+        config.max_length = fitted_length(model_config, config.max_length)
     _check_loggers(config)
     objective = config.build_objective()
     method = find_method(config.method, objective, dict(method_arguments or {}))
@@ -111,15 +113,24 @@ def run(
         run_folder.require_same_settings(folder / run_folder.SETTINGS, settings, say)
     there = folder.exists()
     if not data.dry_run:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"output_dir: {folder} cannot be made ({error.strerror}), need a folder") from error
     metrics, stop = MetricsFile(folder / run_folder.METRICS), StopWhenAsked(at_once)
     config.eval_on_start = read.evaluation is not None and checkpoint is None
-    trainer = PreferenceTrainer(
-        _policy(name, config, model), args=config, train_dataset=read.train, eval_dataset=read.evaluation,
-        processing_class=processor, callbacks=[metrics, stop, LogTheRest()], method=method,
-        quantization_config=None if _is_adapter(name) else get_quantization_config(model),
-        peft_config=None if _is_adapter(name) else get_peft_config(model),
-    )  # fmt: skip
+    try:
+        trainer = PreferenceTrainer(
+            _policy(name, config, model), args=config, train_dataset=read.train, eval_dataset=read.evaluation,
+            processing_class=processor, callbacks=[metrics, stop, LogTheRest()], method=method,
+            quantization_config=None if _is_adapter(name) else get_quantization_config(model),
+            peft_config=None if _is_adapter(name) else get_peft_config(model),
+        )  # fmt: skip
+        choose_backend(config.backend, config.device, torch.float32)
+    except (ImportError, ValueError) as error:
+        if isinstance(error, InputError) or not of_a_library(error):
+            raise
+        raise InputError(f"{str(error).strip().splitlines()[0]} ({type(error).__name__})") from error
     if not config.disable_tqdm:
         trainer.pop_callback(ProgressCallback)
         trainer.add_callback(Bar())
@@ -166,8 +177,19 @@ def run(
             summary = {"step": step, "pairs": pairs, "changes": changes}
             write_json(folder / run_folder.SUMMARY, summary)
             say(change_table(changes, pairs))
-        say(f"metrics: {metrics.path}\ncurves:  {plot}")
+        saved = f"model:   {folder}\n" if saves(config) and not stop.stopped else ""
+        say(f"{saved}metrics: {metrics.path}\ncurves:  {plot}")
     return Result(folder, trainer.state.global_step, stop.stopped, plot, changes, pairs, read.report)
+
+
+def _check_lora(model: ModelArguments) -> None:
+    """Without --use_peft TRL would train the whole model, whatever else is said of LoRA."""
+    if model.use_peft:
+        return
+    usual = ModelArguments()
+    for name in vars(model):
+        if name.startswith(("lora_", "use_rslora", "use_dora")) and getattr(model, name) != getattr(usual, name):
+            raise InputError(f"{name}: got {getattr(model, name)!r} without use_peft, need it with --use_peft; add it")
 
 
 def _check_loggers(config: PreferenceConfig) -> None:

@@ -88,6 +88,12 @@ class PreferenceTrainer(DPOTrainer):
         method: Method | None = None,
     ):
         args = PreferenceConfig("preference-run") if args is None else args
+        columns = getattr(train_dataset, "column_names", None) or ()
+        if "completion" in columns and "chosen" not in columns:
+            raise InputError(
+                "train_dataset: got unpaired rows (completion), need pairs (chosen, rejected); TRL's KTOTrainer takes "
+                "them, on these kernels under asft_kernels.training.patch_trl()"
+            )
         if not isinstance(args, PreferenceConfig):
             raise InputError(f"args: got {type(args).__name__}, need PreferenceConfig, which has DPOConfig's fields")
         if compute_metrics is not None:

@@ -15,7 +15,7 @@ from asft_kernels.data_commands.fields import whole
 from asft_kernels.methods.fpo.cache import write_reference_features
 from asft_kernels.methods.fpo.files import read_sae
 from asft_kernels.methods.fpo.hidden import HEAD_INPUT
-from asft_kernels.models.loading import check_positions, load_causal_lm, load_tokenizer
+from asft_kernels.models.loading import fitted_length, load_causal_lm, load_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sae = read_sae(options.sae).to(device)
     tokenizer, config = load_tokenizer(options.model)
-    check_positions(config, options.max_length)
+    options.max_length = fitted_length(config, options.max_length)
     vocab_size = config.get_text_config().vocab_size
     pairs, report = load_pairs(options.data, tokenizer, max_length=options.max_length, vocab_size=vocab_size)
     print(report)

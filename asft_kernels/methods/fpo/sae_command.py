@@ -23,7 +23,7 @@ from asft_kernels.methods.fpo.collect import collect_tokens
 from asft_kernels.methods.fpo.files import check_suffix, write_sae
 from asft_kernels.methods.fpo.hidden import HEAD_INPUT, check_layer
 from asft_kernels.methods.fpo.training import Trainer, quality
-from asft_kernels.models.loading import check_positions, load_causal_lm, load_tokenizer
+from asft_kernels.models.loading import fitted_length, load_causal_lm, load_tokenizer
 
 HELD_OUT_NTH, HELD_OUT_SHARE = 8, 0.1  # lines; evaluation tokens for each training token
 SHOWN_EVERY = 10  # steps
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
     begin = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer, config = load_tokenizer(options.model)
-    check_positions(config, options.max_length)
+    options.max_length = fitted_length(config, options.max_length)
     vocab_size = config.get_text_config().vocab_size
     pairs, report = load_pairs(options.data, tokenizer, max_length=options.max_length, vocab_size=vocab_size)
     print(report)

@@ -19,7 +19,7 @@ from asft_kernels.data_commands.stream import run_stream
 from asft_kernels.errors import InputError
 from asft_kernels.generation import TransformersGenerator
 from asft_kernels.methods.sapo.negatives import Regeneration
-from asft_kernels.models.loading import check_positions
+from asft_kernels.models.loading import fitted_length
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     )
     try:
         writer = TransformersGenerator.from_pretrained(args.model, batch_size=args.batch_size)
-        check_positions(writer.model.config, args.max_length)
+        args.max_length = fitted_length(writer.model.config, args.max_length)
     except InputError:
         raise
     except ValueError as error:
