@@ -308,6 +308,15 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
         trainer.train()
 
 
+def test_no_checkpoint_is_written_after_a_loss_that_is_not_finite(tmp_path, model):
+    given = {"learning_rate": 1e30, "logging_steps": 8, "save_strategy": "steps", "save_steps": 2, "max_steps": 8}
+    with pytest.raises(InputError, match="the loss is nan after step 4"):
+        made(tmp_path / "a", model, **given).train()
+    assert [path.name for path in (tmp_path / "a").glob("checkpoint-*")] == ["checkpoint-2"]  # huge, not NaN
+    with pytest.raises(InputError, match="the loss is nan after step 3"):
+        made(tmp_path / "b", model, learning_rate=1e30, logging_strategy="no").train()
+
+
 REFUSED = [
     ({"loss_type": ["sigmoid"]}, "loss_type: got 'sigmoid', which is called objective here: need objective='dpo'"),
     ({"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [1.0, 0.5]}, "need objective='1 dpo .* 0.5 bco_pair'"),
@@ -338,6 +347,90 @@ def test_dpos_module_is_as_it_was():
 
     assert dpo_trainer.add_fused_lm_head is utils.add_fused_lm_head
     assert dpo_trainer.create_model_from_path is utils.create_model_from_path
+
+
+def test_a_name_has_the_parameters_of_the_arguments(tmp_path, model):
+    """A TRL script that is moved by one line keeps its beta."""
+    trainer = made(tmp_path, model, objective_object="dpo", beta=5.0)
+    assert trainer.objective == DPO(beta=5.0)
+    with pytest.raises(InputError, match=r"beta: got 5.0 beside an objective object, need it in that object"):
+        made(tmp_path, model, objective_object=DPO(), beta=5.0)
+
+
+def test_evaluation_moves_no_statistics(tmp_path, model):
+    given = {"objective": "lmpo", "max_steps": 2, "gradient_accumulation_steps": 1}
+    alone = made(tmp_path / "a", model, **given)
+    evaluated = made(
+        tmp_path / "b", model, eval_dataset=Dataset.from_list(pairs(6)), eval_strategy="steps", eval_steps=1, **given
+    )
+    assert [row["loss"] for row in logs(alone)] == [row["loss"] for row in logs(evaluated)]
+    assert evaluated.objective.steps == alone.objective.steps == 2
+
+
+def test_a_reference_that_moves_is_in_checkpoints(tmp_path, model):
+    given = {
+        "objective": "dpo", "sync_ref_model": True, "ref_model_sync_steps": 1, "learning_rate": 1e-2, "max_steps": 4,
+        "save_strategy": "steps", "save_steps": 2,
+    }  # fmt: skip
+    expected = logs(made(tmp_path / "a", model, **given))
+    resumed = made(tmp_path / "b", model, **given)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    found = [row for row in resumed.state.log_history if "loss" in row]
+    assert [row["loss"] for row in found] == [row["loss"] for row in expected]
+    with pytest.raises(InputError, match="sync_ref_model: got True, need False: the objective has no reference"):
+        made(tmp_path, model, objective="asft", sync_ref_model=True)
+
+
+def test_references_of_the_data_are_of_the_tokens_that_are_trained(tmp_path, model):
+    rows = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in tokenised()]
+    with pytest.raises(InputError, match=r"max_length: got 20, need at least \d+ for row \d+ of training"):
+        made(tmp_path, model, rows=Dataset.from_list(rows), objective="dpo", max_length=20)
+    with pytest.raises(InputError, match="truncation_mode: got 'keep_end', need 'keep_start'"):
+        made(tmp_path, model, rows=Dataset.from_list(rows), objective="dpo", truncation_mode="keep_end")
+    rows = [{**row, "ref_chosen_token_logps": [-1.0], "ref_rejected_token_logps": [-1.0]} for row in tokenised()]
+    with pytest.raises(InputError, match=r"ref_chosen_token_logps: got 1 values for an answer of \d+ tokens"):
+        made(tmp_path, model, rows=Dataset.from_list(rows), objective="dpo").train()
+
+
+def test_precomputed_references_follow_what_cuts_the_rows(tmp_path, model):
+    """TRL's cache of them lies beside a data set on disk and knows nothing of max_length."""
+    Dataset.from_list(tokenised()).save_to_disk(tmp_path / "rows")
+    for max_length in (64, 20):
+        trainer = made(
+            tmp_path, model, rows=Dataset.load_from_disk(tmp_path / "rows"), objective="dpo", max_steps=1,
+            precompute_ref_log_probs=True, max_length=max_length,
+        )  # fmt: skip
+        assert logs(trainer)[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_a_given_adapter_is_compared_with_as_it_came(tmp_path, model):
+    peft = pytest.importorskip("peft", reason="needs peft")
+    lora = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(tiny_model(initializer_range=0.3), lora)
+    assert logs(made(tmp_path, adapted, objective="dpo"))[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_bf16_starts_at_ln_2_with_precomputed_references(tmp_path, model):
+    row = logs(made(tmp_path, model, objective="dpo", bf16=True, max_steps=1, precompute_ref_log_probs=True))[0]
+    assert row["loss"] == pytest.approx(0.6931472, abs=1e-6)
+
+
+def test_the_reference_has_no_dropout(tmp_path):
+    """Asked twice while the policy trains with dropout, it says the same."""
+    model = str(saved_tiny_model(tmp_path / "model", attention_dropout=0.5))
+    trainer = made(tmp_path, model, objective="dpo", disable_dropout=False)
+    batch = trainer.collator([trainer.train_dataset[i] for i in range(2)])
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    trainer.model.train()
+    one, other = (trainer.token_logps(trainer.model, batch, labels) for _ in range(2))
+    assert torch.equal(one, other)
+    assert trainer.model.training
+
+
+def test_the_likelihood_on_the_prompt_needs_a_likelihood(tmp_path, model):
+    with pytest.raises(InputError, match="nll_on_prompt: got True, need False"):
+        made(tmp_path, model, objective="dpo", nll_on_prompt=True)
 
 
 def test_objectives_may_be_given_as_objects(tmp_path, model):

@@ -347,7 +347,7 @@ def test_files_that_do_not_fit_are_refused(data, scores, two, tmp_path):
         load_token_logps(two[0], loaded(data), tiny_tokenizer())
     parquet.write_table(pa.table({"id": ["a"]}), tmp_path / "foreign.parquet")
     for path, message in (
-        (tmp_path / "none.parquet", "no such file; need a file that asft-score wrote"),
+        (tmp_path / "none.parquet", "no such file; need a file that asft score wrote"),
         (scores.parent, "is a folder; name the files in it"),
         (data, "is no Parquet file"),
         (tmp_path / "foreign.parquet", "without the notes of asft-score"),

@@ -47,7 +47,7 @@ def load_causal_lm(model: str, dtype: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
 
 
-def load_processor(model: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load_processor(model: str, *, trust_remote_code: bool = False, revision: str = "main") -> tuple[Any, Any]:
     """Loads what makes a model's inputs: its processor, if it takes images, else its tokenizer; and its config.
 
     model may be the folder of an adapter: config is then of the model that it is part of.
@@ -57,7 +57,7 @@ def load_processor(model: str, *, trust_remote_code: bool = False) -> tuple[Any,
     _plausible(model)
     with loading(model):
         base = _base_of_adapter(model)
-        keywords: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        keywords: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
         try:
             processor = AutoProcessor.from_pretrained(model, **keywords)
         except (OSError, ValueError):

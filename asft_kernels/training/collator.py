@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from asft_kernels.training.hooks import Method
-from asft_kernels.training.reference import TOKENS
+from asft_kernels.training.reference import SIDES, TOKENS, of_answer
 
 ENTRIES = "entries"  # the batch's dict of tensors that are no keywords of the model
 
@@ -31,7 +32,7 @@ class Collator:
             chosen = slice(len(rows))
             entries["nll_labels"] = batch["input_ids"][chosen].masked_fill(batch["attention_mask"][chosen] == 0, -100)
         if TOKENS[0] in rows[0]:
-            values = [row[column] for column in TOKENS for row in rows]
+            values = [of_answer(row, side) for side in SIDES for row in rows]
             entries["ref_token_logps"] = at_labels(batch["completion_mask"], values)[:, 1:]
         entries |= self.method.collate(rows, batch)
         return {**batch, ENTRIES: entries} if entries else batch
@@ -53,3 +54,10 @@ def counting_pairs(completion_mask: Tensor) -> Tensor:
     """(B,) bool: which pairs of (2B, T) count, i.e. have a predicted token on both sides."""
     chosen, rejected = completion_mask[:, 1:].bool().any(dim=1).chunk(2)
     return chosen & rejected
+
+
+def longest_first(pairs: Any) -> np.ndarray:
+    """Returns the rows of a tokenised dataset in falling order of their longer sequence."""
+    columns = (pairs[f"{name}_ids"][:] for name in ("prompt", "chosen", "rejected"))
+    lengths = [len(p) + max(len(c), len(r)) for p, c, r in zip(*columns, strict=True)]
+    return np.argsort(np.negative(lengths), kind="stable")

@@ -10,7 +10,7 @@ import torch
 from trl import DPOConfig
 
 from asft_kernels.errors import InputError
-from asft_kernels.objectives import OBJECTIVES, Objective, get_objective
+from asft_kernels.objectives import OBJECTIVES, get_objective
 from asft_kernels.options import Options
 
 # Of TRL's loss: given ones are parameters of the objective.
@@ -134,6 +134,8 @@ class PreferenceConfig(DPOConfig):
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: got {getattr(self, name)}, need at least 1")
+        if self.sync_ref_model and self.ref_model_sync_steps < 1:
+            raise InputError(f"ref_model_sync_steps: got {self.ref_model_sync_steps}, need at least 1")
         if not 0 <= self.learning_rate < float("inf"):
             raise InputError(f"learning_rate: got {self.learning_rate}, need a finite number >= 0")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
@@ -143,35 +145,45 @@ class PreferenceConfig(DPOConfig):
         except ValueError as error:
             raise InputError(str(error)) from error
 
-    def build_objective(self) -> Objective:
-        """Returns the objective that the arguments name.
+    def build_objective(self, given: Any = None) -> Any:
+        """Returns the objective that the arguments name, or the one that is given in its place.
+
+        Args:
+            given: a name, with the parameters of these arguments, or an object, which has its own.
 
         Raises:
             InputError: if there is none, or a parameter is not its own.
         """
-        if not isinstance(self.objective, str):
+        name = self.objective if given is None else given
+        shorts = {key: getattr(self, key) for key in OF_THE_LOSS if getattr(self, key) is not None}
+        if given is not None and not isinstance(given, str):
+            for key in (*shorts, *(["objective_args"] if self.objective_args else [])):
+                raise InputError(
+                    f"{key}: got {getattr(self, key)!r} beside an objective object, need it in that object"
+                )
+            return given
+        if not isinstance(name, str):
             raise InputError(
-                f"objective: got {type(self.objective).__name__}, need a name; give an object to "
-                "PreferenceTrainer(objective=...)"
+                f"objective: got {type(name).__name__}, need a name; give an object to PreferenceTrainer(objective=...)"
             )
         parameters: dict[str, Any] = {}
-        for given in self.objective_args or ():
-            name, equals, value = given.partition("=")
-            if not (name and equals):
-                raise InputError(f"objective_args: got {given!r}, need NAME=VALUE")
-            parameters[name] = _literal(value)
-        shorts = {name: getattr(self, name) for name in OF_THE_LOSS if getattr(self, name) is not None}
+        for word in self.objective_args or ():
+            key, equals, value = word.partition("=")
+            if not (key and equals):
+                raise InputError(f"objective_args: got {word!r}, need NAME=VALUE")
+            parameters[key] = _literal(value)
         twice = parameters.keys() & shorts.keys()
         if twice:
             raise InputError(f"objective_args: got {min(twice)} there and as an option of its own, need it once")
         parameters |= shorts
-        if parameters and "+" in self.objective:
+        if parameters and "+" in name:
             raise InputError(
-                f"objective: got the sum {self.objective!r} and values for {', '.join(parameters)}, need a sum alone: "
-                "its terms have their papers' defaults; in Python PreferenceTrainer(objective=WeightedSum(...)) takes objects"
+                f"objective: got the sum {name!r} and values for {', '.join(parameters)}, need a sum alone: "
+                "its terms have their papers' defaults; in Python PreferenceTrainer(objective=WeightedSum(...)) has "
+                "objects"
             )
         try:
-            return get_objective(self.objective, **parameters)
+            return get_objective(name, **parameters)
         except (TypeError, ValueError) as error:
             raise InputError(f"objective: {str(error).removeprefix('objective: ')}") from error
 

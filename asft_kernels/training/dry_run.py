@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from asft_kernels.training.collator import longest_first
 from asft_kernels.training.trainer import PreferenceTrainer
 
 MARKS = ("⟦", "⟧")  # around what carries loss
@@ -21,29 +22,29 @@ def describe(trainer: PreferenceTrainer) -> str:
     rows = trainer.train_dataset
     if "prompt_ids" not in rows.column_names:
         return "dry run: images are read batch by batch, so that nothing can be said of them before"
-    limit = trainer.args.max_length or math.inf
-    lengths = [
-        [(len(row["prompt_ids"]), len(row[f"{side}_ids"])) for side in ("chosen", "rejected") if f"{side}_ids" in row]
-        for row in rows
-    ]
-    tokens = sum(min(prompt + answer, limit) for row in lengths for prompt, answer in row)
-    of_loss = sum(max(min(prompt + answer, limit) - prompt, 0) for row in lengths for prompt, answer in row)
+    tokens = of_loss = 0
+    for start in range(0, 0 if trainer.method.makes_pairs else len(rows), 64):
+        batch = trainer.collator.of_trl([rows[i] for i in range(start, min(start + 64, len(rows)))])
+        tokens += int(batch["attention_mask"].sum())
+        of_loss += int(batch["completion_mask"].sum())
     args = trainer.args
+    batches = len(trainer.get_train_dataloader())  # of this process
+    an_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
     pairs_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(len(rows) / pairs_a_step * args.num_train_epochs)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(an_epoch * args.num_train_epochs)
     text = [
-        f"tokens: {tokens:,.0f} in {len(rows)} pairs, {of_loss / max(tokens, 1):.0%} carry loss",
+        f"tokens: {tokens:,} in {len(rows)} pairs, {of_loss / max(tokens, 1):.0%} carry loss",
         f"steps: {steps} of {pairs_a_step} pairs",
     ]
     if not trainer.method.makes_pairs:
-        text += [_measured(trainer, lengths, tokens / len(rows), steps), _first_pair(trainer)]
+        text += [_measured(trainer, tokens / len(rows), steps), _first_pair(trainer)]
     return "\n".join(text)
 
 
-def _measured(trainer: PreferenceTrainer, lengths: list[Any], tokens_a_pair: float, steps: int) -> str:
+def _measured(trainer: PreferenceTrainer, tokens_a_pair: float, steps: int) -> str:
     args, device = trainer.args, trainer.args.device
-    order = sorted(range(len(lengths)), key=lambda i: -sum(map(sum, lengths[i])))[: args.train_batch_size]
-    batch = trainer.collator([trainer.train_dataset[i] for i in order])
+    order = longest_first(trainer.train_dataset)[: args.train_batch_size]
+    batch = trainer.collator([trainer.train_dataset[i] for i in order.tolist()])
     model = trainer.model.to(device)
     model.train()
     seconds = math.inf

@@ -36,6 +36,10 @@ class Window:
         new = torch.stack([torch.stack([x.detach().double(), n.detach().double()]) for x, n in figures.values()])
         self.sums = new if self.sums is None else self.sums + new
 
+    def sum_of(self, name: str) -> float:
+        """Returns a sum since the last call of `take` on this process, 0 for none; waits for the device."""
+        return 0.0 if self.sums is None else self.sums[self.names.index(name), 0].item()
+
     def take(self, reduce: Callable[[Tensor], Any]) -> dict[str, float]:
         """Returns sum / count by name since the last call, and "pairs". reduce: sums a tensor over all processes."""
         if self.sums is None:

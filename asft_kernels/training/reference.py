@@ -1,6 +1,6 @@
 """The reference's log-probabilities as columns of the data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from asft_kernels.errors import InputError
@@ -23,6 +23,32 @@ def given_columns(dataset: Any, per_token: bool) -> bool:
             "token by token"
         )
     return columns >= set(SUMS) or columns >= set(TOKENS)
+
+
+def of_answer(row: Mapping[str, Any], side: str) -> Sequence[float]:
+    """Returns a row's values per token, of as many as its answer has. InputError for another number."""
+    values, tokens = row[f"ref_{side}_token_logps"], row[f"{side}_ids"]
+    if len(values) != len(tokens):
+        where = f" (line {row['line']})" if "line" in row else ""
+        raise InputError(
+            f"ref_{side}_token_logps: got {len(values)} values for an answer of {len(tokens)} tokens{where}, need one "
+            "a token"
+        )
+    return values
+
+
+def require_whole(dataset: Any, max_length: int | None, label: str) -> None:
+    """Raises InputError if the trainer would cut an answer whose sums come with the data: these are of all of it."""
+    columns = set(dataset.column_names or ())
+    if max_length is None or not columns >= {*SUMS, "prompt_ids"}:
+        return
+    for number, row in enumerate(dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])):
+        length = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        if length > max_length:
+            raise InputError(
+                f"max_length: got {max_length}, need at least {length} for row {number} of {label}: the reference's "
+                "log-probabilities that come with it are of its whole answer"
+            )
 
 
 def with_scores(dataset: Any, files: Sequence[str], objective: Any, tokenizer: Any, *, per_token: bool) -> Any:

@@ -4,9 +4,9 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import IntervalStrategy, ProgressCallback, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
@@ -19,9 +19,11 @@ from asft_kernels.files import write_json
 from asft_kernels.models.fused import fused_forward
 from asft_kernels.models.loading import fitted_length, load_processor, load_trainable_adapter
 from asft_kernels.models.seam import causal_lm
+from asft_kernels.score.table import tokenizer_fingerprint
 from asft_kernels.training import run_folder
 from asft_kernels.training.arguments import DataArguments, ModelArguments
 from asft_kernels.training.callbacks import Bar, LogTheRest, MetricsFile, StopWhenAsked, saves
+from asft_kernels.training.collator import longest_first
 from asft_kernels.training.config import PreferenceConfig
 from asft_kernels.training.dry_run import describe
 from asft_kernels.training.figures import BEFORE, Evaluation, change, change_table
@@ -80,6 +82,18 @@ def run(
     """
     first = config.process_index == 0
     say, at_once = (say, say_at_once or say) if first else (_silent, _silent)
+    if data.dry_run:
+        with TemporaryDirectory() as nowhere:  # the Trainer makes its folder
+            config.output_dir = nowhere
+            return _run(data, config, model, method_arguments, say, at_once)
+    return _run(data, config, model, method_arguments, say, at_once)
+
+
+def _run(
+    data: DataArguments, config: PreferenceConfig, model: ModelArguments, method_arguments: Mapping[str, Any] | None,
+    say: Say, at_once: Say,
+) -> Result:  # fmt: skip
+    first = config.process_index == 0
     folder = Path(str(config.output_dir))
     _check_lora(model)
     if folder.exists() and not folder.is_dir():
@@ -88,7 +102,9 @@ def run(
         None if data.dry_run else run_folder.find_checkpoint(data.resume or config.resume_from_checkpoint, folder)
     )
     name = _model_name(model)
-    processor, model_config = load_processor(name, trust_remote_code=config.trust_remote_code)
+    processor, model_config = load_processor(
+        name, trust_remote_code=config.trust_remote_code, revision=model.model_revision
+    )
     if config.max_length is not None:
         config.max_length = fitted_length(model_config, config.max_length)
     _check_loggers(config)
@@ -106,12 +122,13 @@ def run(
         **config.to_dict(), **asdict(model), **asdict(data), "objective": repr(objective), "method": method.name,
         "method_arguments": asdict(method.arguments) if method.arguments is not None else None,
         "model": run_folder.digest_of_model(name), "world_size": config.world_size,
+        "tokenizer": tokenizer_fingerprint(getattr(processor, "tokenizer", processor)),
+        "files": run_folder.digest_of_files([*(config.ref_scores or ()), *_strings(method.arguments)]),
         "training_pairs": run_folder.digest_of_pairs(read.train),
         "evaluation_pairs": run_folder.digest_of_pairs(read.evaluation),
     }  # fmt: skip
     if checkpoint:
         run_folder.require_same_settings(folder / run_folder.SETTINGS, settings, say)
-    there = folder.exists()
     if not data.dry_run:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +144,7 @@ def run(
             peft_config=None if _is_adapter(name) else get_peft_config(model),
         )  # fmt: skip
         choose_backend(config.backend, config.device, torch.float32)
-    except (ImportError, ValueError) as error:
+    except (ImportError, NotImplementedError, ValueError) as error:
         if isinstance(error, InputError) or not of_a_library(error):
             raise
         raise InputError(f"{str(error).strip().splitlines()[0]} ({type(error).__name__})") from error
@@ -137,8 +154,6 @@ def run(
     say(_head_checked(trainer))
     if data.dry_run:
         say(describe(trainer))
-        if not there:
-            folder.rmdir()  # the Trainer made it
         return Result(folder, 0, False, folder / run_folder.CURVES, {}, 0, read.report)
     done = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else None
     if first:
@@ -200,6 +215,10 @@ def _check_loggers(config: PreferenceConfig) -> None:
         raise InputError(f"report_to: {error}; or give none") from error
 
 
+def _strings(arguments: Any) -> list[str]:
+    return [] if arguments is None else [value for value in vars(arguments).values() if isinstance(value, str)]
+
+
 def _silent(_: str) -> None:
     pass
 
@@ -224,7 +243,10 @@ def _policy(name: str, config: PreferenceConfig, model: ModelArguments) -> Any:
     if _is_adapter(name):
         if model.use_peft:
             raise InputError(f"use_peft: got True, need False: {name} is an adapter already, which is trained on")
-        return load_trainable_adapter(name, keywords)
+        quantization = get_quantization_config(model)
+        if quantization is not None:
+            keywords["quantization_config"] = quantization
+        return load_trainable_adapter(name, {**keywords, "trust_remote_code": config.trust_remote_code})
     config.model_init_kwargs = keywords
     return name
 
@@ -249,15 +271,8 @@ def _read(
         )
         text += f"\n{of_evaluation}"
     if evaluation is not None and "prompt_ids" in evaluation.column_names:
-        evaluation = longest_first(evaluation)
+        evaluation = evaluation.select(longest_first(evaluation))  # too large a batch shows at once
     return Data(train, evaluation, text)
-
-
-def longest_first(pairs: Any) -> Any:
-    """Little padding, and too large a batch shows at once."""
-    columns = (pairs[f"{name}_ids"][:] for name in ("prompt", "chosen", "rejected"))
-    lengths = [len(p) + max(len(c), len(r)) for p, c, r in zip(*columns, strict=True)]
-    return pairs.select(np.argsort(np.negative(lengths), kind="stable"))
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,18 @@ from asft_kernels.errors import InputError
 from asft_kernels.training.callbacks import MetricsFile
 
 METRICS, SETTINGS, SUMMARY, CURVES = "metrics.jsonl", "run.json", "summary.json", "curves.png"
-# A resumed run that changed one of these would go on as another experiment, without a word.
-SAME_ON_RESUME = (
-    "model", "training_pairs", "evaluation_pairs", "objective", "method", "method_arguments", "nll_on_prompt",
-    "max_length", "truncation_mode", "dtype", "learning_rate", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "seed", "world_size", "logit_scale", "softcap", "num_train_epochs",
-    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "optim", "optim_args", "weight_decay",
-    "max_grad_norm", "bf16", "fp16", "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
-    "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit", "disable_dropout", "ref_scores",
-)  # fmt: skip  # not max_steps: a run may go on for more steps, and says so
+# What a resumed run may have otherwise (beginnings of names); with anything else it would be another experiment.
+# Where model and data lie may change, their digests not. max_steps: a run may go on for more steps, and says so.
+FREE_ON_RESUME = (
+    "output_dir", "overwrite", "logging_", "log_", "save_", "eval_", "per_device_eval_", "disable_tqdm", "report_to",
+    "run_name", "push_to_hub", "hub_", "resume", "max_steps", "strict", "dry_run", "dataset_name", "dataset_config",
+    "dataset_train_split", "dataset_test_split", "dataset_num_proc", "model_name_or_path", "model_init_kwargs",
+    "dataloader_num_workers", "dataloader_pin", "dataloader_prefetch", "dataloader_persistent", "local_rank", "backend",
+    "cache_bytes", "chunk_size", "tf32", "torch_empty_cache", "include_", "do_", "metric_for_best_model",
+    "greater_is_better", "load_best_model_at_end", "project", "trackio", "ref_scores", "method_arguments",
+    "precompute_ref_batch_size", "skip_memory_metrics", "ddp_", "use_cpu", "deepspeed", "fsdp", "accelerator_config",
+)  # fmt: skip
+DIGESTS = ("training_pairs", "evaluation_pairs", "tokenizer", "files")
 RESUME = ("--resume", "--resume_from_checkpoint")
 
 
@@ -92,9 +95,9 @@ def require_same_settings(path: Path, settings: Mapping[str, Any], say: Callable
         return
     old = json.loads(path.read_text())["settings"]
     settings = json.loads(json.dumps(settings, default=str))
-    for name in SAME_ON_RESUME:
-        if name in old and name in settings and old[name] != settings[name]:
-            shown = "others" if name.endswith("_pairs") else f"{old[name]!r} then and {settings[name]!r} now"
+    for name in settings:
+        if name in old and old[name] != settings[name] and not name.startswith(FREE_ON_RESUME):
+            shown = "others" if name in DIGESTS else f"{old[name]!r} then and {settings[name]!r} now"
             raise InputError(
                 f"resume: {name}: {shown}, need the same; start another run in another --output_dir to change it"
             )
@@ -118,6 +121,11 @@ def digest_of_model(model: str) -> str:
     return f"{model} {hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]}" if files else model
 
 
+def digest_of_files(paths: Iterable[str]) -> list[str]:
+    """Of the contents of those that are files."""
+    return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if Path(path).is_file()]
+
+
 def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
@@ -132,4 +140,5 @@ def command() -> str:
         dropping = word in RESUME or (dropping and not word.startswith("-"))
         if not dropping and not word.startswith(tuple(f"{name}=" for name in RESUME)):
             given.append(word)
-    return shlex.join([Path(sys.argv[0]).name, *given])
+    program = Path(sys.argv[0]).name
+    return shlex.join(["asft" if program == "__main__.py" else program, *given])

@@ -1,5 +1,6 @@
 """`PreferenceTrainer`: TRL's DPOTrainer with any objective, on fused heads."""
 
+import copy
 import itertools
 import time
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
+from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction
@@ -21,18 +23,19 @@ from asft_kernels.errors import InputError
 from asft_kernels.models.check import evaluating
 from asft_kernels.models.fused import DIFFERENTIABLE
 from asft_kernels.models.seam import causal_lm
-from asft_kernels.objectives import Objective, get_objective
+from asft_kernels.objectives import Objective
 from asft_kernels.token_loss import preference_loss_from_logps
 from asft_kernels.training.collator import ENTRIES, Collator, counting_pairs
 from asft_kernels.training.config import PreferenceConfig
 from asft_kernels.training.figures import BEFORE, Evaluation, Window, pair_figures, pair_table, token_figures
 from asft_kernels.training.hooks import Method, find_method
 from asft_kernels.training.on_pairs import on_pairs
-from asft_kernels.training.reference import SIDES, TOKENS, given_columns, with_scores
+from asft_kernels.training.reference import SIDES, TOKENS, given_columns, require_whole, with_scores
 from asft_kernels.training.seams import exchanged
 
 # In checkpoints, where there is any.
-OBJECTIVE_STATE, METHOD_STATE, RANKS_STATE = "objective.pt", "method.pt", "method_{rank}.pt"
+OBJECTIVE_STATE, REFERENCE_STATE = "objective.pt", "ref_model.pt"
+METHOD_STATE, RANKS_STATE = "method.pt", "method_{rank}.pt"
 OF_BATCH = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", ENTRIES}  # no keywords of the model
 TRL_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
@@ -98,7 +101,7 @@ class PreferenceTrainer(DPOTrainer):
             raise InputError(f"args: got {type(args).__name__}, need PreferenceConfig, which has DPOConfig's fields")
         if compute_metrics is not None:
             raise InputError("compute_metrics: got a function, need None: there are no logits to compute them from")
-        given = get_objective(objective) if isinstance(objective, str) else objective or args.build_objective()
+        given = args.build_objective(objective)
         self.objective: Any = on_pairs(given)
         self.method = method or find_method(args.method, given)
         self.method.check(args, self.objective)
@@ -111,6 +114,17 @@ class PreferenceTrainer(DPOTrainer):
                 "ref_scores: got the reference's log-probabilities with the data, need none: "
                 f"{self.method.name} asks the reference model for more than they hold; leave them out"
             )
+        if args.nll_on_prompt and not self.objective.uses_nll_labels:
+            raise InputError(f"nll_on_prompt: got True, need False: {given!r} has no separate likelihood term")
+        with_data = self.brings_reference and not self.method.own_reference
+        if with_data and args.truncation_mode != "keep_start":
+            raise InputError(
+                f"truncation_mode: got {args.truncation_mode!r}, need 'keep_start' where the reference's "
+                "log-probabilities come with the data: they are of the answers' first tokens"
+            )
+        if args.sync_ref_model and (with_data or not self.objective.needs_reference):
+            what = "it comes with the data" if with_data else "the objective has no reference"
+            raise InputError(f"sync_ref_model: got True, need False: {what}, and moves nowhere")
         self.windows = {"train": Window(), "eval": Window()}
         self.window_start: float | None = None
         self._pairs_of_step: Tensor | int | None = None
@@ -144,7 +158,8 @@ class PreferenceTrainer(DPOTrainer):
                 optimizers=optimizers, quantization_config=quantization_config, peft_config=peft_config,
             )  # fmt: skip
         if args.disable_dropout:
-            for of_trl in filter(None, (self.model, self.ref_model)):
+            models: list[Any] = [self.model, self.ref_model]
+            for of_trl in filter(None, models):
                 _without_functional_dropout(of_trl)
         self.compute_metrics = self._evaluation_figures  # so that predictions are gathered
         self.collator = Collator(self.data_collator, self.method, nll_on_prompt=args.nll_on_prompt)
@@ -168,6 +183,8 @@ class PreferenceTrainer(DPOTrainer):
             dataset = with_scores(
                 dataset, self.args.ref_scores, self.objective, self.processing_class, per_token=self.ref_per_token
             )
+        if self.brings_reference and not self.method.own_reference:
+            require_whole(dataset, self.args.max_length, label)
         return self.method.dataset(self, dataset, label)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
@@ -183,6 +200,10 @@ class PreferenceTrainer(DPOTrainer):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if not self.objective.needs_reference:
             return dataset
+        # TRL's cache knows the data and the model, but not what cuts tokenised rows, nor the precision.
+        dataset = copy.copy(dataset)
+        own = [getattr(self.args, x) for x in ("max_length", "truncation_mode", "bf16", "fp16")]
+        dataset._fingerprint = Hasher.hash((dataset._fingerprint, own))
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -238,6 +259,8 @@ class PreferenceTrainer(DPOTrainer):
 
     def _losses(self, model: Any, inputs: Any) -> tuple[Tensor, Any, Tensor | None]:
         """(B,) losses, their `PreferenceOutputs`, the load-balancing loss of a mixture of experts."""
+        if isinstance(module := self.objective, nn.Module):  # statistics stand still in evaluation
+            module.train(self.model.training)
         entries = inputs.get(ENTRIES, {})
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         of_model = {name: value for name, value in inputs.items() if name not in OF_BATCH}
@@ -365,11 +388,24 @@ class PreferenceTrainer(DPOTrainer):
             self.window_start = None
         self._metrics[mode].update({name: [value] for name, value in figures.items()})
         super().log(logs, start_time)
-        if mode == "train" and "loss" in logs and not np.isfinite(logs["loss"]):
+        if mode == "train" and "loss" in logs:
+            self._refuse_not_finite(logs["loss"])
+
+    def _refuse_not_finite(self, loss: float) -> None:
+        if not np.isfinite(loss):
             raise InputError(
-                f"learning_rate: the loss is {logs['loss']} after step {self.state.global_step}; lower it, warm up, or "
-                "clip gradients (max_grad_norm); checkpoints before it are whole"
+                f"learning_rate: the loss is {loss} after step {self.state.global_step}; lower it, warm up, or clip "
+                "gradients (max_grad_norm)"
             )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._refuse_not_finite(self.windows["train"].sum_of("loss"))
+        super()._save_checkpoint(model, trial)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().train(*args, **kwargs)
+        self._refuse_not_finite(self.windows["train"].sum_of("loss"))
+        return result
 
     # Evaluation: figures of each pair, so that two evaluations can be compared pair by pair
 
@@ -377,6 +413,10 @@ class PreferenceTrainer(DPOTrainer):
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, Tensor, Tensor]:
         inputs = self._prepare_inputs(inputs)
+        state, rows = self.accelerator.gradient_state, len(inputs["completion_mask"]) // 2
+        if state.end_of_dataloader and state.remainder > 0:  # pairs that fill the last batch count nowhere
+            own = self.args.process_index * rows + torch.arange(rows, device=inputs["completion_mask"].device)
+            inputs["completion_mask"] = inputs["completion_mask"] * (own < state.remainder).repeat(2)[:, None]
         with torch.no_grad(), self.compute_loss_context_manager():
             losses, out, _ = self._losses(model, inputs)
         return None, *pair_table(out, losses)
@@ -384,7 +424,7 @@ class PreferenceTrainer(DPOTrainer):
     def _evaluation_figures(self, prediction: EvalPrediction) -> dict[str, float]:
         self.evaluation = Evaluation(np.asarray(prediction.predictions))
         self.evaluated_step = self.state.global_step
-        if self.evaluated_step == 0:
+        if self.evaluated_step == 0 and not isinstance(self.eval_dataset, dict):
             self.first_evaluation = self.evaluation
             if self.args.should_save:
                 Path(str(self.args.output_dir)).mkdir(parents=True, exist_ok=True)
@@ -393,6 +433,7 @@ class PreferenceTrainer(DPOTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         start = time.perf_counter()
+        self.windows["eval"] = Window()
         figures = super().evaluate(*args, **kwargs)
         self.paused += time.perf_counter() - start
         return figures
@@ -408,6 +449,8 @@ class PreferenceTrainer(DPOTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         if self.args.should_save and self._state_of_objective():
             torch.save(self._state_of_objective(), folder / OBJECTIVE_STATE)
+        if self.args.should_save and self.args.sync_ref_model:  # it moves
+            torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), folder / REFERENCE_STATE)
         if not self.method.has_state:
             return
         state = self.method.state_dict()
@@ -430,6 +473,8 @@ class PreferenceTrainer(DPOTrainer):
         """
         if self._state_of_objective():
             self.objective.load_state_dict(_state(checkpoint, OBJECTIVE_STATE))
+        if self.args.sync_ref_model:
+            self.accelerator.unwrap_model(self.ref_model).load_state_dict(_state(checkpoint, REFERENCE_STATE))
         if self.method.has_state:
             state = _state(checkpoint, METHOD_STATE)
             if self.method.of_rank:

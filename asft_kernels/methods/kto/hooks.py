@@ -17,6 +17,19 @@ SUMS = tuple(f"mismatched_ref_{side}_logps" for side in SIDES)
 OF_MODEL = ("input_ids", "attention_mask", "completion_mask")
 
 
+def other_prompts(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """For each row the number of one with another prompt: half the data set away, or the next such."""
+    count = len(prompts)
+    found = []
+    for row, prompt in enumerate(prompts):
+        away = ((row + count // 2 + step) % count for step in range(count))
+        other = next((there for there in away if prompts[there] != prompt), None)
+        if other is None:
+            raise InputError("kto: got one prompt in all rows, need several: the reference point joins them to others")
+        found.append(other)
+    return found
+
+
 class Hooks(Method):
     """Gives the input `kl` (arXiv 2402.01306): mean of S - ref_S over mismatched rows of all ranks, at least 0.
 
@@ -53,7 +66,7 @@ class Hooks(Method):
                 f"kto: got 1 pair for {label}, need at least 2: the reference point joins prompts to other prompts' "
                 "answers"
             )
-        moved = dataset.select([(row + count // 2) % count for row in range(count)])
+        moved = dataset.select(other_prompts(dataset["prompt_ids"][:]))
         moved = moved.select_columns([f"{side}_ids" for side in SIDES])
         further = [moved.rename_columns({f"{side}_ids": name for side, name in zip(SIDES, ANSWERS, strict=True)})]
         if trainer.args.precompute_ref_log_probs:
