@@ -19,6 +19,7 @@ pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
 import transformers
 
 from asft_kernels.cli import main as asft
+from asft_kernels.cli.train import parse
 from asft_kernels.training.callbacks import MetricsFile
 from asft_kernels.training.figures import Evaluation, change
 from asft_kernels.training.run_folder import command
@@ -318,6 +319,13 @@ def test_what_is_wrong_with_a_config_is_one_line(tmp_path, capsys, text):
     said = capsys.readouterr().err
     assert said.count("asft train: config: ") == 1
     assert CONFIGS[text] in said.splitlines()[-1]
+
+
+def test_one_value_of_a_list_needs_no_brackets_in_yaml(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("dataset_name: a.jsonl\nobjective_args: lam=0.5\nobjective: orpo\nuse_cpu: true\n")
+    data, settings, _ = parse(["--config", str(config)], {})
+    assert (data.dataset_name, settings.objective_args) == (["a.jsonl"], ["lam=0.5"])
 
 
 @pytest.mark.parametrize("words", [["--config", "no.yaml"], ["--config"], ["--config", "a", "--config", "b"]])

@@ -74,6 +74,9 @@ class TrainParser(TrlParser):
         return found, rest
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
+        for action in self._actions:
+            if action.nargs == "+" and isinstance(config.get(action.dest), str):  # one value needs no brackets
+                config[action.dest] = [config[action.dest]]
         rest = super().set_defaults_with_config(**config)
         if rest:
             raise self._unknown(rest[0].removeprefix("--"), "config: ")
