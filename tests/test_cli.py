@@ -136,7 +136,7 @@ def test_options_are_not_guessed(capsys):
         with pytest.raises(SystemExit) as end:
             score.main(["--model", "a", "--data", "b", "--output", "c", *words])
         assert end.value.code == 2
-        assert said in capsys.readouterr().err
+        assert capsys.readouterr().err == f"asft score: {said}\n"  # without the usage of all options
 
 
 def test_a_value_keeps_its_dashes():
@@ -152,11 +152,36 @@ def test_the_old_names_are_installed():
         assert f'"{name} = asft_kernels.{module}:main"' in text
 
 
-def test_what_a_command_cannot_use_names_the_command(capsys):
-    assert cli.main(["score", "--model", "no-such", "--data", "x", "--output", "y"]) == 2
+def test_what_a_command_cannot_use_names_the_command(capsys, tmp_path):
+    assert cli.main(["score", "--model", "no-such", "--data", "x", "--output", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("asft score: --model: got 'no-such', no such folder")
     assert cli.main(["data", "rad", "no.jsonl", "out.jsonl"]) == 2
     assert capsys.readouterr().err.startswith("asft data: input: got 'no.jsonl'")
+
+
+@pytest.mark.parametrize("folder", ["file", "file/inner"])
+@pytest.mark.parametrize("command", ["score", "eval", "data"])
+def test_an_output_that_cannot_be_made_is_one_line_ahead_of_all_work(capsys, tmp_path, command, folder):
+    (tmp_path / "file").touch()
+    output = str(tmp_path / folder)
+    named = ["--model", "no-such", "--data", "no.jsonl", "--output_dir", output]
+    assert cli.main([command, *(["rad", "no.jsonl", f"{output}/out.jsonl"] if command == "data" else named)]) == 2
+    argument = "output" if command == "data" else "--output_dir"
+    said = capsys.readouterr().err
+    assert said.startswith(f"asft {command}: {argument}: {output} is no folder and cannot be made one (")
+    assert said.count("\n") == 1
+
+
+def test_version_and_a_command_that_is_not_named(capsys):
+    import asft_kernels
+
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"asft_kernels {asft_kernels.__version__}\n"
+    assert cli.main([]) == 2
+    listed = capsys.readouterr().err
+    assert all(f"  {name}" in listed and text in listed for name, text in cli.COMMANDS.items())
 
 
 def test_the_package_names_what_it_has():

@@ -125,14 +125,15 @@ def test_the_report(whole, job):
         assert got["generated_length"]["value"] <= 5
         assert got["chosen_length"]["value"] == np.mean([len(pair["chosen"]) + 1 for pair in pairs(COUNT)])
     (compared,) = found["comparisons"]
-    assert compared["models"] == names
-    difference = np.subtract(*margins)
+    assert compared["models"] == names[::-1]  # the later one minus the first
+    difference = np.subtract(margins[1], margins[0])
     assert compared["difference"]["margin"]["value"] == pytest.approx(difference.mean(), abs=0.02)
     error = difference.std(ddof=1) / COUNT**0.5
     assert compared["difference"]["margin"]["standard_error"] == pytest.approx(error, abs=0.02)
     text = (whole / "report.md").read_text()
     assert all(f"| {name} |" in text for name in figures.MEANINGS)
-    assert "## Differences, pair by pair" in text
+    assert "## Differences, pair by pair\n\nThe later model's minus the earlier one's" in text
+    assert f"| | {names[1]} − {names[0]} | pairs |" in text
     for picture in ("margins.png", "lengths.png"):
         assert (whole / picture).read_bytes().startswith(b"\x89PNG")
 
@@ -163,10 +164,28 @@ def test_an_interrupted_run_goes_on(whole, job, tmp_path, monkeypatch, capsys):
     assert "scores.jsonl was made with other pairs; delete that file, or name another folder" in capsys.readouterr().err
 
 
-def test_without_generation_and_few_pairs(job, tmp_path):
+def test_without_generation_and_few_pairs(job, tmp_path, capsys):
     assert main(words(job, tmp_path, "--no_generate", "--max_pairs", "2")) == 0
+    report = (tmp_path / "report.md").read_text()
+    said = capsys.readouterr().out
+    tables = report[report.index("Value ±") : report.index("## What the figures are")]
+    assert "## Differences" in tables
+    assert tables in said
     found = json.loads((tmp_path / "report.json").read_text())
     assert all("bleu" not in of_model and of_model["margin"]["pairs"] == 2 for of_model in found["models"].values())
+
+
+def test_a_report_of_other_models_is_kept(job, tmp_path, capsys):
+    _, one, two = job
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps({"models": {str(two): {}}}))
+    assert main(words(job, tmp_path)) == 2
+    there = f"--output_dir: {report} is of ['{two}'], got ['{one}', '{two}']; name another folder"
+    assert there in capsys.readouterr().err
+    report.write_text("[]")
+    assert main(words(job, tmp_path)) == 2
+    assert "report.json is not a report of asft eval" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
 def test_a_prompt_that_leaves_no_room_has_no_answer(job, tmp_path):

@@ -19,6 +19,7 @@ pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
 import transformers
 
 from asft_kernels.cli import main as asft
+from asft_kernels.cli.train import parse
 from asft_kernels.training.callbacks import MetricsFile
 from asft_kernels.training.figures import Evaluation, change
 from asft_kernels.training.run_folder import command
@@ -285,7 +286,67 @@ def test_dry_run_says_what_would_be_and_does_nothing(job, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_help_shows_ours_first_and_each_name_once(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    titles = [line[:-1] for line in said.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles[:4] == ["options", "model", "data and run", "objective and head"]
+    assert {"method dnpo", "method fpo", "method sapo"} <= set(titles[4:])
+    assert titles[-3:] == ["adapters and quantisation", "TRL's DPOConfig", "transformers' TrainingArguments"]
+    where = [
+        said.index(f"\n  --{name} ") for name in ("model_name_or_path", "output_dir", "objective", "learning_rate")
+    ]
+    assert where == sorted(where)
+    assert "--learning-rate" not in said
+    assert len(said[: said.index("\n\n")].splitlines()) == 1  # usage
+
+
+CONFIGS = {
+    "a: b: c": "cannot be read: mapping values are not allowed here",
+    "- 1": "is not what an option is called, a colon and its value",
+    "lerning_rate: 1": "lerning_rate: no such option; did you mean learning_rate?",
+    "torch_dtype: auto": "torch_dtype: no such option; did you mean dtype?",
+    "model: x": "model: no such option; did you mean model_name_or_path?",
+}
+
+
+@pytest.mark.parametrize("text", CONFIGS)
+def test_what_is_wrong_with_a_config_is_one_line(tmp_path, capsys, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{text}\n")
+    assert main([f"--config={path}"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("asft train: config: ") == 1
+    assert CONFIGS[text] in said.splitlines()[-1]
+
+
+def test_one_value_of_a_list_needs_no_brackets_in_yaml(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("dataset_name: a.jsonl\nobjective_args: lam=0.5\nobjective: orpo\nuse_cpu: true\n")
+    data, settings, _ = parse(["--config", str(config)], {})
+    assert (data.dataset_name, settings.objective_args) == (["a.jsonl"], ["lam=0.5"])
+
+
+@pytest.mark.parametrize("words", [["--config", "no.yaml"], ["--config"], ["--config", "a", "--config", "b"]])
+def test_a_config_that_is_not_one_file_is_one_line(capsys, words):
+    assert main(words) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("asft train: config: ")
+
+
+def test_ctrl_c_ahead_of_training_promises_no_checkpoint(monkeypatch, capsys):
+    monkeypatch.setattr("asft_kernels.cli.train.parse", Mock(side_effect=KeyboardInterrupt))
+    assert main([]) == 130
+    assert "in --output_dir; without one start the same command again\n" in capsys.readouterr().err
+
+
 BAD = [
+    (["--lerning_rate", "1"], "--lerning_rate: no such option; did you mean --learning_rate?"),
+    (["--warmup_ratio=0.1"], "--warmup_ratio: no such option; did you mean --warmup_steps (below 1: a share"),
+    (["--torch-dtype", "auto"], "--torch_dtype: no such option; did you mean --dtype?"),
+    (["--qqzzqq"], "--qqzzqq: no such option; asft train --help lists the options"),
+    (["--resume", "a", "b"], "got 'b' behind no option"),
+    (["--learning_rate", "abc"], "argument --learning_rate: invalid float value: 'abc'"),
     (["--objective_args", "lam=-1"], "objective: asft: lam: got -1, need a finite number >= 0"),
     (["--beta", "0"], "objective: asft: beta: got 0.0, need a finite number > 0"),
     (["--loss_type", "sigmoid"], "loss_type: got 'sigmoid', which is called objective here: need objective='dpo'"),
@@ -310,6 +371,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(job, tmp_path, capsys, monke
     said = capsys.readouterr().err
     assert said.count("asft train: ") == 1
     assert message in said
+    assert "usage:" not in said
     assert "Traceback" not in said
 
 

@@ -30,10 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     import sys
 
+    from asft_kernels import __version__
+
     words = list(sys.argv[1:] if argv is None else argv)
     listed = "\n".join(f"  {name:<8} {text}" for name, text in COMMANDS.items())
     parser = CommandParser(prog="asft", description=__doc__, epilog=f"commands:\n{listed}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("--version", action="version", version=f"asft_kernels {__version__}")
+    if not words:
+        print(parser.format_help(), file=sys.stderr, end="")
+        return 2
     command = parser.parse_args(words[:1]).command
     # Imported only now: `asft --help` answers without torch.
     return importlib.import_module(f"asft_kernels.cli.{command}").main(words[1:])

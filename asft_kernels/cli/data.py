@@ -8,6 +8,7 @@ the same command goes on where an interrupted run stopped.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from asft_kernels.cli import frame
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         frame.require(("tqdm",))
         made, commands = parser()
         args = made.parse_args(argv)
+        frame.make_folder("output", Path(args.output).parent)
         return commands[args.command].run(args)
 
     return frame.run("asft data", body)

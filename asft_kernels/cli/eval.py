@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         frame.require(("tqdm", "transformers", "datasets", "trl", "matplotlib", "sacrebleu", "rouge_score"))
+        frame.make_folder("--output_dir", args.output)
         from asft_kernels.evaluation.run import run
 
         run(args)

@@ -1,9 +1,11 @@
 """How every command reads its options, and the one way in which it fails."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from asft_kernels.errors import InputError
 
@@ -23,7 +25,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser that shows defaults and understands `-` and `_` in the names of options alike.
+    """An ArgumentParser that shows defaults, reads `-` and `_` in the names of options alike, and fails in one line.
 
     Args:
         options: those of ArgumentParser.
@@ -43,6 +45,9 @@ class CommandParser(argparse.ArgumentParser):
                 words[index] = declared.get(_dashes(name), name) + equals + value
         return super().parse_known_args(words, namespace)
 
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
 
 def _dashes(option: str) -> str:
     return option.replace("_", "-")
@@ -53,6 +58,25 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, need a whole number of at least 1")
     return int(text)
+
+
+def make_folder(argument: str, folder: str | Path) -> None:
+    """Makes the folder of a command's output, ahead of any work.
+
+    Args:
+        argument: what the error calls it, such as "--output_dir".
+        folder: may be there already.
+
+    Raises:
+        InputError: it cannot be made or written to.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{argument}: {folder} is no folder and cannot be made one ({error.strerror})") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise InputError(f"{argument}: {folder} cannot be written to; name another folder")
 
 
 def add_model_and_data(parser: argparse.ArgumentParser, *, several_models: bool = False) -> None:

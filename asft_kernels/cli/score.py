@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> None:
         frame.require(("tqdm", "transformers", "datasets"))
+        frame.make_folder("--output_dir", args.output)
         from asft_kernels.score.run import run
 
         run(args)

@@ -34,35 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = run(data, config, model, dict(zip(arguments, of_methods, strict=True)))
         return 130 if result.stopped else 0
 
-    return frame.run("asft train", body, stopped="--resume goes on from the last checkpoint in --output_dir")
+    goes_on = "--resume goes on from the last checkpoint in --output_dir; without one start the same command again"
+    return frame.run("asft train", body, stopped=goes_on)
 
 
 def parse(argv: Sequence[str] | None, of_methods: dict[str, Any]) -> tuple[Any, ...]:
     """(DataArguments, PreferenceConfig, ModelArguments, then one of each method's `Arguments`)."""
-    import argparse
     import sys
 
-    from trl import TrlParser
+    from asft_kernels.cli.train_parser import TrainParser
 
-    from asft_kernels.errors import InputError
-    from asft_kernels.training.arguments import DataArguments, ModelArguments
-    from asft_kernels.training.config import PreferenceConfig
-
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Defaults behind each option, the description as it stands."""
-
-    kinds: Any = [DataArguments, PreferenceConfig, ModelArguments, *of_methods.values()]
-    parser = TrlParser(kinds, prog="asft train", description=DESCRIPTION, formatter_class=Formatter)
-    words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
-    try:
-        return parser.parse_args_and_config(words)
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:  # of TRL's and transformers' own checks of arguments
-        raise InputError(str(error)) from error
-
-
-def _underscored(word: str) -> str:
-    """--max-length and --max_length are the same option."""
-    name, equals, value = word.partition("=")
-    return name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
+    usage = "asft train --model_name_or_path MODEL --dataset_name DATA [DATA ...] [--config FILE] [option ...]"
+    parser = TrainParser(of_methods, prog="asft train", usage=usage, description=DESCRIPTION)
+    return parser.read(sys.argv[1:] if argv is None else argv)

@@ -16,7 +16,7 @@ def write_report(
     models: dict[str, dict[str, dict[str, float]]],
     comparisons: list[dict[str, Any]],
     numbers: dict[str, dict[str, np.ndarray]],
-) -> None:
+) -> list[str]:
     """Writes the report of a run.
 
     Args:
@@ -25,24 +25,30 @@ def write_report(
         models: name -> summary of `figures.summary`.
         comparisons: "models": both names, "difference": of `figures.comparison`.
         numbers: name -> numbers of each pair, for the pictures.
+
+    Returns:
+        The lines of its tables.
     """
     content = {"about": about, "meanings": MEANINGS, "models": models, "comparisons": comparisons}
     write_json(folder / "report.json", _without_nan(content))
     text = ["# Evaluation", "", *(f"- {name}: {_cell(value)}" for name, value in about.items()), ""]
-    text += ["Value ± standard error over pairs.", "", *_table(models), ""]
+    tables = ["Value ± standard error over pairs.", "", *_table(models), ""]
     if comparisons:
-        text += ["## Differences, pair by pair", ""]
-        text += [
-            "The first model's minus the second's on the same pairs; * at more than 2 standard errors.",
+        tables += ["## Differences, pair by pair", ""]
+        tables += [
+            "The later model's minus the earlier one's on the same pairs, so that what rose is positive; "
+            "* at more than 2 standard errors.",
             "",
         ]
         named = {f"{c['models'][0]} − {c['models'][1]}": c["difference"] for c in comparisons}
-        text += [*_table(named, marked=True), ""]
+        tables += [*_table(named, marked=True), ""]
+    text += tables
     text += ["## What the figures are", "", *(f"- {name}: {meaning}" for name, meaning in MEANINGS.items()), ""]
     _pictures(folder, numbers)
     text += ["![margins](margins.png)", "", "![lengths](lengths.png)"]
     with replacing(folder / "report.md") as partial:
         partial.write_text("\n".join(text) + "\n", encoding="utf-8")
+    return tables
 
 
 def _table(columns: dict[str, dict[str, dict[str, float]]], *, marked: bool = False) -> list[str]:

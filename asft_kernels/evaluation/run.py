@@ -1,6 +1,7 @@
 """One command: for each model its tokenizer, the pairs, scores and answers; then one report."""
 
 import hashlib
+import json
 from argparse import Namespace
 from collections.abc import Callable
 from itertools import combinations
@@ -34,6 +35,7 @@ def run(args: Namespace, say: Callable[[str], None] = print) -> dict[str, Any]:
     rooms = {model: folder / score_path("", model).stem for model in args.model}
     if len(set(rooms.values())) < len(args.model):
         raise InputError(f"--model: got {args.model}, two of one name; need names that differ")
+    _check_report(folder / "report.json", args.model)
     tokenizers, vocabularies = {}, {}
     for model in args.model:  # what is wrong with the last one is said before the first is evaluated
         tokenizers[model], config = load_tokenizer(model)
@@ -62,13 +64,26 @@ def run(args: Namespace, say: Callable[[str], None] = print) -> dict[str, Any]:
         numbers[model] = figures.of_pairs(rows, [text.strip() for text in chosen])
     models = {model: figures.summary(of_model) for model, of_model in numbers.items()}
     comparisons = []
-    for one, other in combinations(numbers, 2):
-        both = [_rows_of(numbers[model], ids[model], set(ids[one]) & set(ids[other])) for model in (one, other)]
-        comparisons.append({"models": [one, other], "difference": figures.comparison(*both)})
+    for earlier, later in combinations(numbers, 2):  # in this order, an improvement is positive
+        both = [_rows_of(numbers[model], ids[model], set(ids[earlier]) & set(ids[later])) for model in (later, earlier)]
+        comparisons.append({"models": [later, earlier], "difference": figures.comparison(*both)})
     shown = {name: value for name, value in vars(args).items() if name not in ("model", "output")}
-    write_report(folder, {**shown, "version": __version__}, models, comparisons, numbers)
+    tables = write_report(folder, {**shown, "version": __version__}, models, comparisons, numbers)
+    say("\n".join(["", *tables]))
     say(f"{folder / 'report.md'}: {len(models)} models, {max(map(len, ids.values()))} pairs")
     return models
+
+
+def _check_report(path: Path, models: list[str]) -> None:
+    """A report of other models is not replaced; one of the same is, by what a run that goes on adds."""
+    if not path.is_file():
+        return
+    try:
+        there = list(json.loads(path.read_text(encoding="utf-8"))["models"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--output_dir: {path} is not a report of asft eval; name another folder") from error
+    if set(there) != set(models):
+        raise InputError(f"--output_dir: {path} is of {there}, got {models}; name another folder, or delete that file")
 
 
 def _rows_of(numbers: dict[str, Any], ids: list[str], wanted: set[str]) -> dict[str, Any]:
