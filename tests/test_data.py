@@ -348,10 +348,10 @@ def test_splits_that_are_not_there_or_unclear(tmp_path, names, split, message):
 
 def test_splits_of_files_and_of_what_datasets_saved(tmp_path):
     path = write_lines(tmp_path / "train.jsonl", pairs(2))
-    with pytest.raises(InputError, match="split: got 'test', and '.*train.jsonl' has no splits; need 'train', all of"):
+    with pytest.raises(InputError, match=r"split: got 'test', and '.*train.jsonl' has no splits; need 'train', all of"):
         load_pairs(path, tiny_tokenizer(), split="test")
     DatasetDict(train=Dataset.from_list(pairs(2))).save_to_disk(tmp_path / "saved")
-    with pytest.raises(InputError, match="split: got 'test', and '.*saved' holds 'train'; need one of these"):
+    with pytest.raises(InputError, match=r"split: got 'test', and '.*saved' holds 'train'; need one of these"):
         load_pairs(tmp_path / "saved", tiny_tokenizer(), split="test")
 
 
