@@ -399,11 +399,11 @@ def test_a_hub_name(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: Dataset.from_list(rows))
     dataset, report = load_pairs("org/name", tiny_tokenizer(), split="test")
     assert (len(dataset), report.bad) == (3, {"missing key 'rejected'": [4]})
-    chats = [{**CHAT, "prompt": [{**USER, "name": name}]} for name in (None, "Ann")]  # columns of both in both
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: Dataset.from_list(chats))
-    shows_nulls = with_template("{{ messages | tojson }}")
-    dataset, _ = load_pairs("org/name", shows_nulls)
-    assert "null" not in shows_nulls.decode(dataset["prompt_ids"][0])
+    several = [{**CHAT, "tools": [{**TOOLS[0], "strict": strict}]} for strict in (None, True)]  # a column has both
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: Dataset.from_list(several))
+    tokenizer = with_template(SHOWS_ALL)
+    shown = tokenizer.batch_decode(load_pairs("org/name", tokenizer)[0]["prompt_ids"][:])
+    assert ["strict" in text for text in shown] == [False, True]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: 1 / 0)
     with pytest.raises(InputError, match=r"data: 'org/name' cannot be loaded \(division by zero\)"):
         load_pairs("org/name", tiny_tokenizer())

@@ -189,22 +189,20 @@ def test_bad_rows_are_named_and_a_finished_file_is_left_alone(data, model, tmp_p
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("changed", ["model.safetensors", "chat_template.jinja", "config.json"])
+@pytest.mark.parametrize("changed", ["model.safetensors", "config.json"])
 def test_scores_of_a_model_that_was_replaced_are_not_taken(data, tmp_path, capsys, changed):
     folder = saved_tiny_model(tmp_path / "tiny")
     assert main(command(data, tmp_path / "out", folder)) == 0
     if changed == "model.safetensors":
         tiny_model(seed=1).save_pretrained(folder)
-    elif changed == "config.json":
+    else:
         text = (folder / changed).read_text()
         (folder / changed).write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
-    else:
-        (folder / changed).write_text("{{ messages[0].content }}")
     assert main(command(data, tmp_path / "out", folder)) == 2
-    assert "is of another command (its " in capsys.readouterr().err
+    assert "is of another command (its model-files: others); delete that file" in capsys.readouterr().err
 
 
-def test_the_digest_of_an_adapter_is_of_its_base_too(tmp_path):
+def test_the_digest_is_of_weights_base_tokenizer_and_template(tmp_path):
     base, adapter = saved_tiny_model(tmp_path / "base"), tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
@@ -212,6 +210,11 @@ def test_the_digest_of_an_adapter_is_of_its_base_too(tmp_path):
     assert digest_of_model(str(adapter)) == before
     tiny_model(seed=1).save_pretrained(base)
     assert digest_of_model(str(adapter)) != before
+    for name in ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja"):
+        before = digest_of_model(str(base))
+        with (base / name).open("a") as file:
+            file.write(" ")
+        assert digest_of_model(str(base)) != before, name
     assert digest_of_model("org/name") == "org/name"
 
 
