@@ -379,10 +379,10 @@ def test_files_that_do_not_fit_are_refused(data, scores, two, tmp_path):
         load_token_logps(two[0], loaded(data), tiny_tokenizer())
     parquet.write_table(pa.table({"id": ["a"]}), tmp_path / "foreign.parquet")
     for path, message in (
-        (tmp_path / "none.parquet", "no such file; need a file that asft-score wrote"),
+        (tmp_path / "none.parquet", "no such file; need a file that asft score wrote"),
         (scores.parent, "is a folder; name the files in it"),
         (data, "is no Parquet file"),
-        (tmp_path / "foreign.parquet", "without the notes of asft-score"),
+        (tmp_path / "foreign.parquet", "without the notes of asft score"),
     ):
         with pytest.raises(InputError, match=message):
             load_scores(path, more, tiny_tokenizer())
@@ -402,7 +402,7 @@ def test_scores_that_are_not_finite_are_refused(data):
     ("extra", "message"),
     [
         (["--model", "no-such"], "--model: got 'no-such', no such folder, and no hub name either"),
-        (["--max-length", "999"], "--max-length: got 999, need at most 256, the model's positions"),
+        (["--max-length", "999"], "max_length: got 999, need at most 256, the model's positions"),
         (["--max-length", "1"], "max_length: got 1, need at least 2 tokens"),
         (["--data", "no.jsonl"], "data: got 'no.jsonl', no such file"),
         (["--model", "{model}"], "would both be written to"),
