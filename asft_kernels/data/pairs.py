@@ -96,7 +96,7 @@ def load_pairs(
             f"mend them, or go without --strict to leave them out\n{report}"
         )
     pairs = found if len(kept) == len(found) else found.select(kept)
-    references = [json.loads(text) for text in pairs["references"]]
+    references = [json.loads(text) for text in pairs["references"][:]]
     return with_references(pairs.remove_columns(["problem", "notes", "references"]), references, answers), report
 
 
