@@ -46,7 +46,7 @@ def with_template(template):
     return tokenizer
 
 
-def sentencepiece():
+def sentencepiece(single="<s> $A"):
     """As Mistral's and TinyLlama's: a text begins with ▁, and BOS goes before it."""
     from tokenizers.processors import TemplateProcessing
 
@@ -56,7 +56,7 @@ def sentencepiece():
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "P")], unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Replace("▁", " ")
-    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
@@ -144,6 +144,12 @@ def test_dialogues(tmp_path, row):
     assert texts(tmp_path, row) == ["\n\nHuman: a\n\nAssistant:", " b<eos>", " c<eos>"]
 
 
+def test_an_eos_that_the_tokenizer_writes_stands_once(tmp_path):
+    tokenizer = sentencepiece(single="<s> $A </s>")
+    (pair,) = load(tmp_path, [{"prompt": "Capital of France?", "chosen": "Paris.", "rejected": "Rome."}], tokenizer)[0]
+    assert [pair[f"{name}_ids"].count(2) for name in ("prompt", "chosen", "rejected")] == [0, 1, 1]
+
+
 def test_bos_and_eos_stand_once(tmp_path):
     tokenizer = sentencepiece()
     row = {"prompt": "<s>Capital of France?", "chosen": "Paris.</s>", "rejected": "Rome."}
@@ -163,6 +169,14 @@ BAD = [
     ("empty answer", {**CHAT, "chosen": [said(content="")]}),
     ("chosen and rejected have different prompts", {"chosen": "\n\nHuman: a\n\nAssistant: b",
                                                    "rejected": "\n\nHuman: A\n\nAssistant: c"}),
+    ("answer with a turn of another role", {"chosen": "\n\nHuman: a\n\nAssistant: b",
+                                           "rejected": "\n\nHuman: a\n\nAssistant: c\n\nHuman: d"}),
+    ("answer with a turn of another role", {"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": " b\n\nHuman: d",
+                                           "rejected": " c"}),
+    ("wrong type", {**PLAIN, "ref_chosen_logps": "-1"}),
+    ("wrong type", {**PLAIN, "ref_chosen_logps": float("nan")}),
+    ("reference of other tokens", {**PLAIN, "ref_chosen_token_logps": [-1.0]}),
+    ("reference of an answer that max_length cuts", {**PLAIN, "chosen": "b" * 70, "ref_chosen_logps": -1.0}),
     ("chosen and rejected have different prompts", {**WHOLE, "rejected": [said("user", "x"), said()]}),
     ("prompt is not how its answers begin", {**WHOLE, "prompt": "Something else"}),
     ("prompt is not how its answers begin", {"prompt": "a", "chosen": "b", "rejected": "\n\nHuman: a\n\nAssistant: c"}),
@@ -205,6 +219,11 @@ NOTES = [
     ("plain text taken as it stands, without the tokenizer's chat template", PLAIN, CHAT_TEMPLATE),
     ("plain text that holds special tokens, used as it stands", {**PLAIN, "chosen": "Red<eos>"}, CHAT_TEMPLATE),
     ("answer that ends in another special token than EOS, which follows it", {**PLAIN, "chosen": "Red<turn>"}, None),
+    ("plain prompt that its answers begin with once more",
+     {**PLAIN, "chosen": "Name a colour. Red", "rejected": " Name a colour. Seven"}, None),
+    ("column system_prompt, which is not read", {**PLAIN, "system_prompt": "Brief."}, None),
+    ("column history, which is not read", {**PLAIN, "history": [["a", "b"]]}, None),
+    ("column ref_logps, which is not read", {**PLAIN, "ref_logps": -1}, None),
     ("answers that differ in white space alone", {**PLAIN, "rejected": "R ed"}, None),
     ("chat messages that hold special tokens already: a template in a template",
      {**CHAT, "prompt": [said("user", "<turn>a")]}, CHAT_TEMPLATE),
@@ -280,8 +299,97 @@ def test_files_shards_and_several_names(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             load_pairs(names, tokenizer)
-    with pytest.raises(InputError, match="a folder in which its files are of other splits"):
-        load_pairs(folder, tokenizer, split="dev")
+
+
+def shards(folder, *names):
+    """A file of each name, with an answer that is the name."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_lines(folder / name, [{**PLAIN, "chosen": name}])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "taken"),
+    [
+        (["train/part-0.jsonl", "test/part-0.jsonl"], "test", ["test/part-0.jsonl"]),
+        (["hh_train.jsonl", "hh_test.jsonl"], "train", ["hh_train.jsonl"]),
+        (["Train_1.jsonl", "train_2.json", "Test.jsonl"], "train", ["Train_1.jsonl", "train_2.json"]),
+        (["train_sft-00000-of-00002.jsonl", "train_prefs-0.jsonl", "test_sft-0.jsonl"], "train_sft",
+         ["train_sft-00000-of-00002.jsonl"]),
+        (["a/train-00000-of-00001-0123456789abcdef.jsonl", "a/more.jsonl"], "train",
+         ["a/train-00000-of-00001-0123456789abcdef.jsonl"]),
+        (["a.jsonl", "b.jsonl", ".hidden/c.jsonl"], "train", ["a.jsonl", "b.jsonl"]),
+    ],
+)  # fmt: skip
+def test_a_split_is_of_its_own_files(tmp_path, names, split, taken):
+    dataset, _ = load_pairs(shards(tmp_path / "data", *names), tiny_tokenizer(), split=split)
+    assert sorted(tiny_tokenizer().batch_decode(dataset["chosen_ids"][:])) == [f"{name}<eos>" for name in sorted(taken)]
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "message"),
+    [
+        (
+            ["train_sft-0.jsonl", "train_prefs-0.jsonl"],
+            "train",
+            "'train', and .* holds 'train_prefs', 'train_sft'; need",
+        ),
+        (["train.jsonl", "eval.jsonl"], "test", "'test', and .* holds 'eval', 'train'; need"),
+        (["a.jsonl"], "test", "'test', and .* holds 'train'; need"),
+        (["train_test.jsonl"], "train", "may be of 'test' or 'train_test'; name files"),
+        (["train/test.jsonl"], "train", "may be of 'test' or 'train'; name files"),
+    ],
+)
+def test_splits_that_are_not_there_or_unclear(tmp_path, names, split, message):
+    with pytest.raises(InputError, match=f"^split: .*{message}"):
+        load_pairs(shards(tmp_path / "data", *names), tiny_tokenizer(), split=split)
+
+
+def test_splits_of_files_and_of_what_datasets_saved(tmp_path):
+    path = write_lines(tmp_path / "train.jsonl", pairs(2))
+    with pytest.raises(InputError, match=r"split: got 'test', and '.*train.jsonl' has no splits; need 'train', all of"):
+        load_pairs(path, tiny_tokenizer(), split="test")
+    DatasetDict(train=Dataset.from_list(pairs(2))).save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match=r"split: got 'test', and '.*saved' holds 'train'; need one of these"):
+        load_pairs(tmp_path / "saved", tiny_tokenizer(), split="test")
+
+
+def test_csv_is_named_with_the_way_out(tmp_path):
+    path = tmp_path / "pairs.csv"
+    Dataset.from_list(pairs(3)).to_csv(path)
+    with pytest.raises(InputError, match=r"pairs.csv is CSV; need .*from_csv\(.*to_json\('pairs.jsonl'\) writes one"):
+        load_pairs(path, tiny_tokenizer())
+
+
+SUMS = {"ref_chosen_logps": -1, "ref_rejected_logps": -2.5}
+
+
+def test_references_of_the_rows_are_columns(tmp_path):
+    several = {"ref_chosen_logps": [-1, -2], "ref_rejected_logps": [-3, -4.5]}
+    tokens = {"ref_chosen_token_logps": [-1.0] * 4, "ref_rejected_token_logps": [-0.5] * 6}
+    for given in (SUMS, several, tokens, {**SUMS, **tokens}):
+        dataset, report = load(tmp_path, [{**PLAIN, **given}, {"prompt": "left out"}, {**PLAIN, **given}])
+        for name, value in given.items():
+            assert dataset[name][:] == [value] * 2
+        assert not [note for note in report.notes if "not read" in note]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{**PLAIN, **SUMS}, PLAIN], "ref_chosen_logps: line 2 has nothing, need a number"),
+        ([PLAIN, {**PLAIN, **SUMS}], "ref_chosen_logps: line 1 has nothing, need a number"),
+        ([{**PLAIN, "ref_chosen_logps": -1}], "ref_rejected_logps: line 1 has nothing, need a value"),
+        (
+            [{**PLAIN, **SUMS}, {**PLAIN, **SUMS, "ref_chosen_logps": [-1]}],
+            "line 2 has a list of 1 numbers, need a num",
+        ),
+    ],
+)
+def test_references_of_some_rows_alone_are_refused(tmp_path, rows, message):
+    with pytest.raises(InputError, match=message):
+        load(tmp_path, rows)
 
 
 def test_a_hub_name(tmp_path, monkeypatch):
@@ -291,6 +399,11 @@ def test_a_hub_name(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: Dataset.from_list(rows))
     dataset, report = load_pairs("org/name", tiny_tokenizer(), split="test")
     assert (len(dataset), report.bad) == (3, {"missing key 'rejected'": [4]})
+    several = [{**CHAT, "tools": [{**TOOLS[0], "strict": strict}]} for strict in (None, True)]  # a column has both
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: Dataset.from_list(several))
+    tokenizer = with_template(SHOWS_ALL)
+    shown = tokenizer.batch_decode(load_pairs("org/name", tokenizer)[0]["prompt_ids"][:])
+    assert ["strict" in text for text in shown] == [False, True]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: 1 / 0)
     with pytest.raises(InputError, match=r"data: 'org/name' cannot be loaded \(division by zero\)"):
         load_pairs("org/name", tiny_tokenizer())

@@ -164,6 +164,15 @@ def test_an_interrupted_run_goes_on(whole, job, tmp_path, monkeypatch, capsys):
     assert "scores.jsonl was made with other pairs; delete that file, or name another folder" in capsys.readouterr().err
 
 
+def test_rows_of_a_model_that_was_replaced_are_not_taken(tmp_path, capsys):
+    data = write_lines(tmp_path / "pairs.jsonl", pairs(2))
+    models = [saved_tiny_model(tmp_path / name) for name in ("one", "two")]
+    assert main(words((data, *models), tmp_path / "out", "--no_generate")) == 0
+    tiny_model(seed=5).save_pretrained(models[0])
+    assert main(words((data, *models), tmp_path / "out", "--no_generate")) == 2
+    assert "scores.jsonl was made with other model_files" in capsys.readouterr().err
+
+
 def test_without_generation_and_few_pairs(job, tmp_path, capsys):
     assert main(words(job, tmp_path, "--no_generate", "--max_pairs", "2")) == 0
     report = (tmp_path / "report.md").read_text()

@@ -19,6 +19,7 @@ from asft_kernels.errors import InputError
 from asft_kernels.objectives import DPO, MRPO, get_objective
 from asft_kernels.training import PreferenceConfig, PreferenceTrainer
 from asft_kernels.training.collator import at_labels
+from asft_kernels.training.reference import with_scores
 from bounds import unit_roundoff
 from tiny_lm import pairs, saved_tiny_model, tiny_model, tiny_tokenizer
 
@@ -226,6 +227,12 @@ def test_references_may_come_as_columns(tmp_path, model):
               "ref_rejected_logps": [row["ref_rejected_logps"]] * 2} for row in rows]  # fmt: skip
     several = made(tmp_path, model, rows=Dataset.from_list(twice), objective_object=MRPO(alpha=(0.5, 0.5)))
     assert logs(several)[0]["loss"] == pytest.approx(live[0]["loss"], **CLOSE)
+
+
+def test_references_of_files_beside_columns_are_refused():
+    rows = Dataset.from_list([{**row, "id": "a", "ref_chosen_logps": -1.0} for row in tokenised()])
+    with pytest.raises(InputError, match="ref_scores: got files, and rows with ref_chosen_logps; need one of both"):
+        with_scores(rows, ["a.parquet"], DPO(), None, per_token=False)
 
 
 def test_values_at_labels_stop_where_an_answer_was_cut():

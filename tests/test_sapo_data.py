@@ -114,7 +114,7 @@ def test_interrupted_run_goes_on_with_the_same_rows(model, tmp_path, monkeypatch
     [
         (("--temperature", "0"), "temperature: got 0.0, need a number > 0"),
         (("--top-p", "0"), "top_k, top_p: got 50, 0.0"),
-        (("--max-length", "999"), "--max-length: got 999, need at most 256, the model's positions"),
+        (("--max-length", "999"), "max_length: got 999, need at most 256, the model's positions"),
     ],
 )
 def test_bad_arguments(model, tmp_path, capsys, options, message):

@@ -27,9 +27,10 @@ from asft_kernels.cli.score import main
 from asft_kernels.data import load_pairs, read_rows, with_labels
 from asft_kernels.errors import InputError
 from asft_kernels.models import PreferenceModel
+from asft_kernels.models.loading import digest_of_model
 from asft_kernels.score import run as run_module
 from asft_kernels.score.run import score_path
-from asft_kernels.score.scoring import reference_logps, score_pairs
+from asft_kernels.score.scoring import score_pairs
 from asft_kernels.score.table import (
     load_scores,
     load_token_logps,
@@ -117,9 +118,11 @@ def test_the_reference_of_a_trainer_does_not_depend_on_the_batch(data, batch_siz
     """In float64, dropout off although the model trains, in the order of the pairs."""
     dataset = loaded(data)
     model = PreferenceModel(tiny_model(attention_dropout=0.1).double()).train()
-    got = reference_logps(model, dataset, COLLATOR, batch_size=batch_size)
-    torch.testing.assert_close(got, sums(plain_token_logps(dataset))[None], rtol=ROUNDINGS * 2**-53, atol=0)
-    assert not got.requires_grad
+    got = torch.zeros(2, len(dataset), dtype=torch.float64)
+    for batch in score_pairs(model, dataset, COLLATOR, batch_size=batch_size):
+        assert not batch.logps.requires_grad
+        got[:, batch.rows] = batch.logps
+    torch.testing.assert_close(got, sums(plain_token_logps(dataset)), rtol=ROUNDINGS * 2**-53, atol=0)
     assert model.training
     assert model.model.training
 
@@ -184,6 +187,35 @@ def test_bad_rows_are_named_and_a_finished_file_is_left_alone(data, model, tmp_p
     ):
         assert main([*command(data, tmp_path, model), *extra]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changed", ["model.safetensors", "config.json"])
+def test_scores_of_a_model_that_was_replaced_are_not_taken(data, tmp_path, capsys, changed):
+    folder = saved_tiny_model(tmp_path / "tiny")
+    assert main(command(data, tmp_path / "out", folder)) == 0
+    if changed == "model.safetensors":
+        tiny_model(seed=1).save_pretrained(folder)
+    else:
+        text = (folder / changed).read_text()
+        (folder / changed).write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    assert main(command(data, tmp_path / "out", folder)) == 2
+    assert "is of another command (its model-files: others); delete that file" in capsys.readouterr().err
+
+
+def test_the_digest_is_of_weights_base_tokenizer_and_template(tmp_path):
+    base, adapter = saved_tiny_model(tmp_path / "base"), tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    before = digest_of_model(str(adapter))
+    assert digest_of_model(str(adapter)) == before
+    tiny_model(seed=1).save_pretrained(base)
+    assert digest_of_model(str(adapter)) != before
+    for name in ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja"):
+        before = digest_of_model(str(base))
+        with (base / name).open("a") as file:
+            file.write(" ")
+        assert digest_of_model(str(base)) != before, name
+    assert digest_of_model("org/name") == "org/name"
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -350,7 +382,7 @@ def test_files_that_do_not_fit_are_refused(data, scores, two, tmp_path):
         (tmp_path / "none.parquet", "no such file; need a file that asft score wrote"),
         (scores.parent, "is a folder; name the files in it"),
         (data, "is no Parquet file"),
-        (tmp_path / "foreign.parquet", "without the notes of asft-score"),
+        (tmp_path / "foreign.parquet", "without the notes of asft score"),
     ):
         with pytest.raises(InputError, match=message):
             load_scores(path, more, tiny_tokenizer())
@@ -363,14 +395,14 @@ def test_scores_that_are_not_finite_are_refused(data):
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")
     with pytest.raises(InputError, match=r"log-probability of line \d+ is not a finite number, need one"):
-        reference_logps(model, loaded(data), COLLATOR)
+        list(score_pairs(model, loaded(data), COLLATOR))
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
         (["--model", "no-such"], "--model: got 'no-such', no such folder, and no hub name either"),
-        (["--max-length", "999"], "--max-length: got 999, need at most 256, the model's positions"),
+        (["--max-length", "999"], "max_length: got 999, need at most 256, the model's positions"),
         (["--max-length", "1"], "max_length: got 1, need at least 2 tokens"),
         (["--data", "no.jsonl"], "data: got 'no.jsonl', no such file"),
         (["--model", "{model}"], "would both be written to"),
@@ -444,6 +476,17 @@ def test_id_is_of_the_text():
     assert ids[0] == ids[1]
     assert len(set(ids)) == 4
     assert ids[3] == hashlib.sha256(b'["a", "b", "c"]').hexdigest()  # files are kept: it must never change
+
+
+def test_id_is_of_tools_and_template_arguments_and_not_of_nulls():
+    from asft_kernels.data import pair_id, parse_pair
+
+    row = {"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}
+    tool = {"type": "function", "function": {"name": "clock"}}
+    rows = [row, {**row, "tools": [tool]}, {**row, "chat_template_kwargs": {"think": True}}]
+    assert len({pair_id(parse_pair(one)) for one in rows}) == 3
+    nulls = {**row, "tools": [{**tool, "function": {"name": "clock", "parameters": None}}]}
+    assert pair_id(parse_pair(nulls)) == pair_id(parse_pair(rows[1]))
 
 
 def test_reading_parquet_takes_no_memory_of_the_files_size(tmp_path):

@@ -399,3 +399,14 @@ def test_change_is_paired():
 
     result = change(table([1, 2, 3]), table([2, 4, 3]))["log_odds/margins"]
     assert result == pytest.approx({"before": 2, "after": 3, "change": 1, "standard_error": 3**-0.5})
+
+
+def test_a_file_to_evaluate_on_has_no_split(job, tmp_path, capsys):
+    held_out = write_lines(tmp_path / "held_out.jsonl", pairs(3))
+    at = job.index("--eval_every_nth")
+    words = [*job[:at], *job[at + 2 :], "--output_dir", str(tmp_path / "out"), "--dry_run",
+             "--eval_dataset_name", str(held_out)]  # fmt: skip
+    assert main(words) == 0
+    assert "30 pairs for training, 3 for evaluation" in capsys.readouterr().out
+    assert main([*words, "--dataset_test_split", "validation"]) == 2
+    assert "split: got 'validation'" in capsys.readouterr().err

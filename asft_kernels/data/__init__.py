@@ -1,7 +1,8 @@
 """Preference pairs from files or the hub to token ids as TRL's trainers take them.
 
 `load_pairs` reads names of data into a `datasets.Dataset` of ids and a `DataReport` that names every row left out.
-rows and stored read files, pair understands a row, tokens encodes it, report counts, pairs puts them together.
+splits finds files, rows and stored read them, pair understands a row, tokens encodes it, reference keeps what it says
+of a reference model, report counts, pairs puts them together.
 """
 
 from asft_kernels.data.pair import Pair, parse_pair

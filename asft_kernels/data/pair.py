@@ -24,6 +24,7 @@ ROLES = {"Human": "user", "Assistant": "assistant"}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 BOTH = ("chosen", "rejected")
 OTHER_PROMPT = "chosen and rejected have different prompts"
+OTHER_ROLE = "answer with a turn of another role"
 
 Messages = list[dict[str, Any]]
 Text = str | Messages
@@ -147,10 +148,15 @@ def _assistant(text: str) -> Messages:
 def _plain(prompt: str | None, answers: dict[str, str]) -> Pair:
     given = (prompt or "").rstrip()
     if prompt is None or (given.startswith(HUMAN) and all(answer.startswith(given) for answer in answers.values())):
-        return _dialogue(answers)  # the prompt stands in the answers already
-    if any(answer.startswith(HUMAN) for answer in answers.values()):
+        pair = _dialogue(answers)  # the prompt stands in the answers already
+    elif any(answer.startswith(HUMAN) for answer in answers.values()):
         raise BadRow("prompt is not how its answers begin", "and an answer begins with a human turn")
-    return Pair(prompt, answers)
+    else:
+        pair = Pair(prompt, answers)
+    for name, answer in pair.answers.items():
+        if pair.is_dialogue and HUMAN in str(answer):
+            raise BadRow(OTHER_ROLE, f"{name}: Human, which would be trained on")
+    return pair
 
 
 def _dialogue(answers: dict[str, str]) -> Pair:
@@ -181,7 +187,7 @@ def _chat(prompt: Text | None, answers: dict[str, Text]) -> Pair:
         before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     for name, chat in chats.items():
         if roles := [message["role"] for message in chat if message["role"] != "assistant"]:
-            raise BadRow("answer with a turn of another role", f"{name}: {roles[0]}, which would be trained on")
+            raise BadRow(OTHER_ROLE, f"{name}: {roles[0]}, which would be trained on")
         if not any(str(m["content"]).strip() or m.get("tool_calls") or m.get("reasoning_content") for m in chat):
             raise BadRow("empty answer", name)
     return Pair(before, chats)

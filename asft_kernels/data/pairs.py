@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from asft_kernels.data.pair import BOTH, Pair, parse_pair
+from asft_kernels.data.reference import reference_columns, with_references
 from asft_kernels.data.report import DataReport
 from asft_kernels.data.rows import KINDS, BadRow, RowFile, parse_row
+from asft_kernels.data.splits import files_of
 from asft_kernels.data.stored import without_nulls
 from asft_kernels.data.tokens import PairTokenizer
 from asft_kernels.errors import InputError
@@ -19,8 +21,8 @@ from asft_kernels.errors import InputError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SHARDS = (".jsonl", ".json", ".gz", ".parquet", ".arrow")
-SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
+# Columns that nothing reads, and that may hold a part of what is said.
+UNREAD = re.compile(r"system_prompt|history|ref_(?!(chosen|rejected)_(token_)?logps$).*")
 Names = str | Path | Sequence[str | Path]
 
 
@@ -42,7 +44,9 @@ def load_pairs(
         names: one or several of: a file (JSON lines, a JSON array, gzip of them, Parquet, Arrow), a folder of such
             shards, a folder that datasets saved, a name on the hub. `asft_kernels.data.pair` lists the row formats.
         processing_class: the tokenizer, or the processor of a model that takes images too.
-        split, config: of hub names; split also of folders that hold several.
+        split: of hub names and of folders whose files name one (`asft_kernels.data.splits`). Of other data all is
+            "train".
+        config: of hub names.
         max_length: tokens of prompt and answer. Longer answers are cut, as TRL's collator cuts them; rows whose prompt
             alone fills it are left out. None: no limit.
         strict: rows that cannot be used are an error instead.
@@ -52,10 +56,12 @@ def load_pairs(
 
     Returns:
         The dataset, with the columns line (int, from 1, over all files), id (`pair_id`), prompt_ids, chosen_ids and
-        rejected_ids (int32), and the report.
+        rejected_ids (int32), the rows' own ref_chosen_logps, ref_rejected_logps, ref_chosen_token_logps and
+        ref_rejected_token_logps where they have them, and the report.
 
     Raises:
-        InputError: data that cannot be read or holds no usable pair; an id beyond vocab_size.
+        InputError: data that cannot be read, has no such split or no usable pair; references in some rows alone; an id
+            beyond vocab_size.
     """
     listed = [names] if isinstance(names, str | Path) else list(names)
     if not listed:
@@ -89,14 +95,15 @@ def load_pairs(
             f"data: {report.left_out} rows cannot be used, and --strict is on{first}; "
             f"mend them, or go without --strict to leave them out\n{report}"
         )
-    pairs = found.remove_columns(["problem", "notes"])
-    return (pairs if len(kept) == len(found) else pairs.select(kept)), report
+    pairs = found if len(kept) == len(found) else found.select(kept)
+    references = [json.loads(text) for text in pairs["references"][:]]
+    return with_references(pairs.remove_columns(["problem", "notes", "references"]), references, answers), report
 
 
 def pair_id(pair: Pair) -> str:
     """sha256 (hex) over prompt, answers and tools as given: the same for every kind of file and every tokenizer."""
     content = [pair.prompt, *pair.answers.values(), *([pair.context] if pair.context else [])]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(without_nulls(content), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _stored_rows(names: list[str | Path], split: str, config: str | None) -> "tuple[Dataset, str]":
@@ -105,7 +112,7 @@ def _stored_rows(names: list[str | Path], split: str, config: str | None) -> "tu
 
     lines, texts, sources = [], [], []
     for name in names:
-        files = _files(Path(name), split)
+        files = files_of(Path(name), split)
         rows = _hub_rows(str(name), split, config) if files is None else _file_rows(files)
         start = len(lines)
         for text in rows:
@@ -114,21 +121,6 @@ def _stored_rows(names: list[str | Path], split: str, config: str | None) -> "tu
         sources.append(str(name) if len(names) == 1 else f"{name} (lines {start + 1} to {len(lines)})")
     features = Features({"line": Value("int64"), "row": Value("large_string")})
     return Dataset.from_dict({"line": lines, "row": texts}, features=features), ", ".join(sources)
-
-
-def _files(path: Path, split: str) -> list[Path] | None:
-    """None: not here, so a name on the hub."""
-    if (path / "dataset_dict.json").is_file():
-        return [path / split]
-    if not path.is_dir() or (path / "state.json").is_file():
-        is_hub_name = not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and path.suffix not in SHARDS
-        return None if is_hub_name else [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in SHARDS and file.is_file())
-    named = {name: [file for file in files if re.match(rf"{name}([-_.]|$)", file.name)] for name in (*SPLITS, split)}
-    if not files or (any(named.values()) and not named[split]):
-        what = "its files are of other splits" if files else f"no file that ends in {', '.join(SHARDS)}"
-        raise InputError(f"data: got {str(path)!r}, a folder in which {what}; need a folder of shards, or name files")
-    return named[split] or files
 
 
 def _file_rows(files: list[Path]) -> Iterator[str]:
@@ -164,7 +156,8 @@ def _mapped(
 
     ids = {f"{name}_ids": List(Value("int32")) for name in ("prompt", *answers)}
     text = List(Value("string"))
-    features = Features({"line": Value("int64"), "id": Value("string"), **ids, "problem": text, "notes": text})
+    features = Features({"line": Value("int64"), "id": Value("string"), **ids, "references": Value("string"),
+                         "problem": text, "notes": text})  # fmt: skip
     arguments = {"encode": encode, "vocab_size": vocab_size, "answers": answers}
     return rows.map(
         _tokenised, fn_kwargs=arguments, remove_columns=["row"], features=features, num_proc=num_proc, desc="Tokenising"
@@ -182,9 +175,10 @@ def _tokenised(
             raise BadRow("row with images", f"{images[0]}: need rows without")
         pair = parse_pair(row, answers)
         tokens = encode(pair)
+        references = reference_columns(row, tokens)
     except BadRow as problem:
         return {"id": "", "prompt_ids": [], **{f"{name}_ids": [] for name in answers},
-                "problem": _problem(problem), "notes": []}  # fmt: skip
+                "references": "{}", "problem": _problem(problem), "notes": []}  # fmt: skip
     ids = {"prompt_ids": tokens.prompt, **{f"{name}_ids": tokens.answers[name] for name in answers}}
     largest = max(map(max, ids.values()))
     if vocab_size and largest >= vocab_size:
@@ -192,7 +186,11 @@ def _tokenised(
         raise InputError(f"data: line {example['line']} has the token {token!r} of id {largest}, need less than "
                          f"{vocab_size}, the rows of the model's embedding; resize it, or take the model's own "
                          "tokenizer")  # fmt: skip
-    return {"id": pair_id(pair), **ids, "problem": [], "notes": tokens.notes}
+    notes = [
+        *tokens.notes,
+        *(f"column {name}, which is not read" for name in row if row[name] and UNREAD.fullmatch(name)),
+    ]
+    return {"id": pair_id(pair), **ids, "references": json.dumps(references), "problem": [], "notes": notes}
 
 
 def split_every_nth(pairs: "Dataset", nth: int) -> "tuple[Dataset, Dataset]":

@@ -1,6 +1,7 @@
 """JSON lines, JSON arrays, Parquet and Arrow, read row by row; what is wrong with a row is kept, not raised."""
 
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ OTHER_KINDS = {  # what else data often comes as, by its first bytes
     b"\x28\xb5\x2f\xfd": "compressed with Zstandard",
 }
 KINDS = "JSON lines or a JSON array (plain or gzipped), Parquet or Arrow, or a folder that datasets saved"
+CSV_HEADER = re.compile(rb'["\w ]+([,;\t]["\w ]+)+')  # of a first line: names of columns
 PEEKED = 512  # bytes of text in which a file of another kind shows
 
 
@@ -91,7 +93,13 @@ class RowFile:
                 text = file.peek(PEEKED)
         if b"\0" in text[:PEEKED]:
             raise self._wrong(f"{self.path} is a binary file or UTF-16; need a file of {KINDS}")
-        return ARRAY if text.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[") else None
+        text = text.removeprefix(b"\xef\xbb\xbf").lstrip()
+        if CSV_HEADER.fullmatch(text.partition(b"\n")[0].strip()):
+            raise self._wrong(
+                f"{self.path} is CSV; need a file of {KINDS}; datasets.Dataset.from_csv({str(self.path)!r})"
+                ".to_json('pairs.jsonl') writes one"
+            )
+        return ARRAY if text.startswith(b"[") else None
 
     def _check_folder(self) -> None:
         if (self.path / "dataset_dict.json").is_file():

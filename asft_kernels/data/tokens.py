@@ -160,6 +160,9 @@ class PairTokenizer:
         texts = [str(text) for text in (pair.prompt, *pair.answers.values())]
         if any(token in text for token in self.special for text in texts):
             notes.append("plain text that holds special tokens, used as it stands")
+        asked = texts[0].strip()
+        if asked and not pair.is_dialogue and all(text.lstrip().startswith(asked) for text in texts[1:]):
+            notes.append("plain prompt that its answers begin with once more")
         others = tuple(self.special - {self.tokenizer.eos_token})
         if any(text.rstrip().endswith(others) for text in texts[1:]):
             notes.append("answer that ends in another special token than EOS, which follows it")

@@ -13,7 +13,7 @@ from asft_kernels.data import load_pairs
 from asft_kernels.errors import InputError
 from asft_kernels.evaluation import answers, figures
 from asft_kernels.evaluation.report import write_report
-from asft_kernels.models.loading import fitted_length, load_tokenizer
+from asft_kernels.models.loading import digest_of_model, fitted_length, load_tokenizer
 from asft_kernels.score.run import score_path
 from asft_kernels.score.table import tokenizer_fingerprint
 
@@ -57,7 +57,7 @@ def run(args: Namespace, say: Callable[[str], None] = print) -> dict[str, Any]:
         about = {
             "model": model, "dtype": args.dtype, "tokenizer": tokenizer_fingerprint(tokenizer),
             "pairs": hashlib.sha256("".join(ids[model]).encode()).hexdigest(), "max_length": args.max_length,
-            "version": __version__,
+            "model_files": digest_of_model(model), "version": __version__,
         }  # fmt: skip
         rows = answers.fill(model, tokenizer, pairs, rooms[model], about, settings)
         chosen = tokenizer.batch_decode(pairs["chosen_ids"][:], skip_special_tokens=True)

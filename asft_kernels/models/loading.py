@@ -1,5 +1,6 @@
 """A causal language model and its tokenizer from a folder or the hub, with errors that name both."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,12 @@ from typing import Any
 from asft_kernels.errors import InputError
 
 DEFAULT_LENGTH = 1024  # tokens of prompt and answer, TRL's
+# Files that say, beside the weights, what a model makes of a text.
+READ_WITH_WEIGHTS = (
+    "config.json", "adapter_config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja", "chat_template*", "additional_chat_templates/*",
+    "*processor_config.json",
+)  # fmt: skip
 
 
 def load_tokenizer(model: str) -> tuple[Any, Any]:
@@ -81,6 +88,29 @@ def load_trainable_adapter(folder: str, keywords: dict[str, Any]) -> Any:
 def _base_of_adapter(model: str) -> str | None:
     file = Path(model) / "adapter_config.json"
     return json.loads(file.read_text())["base_model_name_or_path"] if file.is_file() else None
+
+
+def digest_of_model(model: str) -> str:
+    """Tells whether the files of a model were replaced.
+
+    Args:
+        model: a folder, or a name on the hub, which is its own digest.
+
+    Returns:
+        The name; of a folder with a digest of its weights and adapters (by size and time, as they are large), of
+        configuration, tokenizer and chat templates (by content), and of an adapter with that of its base model.
+    """
+    folder = Path(model)
+    weights = sorted(path for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".gguf"))
+    sizes = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
+    texts = sorted({path for pattern in READ_WITH_WEIGHTS for path in folder.glob(pattern) if path.is_file()})
+    if not weights and not texts:
+        return model
+    digest = hashlib.sha256(repr(sizes).encode())
+    for path in texts:
+        digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}".encode())
+    base = _base_of_adapter(model)
+    return f"{model} {digest.hexdigest()[:16]}" + (f" on {digest_of_model(base)}" if base and base != model else "")
 
 
 @contextmanager

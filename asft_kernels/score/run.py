@@ -13,13 +13,13 @@ from asft_kernels import __version__
 from asft_kernels.data import load_pairs, with_labels
 from asft_kernels.errors import InputError
 from asft_kernels.models import PreferenceModel
-from asft_kernels.models.loading import fitted_length, load_causal_lm, load_tokenizer
+from asft_kernels.models.loading import digest_of_model, fitted_length, load_causal_lm, load_tokenizer
 from asft_kernels.score.scoring import ScoredBatch, score_pairs
 from asft_kernels.score.table import SIDES, read_metadata, tokenizer_fingerprint, write_scores
 from asft_kernels.score.unfinished import UnfinishedScores
 
 # Rows of runs that differ in one of these do not belong into one file.
-SAME_TO_GO_ON = ("model", "dtype", "tokenizer", "ids", "max_length", "token_logps")
+SAME_TO_GO_ON = ("model", "model_files", "dtype", "tokenizer", "ids", "max_length", "token_logps")
 
 
 def run(args: Namespace, say: Callable[[str], None] = print) -> list[Path]:
@@ -57,6 +57,7 @@ def _score_under(
     say(str(report))
     metadata = {
         "model": model,
+        "model_files": digest_of_model(model),
         "dtype": args.dtype,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "data": ", ".join(Path(name).name for name in _listed(args.data)),
@@ -113,9 +114,11 @@ def _rows(scored: ScoredBatch, pairs: Any, token_logps: bool) -> Iterator[dict[s
 
 def _same_command(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     for name in SAME_TO_GO_ON:
-        if old[name] != new[name]:
+        if old.get(name) != new[name]:
             what = "pairs" if name == "ids" else name.replace("_", "-")
-            shown = "others" if name in ("ids", "tokenizer") else f"{old[name]!r} then and {new[name]!r} now"
+            shown = (
+                "others" if name in ("ids", "tokenizer", "model_files") else f"{old[name]!r} then and {new[name]!r} now"
+            )
             raise InputError(
                 f"--output: {path} is of another command (its {what}: {shown}); "
                 "delete that file, or name another folder"

@@ -91,21 +91,6 @@ def _score(model: PreferenceModel, batch: dict[str, Tensor], rows: np.ndarray) -
     )
 
 
-def reference_logps(
-    model: PreferenceModel,
-    pairs: "Dataset",
-    collator: Any,
-    *,
-    batch_size: int = 8,
-    progress: str | None = None,
-) -> Tensor:
-    """(1, 2, n) float64: sums in the order of `pairs`, as `load_scores` returns them for one model."""
-    logps = torch.empty(1, 2, len(pairs), dtype=torch.float64)
-    for batch in score_pairs(model, pairs, collator, batch_size=batch_size, progress=progress):
-        logps[0, :, batch.rows] = batch.logps
-    return logps
-
-
 def token_counts(pairs: "Dataset") -> np.ndarray:
     """(3, n): tokens of prompt, chosen and rejected of each pair."""
     from pyarrow import compute

@@ -67,6 +67,8 @@ def with_scores(dataset: Any, files: Sequence[str], objective: Any, tokenizer: A
         raise InputError(f"ref_scores: got files, need none: {objective!r} has no reference")
     if "id" not in dataset.column_names:
         raise InputError("ref_scores: got a dataset without ids, need one of asft_kernels.data.load_pairs")
+    if twice := set(TOKENS if per_token else SUMS) & set(dataset.column_names):
+        raise InputError(f"ref_scores: got files, and rows with {min(twice)}; need one of both")
     if per_token:
         if len(files) > 1:
             raise InputError(f"ref_scores: got {len(files)} files, need one: {objective!r} has one reference")

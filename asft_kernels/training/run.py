@@ -17,7 +17,7 @@ from asft_kernels.data import load_pairs, split_every_nth
 from asft_kernels.errors import InputError, of_a_library
 from asft_kernels.files import write_json
 from asft_kernels.models.fused import fused_forward
-from asft_kernels.models.loading import fitted_length, load_processor, load_trainable_adapter
+from asft_kernels.models.loading import digest_of_model, fitted_length, load_processor, load_trainable_adapter
 from asft_kernels.models.seam import causal_lm
 from asft_kernels.score.table import tokenizer_fingerprint
 from asft_kernels.training import run_folder
@@ -121,7 +121,7 @@ def _run(
     settings = {
         **config.to_dict(), **asdict(model), **asdict(data), "objective": repr(objective), "method": method.name,
         "method_arguments": asdict(method.arguments) if method.arguments is not None else None,
-        "model": run_folder.digest_of_model(name), "world_size": config.world_size,
+        "model": digest_of_model(name), "world_size": config.world_size,
         "tokenizer": tokenizer_fingerprint(getattr(processor, "tokenizer", processor)),
         "files": run_folder.digest_of_files([*(config.ref_scores or ()), *_strings(method.arguments)]),
         "training_pairs": run_folder.digest_of_pairs(read.train),
@@ -266,9 +266,10 @@ def _read(
     if data.eval_every_nth:
         train, evaluation = split_every_nth(train, data.eval_every_nth)
     elif data.eval_dataset_name:
-        evaluation, of_evaluation = load_pairs(
-            data.eval_dataset_name, processor, split=data.dataset_test_split, **limits
-        )
+        split = data.dataset_test_split
+        if split == "test" and all(Path(name).is_file() for name in data.eval_dataset_name):
+            split = "train"  # as all of a file is called, which has no splits
+        evaluation, of_evaluation = load_pairs(data.eval_dataset_name, processor, split=split, **limits)
         text += f"\n{of_evaluation}"
     if evaluation is not None and "prompt_ids" in evaluation.column_names:
         evaluation = evaluation.select(longest_first(evaluation))  # too large a batch shows at once

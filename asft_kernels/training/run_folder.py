@@ -113,14 +113,6 @@ def digest_of_pairs(dataset: Any) -> str | None:
     return hashlib.sha256("".join(dataset["id"][:]).encode()).hexdigest()
 
 
-def digest_of_model(model: str) -> str:
-    """The name, and for a folder what shows whether its weights were replaced."""
-    folder = Path(model)
-    files = sorted(path for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".gguf"))
-    sizes = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return f"{model} {hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]}" if files else model
-
-
 def digest_of_files(paths: Iterable[str]) -> list[str]:
     """Of the contents of those that are files."""
     return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if Path(path).is_file()]
