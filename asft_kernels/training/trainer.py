@@ -259,8 +259,9 @@ class PreferenceTrainer(DPOTrainer):
 
     def _losses(self, model: Any, inputs: Any) -> tuple[Tensor, Any, Tensor | None]:
         """(B,) losses, their `PreferenceOutputs`, the load-balancing loss of a mixture of experts."""
-        if isinstance(module := self.objective, nn.Module):  # statistics stand still in evaluation
-            module.train(self.model.training)
+        objective: Any = self.objective
+        if isinstance(self.objective, nn.Module):  # statistics stand still in evaluation
+            objective.train(self.model.training)
         entries = inputs.get(ENTRIES, {})
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         of_model = {name: value for name, value in inputs.items() if name not in OF_BATCH}
@@ -275,12 +276,12 @@ class PreferenceTrainer(DPOTrainer):
         with self.method.at_head(self, model, inputs, entries) as further:
             outputs = model(**of_model, labels=targets, fused_lm_head=True)
             given = {"nll_labels": nll_labels, **further()}
-        if self.objective.needs_reference and "ref_logps" not in given:
+        if objective.needs_reference and "ref_logps" not in given:
             given["ref_logps"] = self._reference(model, inputs, labels, entries)
         width = labels.shape[1] - 1  # prompt learning puts virtual tokens in front
-        stats = {name: getattr(outputs, name)[:, -width:] for name in self.objective.stats}
+        stats = {name: getattr(outputs, name)[:, -width:] for name in objective.stats}
         losses, out = preference_loss_from_logps(
-            outputs.log_probs[:, -width:], labels, self.objective, stats=stats, reduction="none", return_outputs=True,
+            outputs.log_probs[:, -width:], labels, objective, stats=stats, reduction="none", return_outputs=True,
             **given,
         )  # fmt: skip
         self._count(losses, out, outputs, inputs)
