@@ -263,14 +263,6 @@ def test_what_is_no_such_file_is_refused(tmp_path):
         read_sae(tmp_path / "pickled.npz")
 
 
-@pytest.mark.parametrize(("suffix", "library"), [(".npz", "numpy"), (".safetensors", "safetensors")])
-def test_a_missing_extra_is_named(tmp_path, monkeypatch, suffix, library):
-    write_sae(make_sae(), tmp_path / ("x" + suffix))
-    monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ImportError, match=rf'{library}: not installed.*pip install "asft_kernels\[train\]"'):
-        read_sae(tmp_path / ("x" + suffix))
-
-
 MEASURE = """
 import json, sys
 import torch

@@ -154,7 +154,9 @@ def test_a_killed_run_goes_on_identically(job, whole_run, tmp_path):
     done = subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True)
     assert done.returncode == -9
     assert main([*words[1:], "--resume"]) == 0
-    assert rows(folder) == rows(whole_run)
+    for one, other in zip(rows(folder), rows(whole_run), strict=True):
+        assert one.pop("kind") == other.pop("kind")
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-6)  # another process may add in another order
 
 
 def test_resume_of_a_finished_run_does_the_rest_only(job, whole_run, tmp_path):

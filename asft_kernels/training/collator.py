@@ -32,7 +32,8 @@ class Collator:
             chosen = slice(len(rows))
             entries["nll_labels"] = batch["input_ids"][chosen].masked_fill(batch["attention_mask"][chosen] == 0, -100)
         if TOKENS[0] in rows[0]:
-            values = [of_answer(row, side) for side in SIDES for row in rows]
+            trained = iter(batch["completion_mask"].sum(dim=1).tolist())
+            values = [of_answer(row, side, next(trained)) for side in SIDES for row in rows]
             entries["ref_token_logps"] = at_labels(batch["completion_mask"], values)[:, 1:]
         entries |= self.method.collate(rows, batch)
         return {**batch, ENTRIES: entries} if entries else batch

@@ -25,10 +25,10 @@ def given_columns(dataset: Any, per_token: bool) -> bool:
     return columns >= set(SUMS) or columns >= set(TOKENS)
 
 
-def of_answer(row: Mapping[str, Any], side: str) -> Sequence[float]:
-    """Returns a row's values per token, of as many as its answer has. InputError for another number."""
+def of_answer(row: Mapping[str, Any], side: str, trained: int) -> Sequence[float]:
+    """Returns a row's values per token. InputError unless they are as many as its answer has, or as are trained."""
     values, tokens = row[f"ref_{side}_token_logps"], row[f"{side}_ids"]
-    if len(values) != len(tokens):
+    if len(values) not in (len(tokens), trained):
         where = f" (line {row['line']})" if "line" in row else ""
         raise InputError(
             f"ref_{side}_token_logps: got {len(values)} values for an answer of {len(tokens)} tokens{where}, need one "

@@ -183,7 +183,7 @@ class PreferenceTrainer(DPOTrainer):
             dataset = with_scores(
                 dataset, self.args.ref_scores, self.objective, self.processing_class, per_token=self.ref_per_token
             )
-        if self.brings_reference and not self.method.own_reference:
+        if self.brings_reference and not (self.method.own_reference or self.ref_per_token):
             require_whole(dataset, self.args.max_length, label)
         return self.method.dataset(self, dataset, label)
 
@@ -389,8 +389,8 @@ class PreferenceTrainer(DPOTrainer):
             self.window_start = None
         self._metrics[mode].update({name: [value] for name, value in figures.items()})
         super().log(logs, start_time)
-        if mode == "train" and "loss" in logs:
-            self._refuse_not_finite(logs["loss"])
+        if mode == "train" and loss is not None:  # at the last log of all, too, which tells no loss
+            self._refuse_not_finite(loss)
 
     def _refuse_not_finite(self, loss: float) -> None:
         if not np.isfinite(loss):
