@@ -285,7 +285,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, model, changes, argument
 def test_arguments_of_another_method_are_refused():
     with pytest.raises(
         InputError,
-        match="sae: got 'a.npz', which is fpo's, need method='fpo' for it",
+        match=r"sae: got 'a\.npz', which is fpo's, need method='fpo' for it",
     ):
         find_method(None, DPO(), {"fpo": Arguments(sae="a.npz")})
 
