@@ -19,10 +19,11 @@ pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
 import transformers
 
 from asft_kernels.cli import main as asft
+from asft_kernels.errors import InputError
 from asft_kernels.cli.train import parse
 from asft_kernels.training.callbacks import MetricsFile
 from asft_kernels.training.figures import Evaluation, change
-from asft_kernels.training.run_folder import command
+from asft_kernels.training.run_folder import command, require_same_settings
 from asft_kernels.training.trainer import PreferenceTrainer
 from tiny_lm import pairs, saved_tiny_model, tiny_model, write_lines
 
@@ -194,6 +195,19 @@ def test_resume_refuses_what_would_be_another_experiment(job, whole_run, tmp_pat
     assert main(resume) == 2
     assert "no complete checkpoint in" in (said := capsys.readouterr().err)
     assert "has no optimizer.pt (save_only_model keeps none)" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "new"),
+    [("method_arguments", {"temperature": 0.5}), ("adam_beta2", 0.5), ("data_seed", 9), ("files", ["b"])],
+)
+def test_any_setting_that_changes_the_run_is_compared(tmp_path, name, new):
+    old = {"method_arguments": {"temperature": 0.7}, "adam_beta2": 0.999, "data_seed": None, "files": ["a"]}
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"settings": {**old, "logging_steps": 1}}))
+    require_same_settings(path, {**old, "logging_steps": 5}, print)  # may be another
+    with pytest.raises(InputError, match=f"resume: {name}: "):
+        require_same_settings(path, {**old, name: new}, print)
 
 
 def test_any_trace_of_a_run_is_not_overwritten(job, whole_run, tmp_path, capsys):

@@ -25,7 +25,7 @@ FREE_ON_RESUME = (
     "dataset_train_split", "dataset_test_split", "dataset_num_proc", "model_name_or_path", "model_init_kwargs",
     "dataloader_num_workers", "dataloader_pin", "dataloader_prefetch", "dataloader_persistent", "local_rank", "backend",
     "cache_bytes", "chunk_size", "tf32", "torch_empty_cache", "include_", "do_", "metric_for_best_model",
-    "greater_is_better", "load_best_model_at_end", "project", "trackio", "ref_scores", "method_arguments",
+    "greater_is_better", "load_best_model_at_end", "project", "trackio", "ref_scores",
     "precompute_ref_batch_size", "skip_memory_metrics", "ddp_", "use_cpu", "deepspeed", "fsdp", "accelerator_config",
 )  # fmt: skip
 DIGESTS = ("training_pairs", "evaluation_pairs", "tokenizer", "files")
