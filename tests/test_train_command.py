@@ -19,8 +19,8 @@ pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
 import transformers
 
 from asft_kernels.cli import main as asft
-from asft_kernels.errors import InputError
 from asft_kernels.cli.train import parse
+from asft_kernels.errors import InputError
 from asft_kernels.training.callbacks import MetricsFile
 from asft_kernels.training.figures import Evaluation, change
 from asft_kernels.training.run_folder import command, require_same_settings
