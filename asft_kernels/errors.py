@@ -18,4 +18,4 @@ def of_a_library(error: BaseException) -> bool:
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
-    return frame is not None and not frame.tb_frame.f_code.co_filename.startswith(PACKAGE)
+    return frame is not None and not frame.tb_frame.f_code.co_filename.startswith(PACKAGE + os.sep)

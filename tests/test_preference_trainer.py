@@ -21,7 +21,7 @@ from asft_kernels.training import PreferenceConfig, PreferenceTrainer
 from asft_kernels.training.collator import at_labels
 from asft_kernels.training.reference import with_scores
 from bounds import unit_roundoff
-from tiny_lm import pairs, saved_tiny_model, tiny_model, tiny_tokenizer
+from tiny_lm import pairs, saved_tiny_model, tiny_model, tiny_tokenizer, write_lines
 
 pytestmark = [
     # peft 0.21 and trl ask for names that transformers renamed; nothing of ours does
@@ -508,3 +508,21 @@ def test_a_mixture_of_experts_has_its_load_balancing_loss(tmp_path):
         assert one["aux_loss"] == pytest.approx(other["aux_loss"], **CLOSE)
         assert one["loss"] + 0.3 * one["aux_loss"] == pytest.approx(other["loss"], **CLOSE)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+def test_means_of_score_files_are_over_their_own_lengths(tmp_path, model):
+    """A reference with another tokenizer has another number of tokens: poft reads its mean as the file has it."""
+    from asft_kernels.data import load_pairs
+    from asft_kernels.score.table import tokenizer_fingerprint, write_scores
+
+    rows, _ = load_pairs(str(write_lines(tmp_path / "pairs.jsonl", pairs(4))), tiny_tokenizer())
+    sides = {"chosen_logps": -30.0, "chosen_length": 10, "rejected_logps": -8.0, "rejected_length": 4}
+    metadata = {
+        "model": "m", "tokenizer": tokenizer_fingerprint(tiny_tokenizer()), "data": "d", "max_length": 64,
+        "token_logps": False,
+    }  # fmt: skip
+    write_scores(tmp_path / "m.parquet", [{"id": r["id"], "line": r["line"], **sides} for r in rows], metadata)
+    trainer = made(tmp_path, model, rows=rows, objective="poft", ref_scores=[str(tmp_path / "m.parquet")])
+    batch = trainer.collator([trainer.train_dataset[i] for i in range(4)])
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    assert trainer._reference(None, batch, labels, {}).tolist() == [-3.0] * 4 + [-2.0] * 4
