@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     def body() -> None:
-        frame.require(("tqdm", "transformers", "datasets"))
+        frame.require(("tqdm", "transformers", "datasets", "trl"))
         frame.make_folder("--output_dir", args.output)
         from asft_kernels.score.run import run
 
