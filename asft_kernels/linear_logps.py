@@ -64,8 +64,8 @@ def linear_logps(
         names = [name for name in NAMES if name in wanted.names]
         differentiable = [name for name in DIFFERENTIABLE if name in wanted.differentiable]
     outputs = _phase1(
-        hidden, *tensors, bias, weight.codes, list(weight.scales), rows, labels, backend, logits.scale,
-        logits.softcap, chunk_size, cache_bytes, padded, needs_acc, needs_exps,
+        hidden, *tensors, bias, weight.codes, weight.placement, list(weight.scales), rows, labels, backend,
+        logits.scale, logits.softcap, chunk_size, cache_bytes, padded, needs_acc, needs_exps,
         " ".join(names), " ".join(differentiable if needs_acc or needs_exps else []),
     )  # fmt: skip
     return outputs[0], {name: outputs[-1][NAMES.index(name)] for name in names}
@@ -73,12 +73,12 @@ def linear_logps(
 
 @torch.library.custom_op("asft_kernels::linear_logps", mutates_args=())
 def _phase1(
-    hidden: Tensor, weight: Tensor, low_rank: Tensor | None, bias: Tensor | None, codes: str, scales: list[Tensor],
-    rows: Tensor, labels: Tensor, backend: str, scale: float, softcap: float | None, chunk_size: int | None,
-    cache_bytes: int, padded: bool, needs_acc: bool, needs_exps: bool, names: str, differentiable: str,
+    hidden: Tensor, weight: Tensor, low_rank: Tensor | None, bias: Tensor | None, codes: str,
+    placement: str, scales: list[Tensor], rows: Tensor, labels: Tensor, backend: str, scale: float, softcap: float | None,
+    chunk_size: int | None, cache_bytes: int, padded: bool, needs_acc: bool, needs_exps: bool, names: str, differentiable: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     wanted = Wanted.parse(names, differentiable)
-    head = HeadRows(weight, low_rank, codes, tuple(scales))
+    head = HeadRows(weight, low_rank, codes, tuple(scales), placement)
     plan = _plan(hidden, head, rows, backend, chunk_size, cache_bytes, keeps=not wanted.recomputes(softcap))
     with exact_products(hidden.device.type):
         inputs = _without_padding(hidden, rows, labels) if padded else (hidden, rows, labels)
@@ -96,10 +96,10 @@ def _phase1(
 
 
 @_phase1.register_fake
-def _(hidden, weight, low_rank, bias, codes, scales, rows, labels, backend, scale, softcap, chunk_size, cache_bytes,
-      padded, needs_acc, needs_exps, names, differentiable):  # fmt: skip
+def _(hidden, weight, low_rank, bias, codes, placement, scales, rows, labels, backend, scale, softcap, chunk_size,
+      cache_bytes, padded, needs_acc, needs_exps, names, differentiable):  # fmt: skip
     wanted = Wanted.parse(names, differentiable)
-    head = HeadRows(weight, low_rank, codes, tuple(scales))
+    head = HeadRows(weight, low_rank, codes, tuple(scales), placement)
     plan = _plan(hidden, head, rows, backend, chunk_size, cache_bytes, keeps=not wanted.recomputes(softcap))
     n, dtype = rows.shape[0], _stats_dtype(hidden)
     widths = [stop - start for start, stop in plan.slices[: plan.cached]] if needs_exps else []
@@ -120,13 +120,13 @@ def _(hidden, weight, low_rank, bias, codes, scales, rows, labels, backend, scal
 @torch.library.custom_op("asft_kernels::linear_logps_backward", mutates_args=())
 def _phase2(
     grad_logps: Tensor, hidden: Tensor, weight: Tensor, low_rank: Tensor | None, bias: Tensor | None, codes: str,
-    scales: list[Tensor], rows: Tensor, labels: Tensor, logps: Tensor, one_minus_p: Tensor, inv_total: Tensor,
-    ref: Tensor, acc: Tensor, exps: list[Tensor], stats: list[Tensor], backend: str, scale: float,
+    placement: str, scales: list[Tensor], rows: Tensor, labels: Tensor, logps: Tensor,
+    one_minus_p: Tensor, inv_total: Tensor, ref: Tensor, acc: Tensor, exps: list[Tensor], stats: list[Tensor], backend: str, scale: float,
     softcap: float | None, chunk_size: int | None, cache_bytes: int, padded: bool, needs_hidden: bool,
     needs_weight: bool, needs_low_rank: bool, needs_bias: bool,
     grad_lse: Tensor | None = None, grad_mean_logits: Tensor | None = None, grad_entropy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    head = HeadRows(weight, low_rank, codes, tuple(scales))
+    head = HeadRows(weight, low_rank, codes, tuple(scales), placement)
     plan = _plan(hidden, head, rows, backend, chunk_size, cache_bytes)
     saved = Saved(logps, one_minus_p, inv_total, ref, acc, exps, Stats(*stats) if stats else None)
     of_stats = (grad_lse, grad_mean_logits, grad_entropy)
@@ -150,8 +150,8 @@ def _phase2(
 
 
 @_phase2.register_fake
-def _(grad_logps, hidden, weight, low_rank, bias, codes, scales, rows, labels, logps, one_minus_p, inv_total, ref, acc,
-      exps, stats, backend, scale, softcap, chunk_size, cache_bytes, padded, needs_hidden, needs_weight,
+def _(grad_logps, hidden, weight, low_rank, bias, codes, placement, scales, rows, labels, logps, one_minus_p, inv_total,
+      ref, acc, exps, stats, backend, scale, softcap, chunk_size, cache_bytes, padded, needs_hidden, needs_weight,
       needs_low_rank, needs_bias, grad_lse=None, grad_mean_logits=None, grad_entropy=None):  # fmt: skip
     asked = ((hidden, needs_hidden), (weight, needs_weight), (low_rank, needs_low_rank), (bias, needs_bias))
     return tuple(
@@ -161,8 +161,8 @@ def _(grad_logps, hidden, weight, low_rank, bias, codes, scales, rows, labels, l
 
 
 def _save_for_phase2(ctx, inputs, output):
-    *tensors, ctx.codes, scales, rows, labels = inputs[:8]
-    *ctx.options, differentiable = inputs[8:]
+    *tensors, ctx.codes, ctx.placement, scales, rows, labels = inputs[:9]
+    *ctx.options, differentiable = inputs[9:]
     *of_rows, exps, stats = output
     ctx.set_materialize_grads(False)  # else backward receives zeros of the size of E
     fixed = [x for i, x in enumerate(stats) if i >= len(NAMES) or NAMES[i] not in differentiable.split()]
@@ -172,7 +172,7 @@ def _save_for_phase2(ctx, inputs, output):
 
 
 def _gradients(ctx, grad_logps, *others):
-    nothing = (None, [None] * ctx.lengths[1], *(None,) * 12)  # of codes, scales and what follows them
+    nothing = (None, None, [None] * ctx.lengths[1], *(None,) * 12)  # of codes, placement, scales and what follows them
     grad_stats = (others[-1] or (None,) * len(NAMES))[: len(DIFFERENTIABLE)]
     if grad_logps is None and all(g is None for g in grad_stats):
         return *(None,) * 4, *nothing
@@ -186,7 +186,7 @@ def _gradients(ctx, grad_logps, *others):
     backend, scale, softcap, chunk_size, cache_bytes, padded, *_ = ctx.options
     needs = ctx.needs_input_grad[:4]
     grads = _phase2(
-        grad_logps, *tensors, ctx.codes, scales, *of_rows, exps, stats,
+        grad_logps, *tensors, ctx.codes, ctx.placement, scales, *of_rows, exps, stats,
         backend, scale, softcap, chunk_size, cache_bytes, padded, *needs, *grad_stats,
     )  # fmt: skip
     return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *nothing

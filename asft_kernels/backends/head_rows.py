@@ -28,6 +28,7 @@ class HeadRows(NamedTuple):
     low_rank: Tensor | None = None  # (V, r)
     codes: str = ""  # codes_text of a quantised weight
     scales: tuple[Tensor, ...] = ()  # 4 bits: (blocks,) and the table (256, 2); 8 bits: (V,); fp32
+    placement: str = ""  # of rows that stand on several ranks (backends/sharding.py): which are here, and whose group
 
     @property
     def is_plain(self) -> bool:
