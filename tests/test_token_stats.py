@@ -447,7 +447,7 @@ def test_traced(options):
 def test_the_operators_and_their_fakes_agree(backend, softcap):
     case = make_case(rows=1, T=9, D=16, V=37, valid=1.0)
     rows, labels = torch.arange(9), case.labels[0].clamp(min=0)
-    inputs = (case.hidden[0].detach(), case.weight.detach(), None, None, "", [], rows, labels)
+    inputs = (case.hidden[0].detach(), case.weight.detach(), None, None, "", "", [], rows, labels)
     options = (backend, 1.0, softcap, 20, 2**20, False)
     utils = {"test_utils": ("test_schema", "test_faketensor")}
     arguments = [*inputs, *options, True, True, " ".join(NAMES), " ".join(DIFFERENTIABLE)]

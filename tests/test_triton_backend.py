@@ -353,7 +353,7 @@ def test_the_operators_and_their_fakes_agree(V, device):
     """Shapes, strides (E's rows have room to a multiple of 16) and dtypes, which torch.compile relies on."""
     problem = Problem(torch.bfloat16, device, N=7, V=V, D=16, rivals=False)
     options = ("triton", 1.0, None, 20, 2**20, False)
-    tensors = [problem.hidden, problem.weight, None, problem.bias, "", [], problem.rows, problem.labels]
+    tensors = [problem.hidden, problem.weight, None, problem.bias, "", "", [], problem.rows, problem.labels]
     inputs = [*tensors, *options, True, True, "", ""]
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.asft_kernels.linear_logps.default, inputs, test_utils=checks)
