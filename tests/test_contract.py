@@ -133,8 +133,8 @@ def test_nothing_but_the_logps_is_differentiable():
     case = make_case()
     rows, labels = torch.arange(8), torch.arange(8)
     *of_rows, exps, stats = torch.ops.asft_kernels.linear_logps(
-        case.hidden.view(-1, 24), case.weight, None, None, "", "", [], rows, labels, "torch", 1.0, None, None, 2**20, False,
-        True, True, "lse entropy", "lse",
+        case.hidden.view(-1, 24), case.weight, None, None, "", "", [], rows, labels, "torch", 1.0, None, None, 2**20,
+        False, True, True, "lse entropy", "lse",
     )  # fmt: skip
     assert of_rows[0].requires_grad
     assert exps
