@@ -123,8 +123,8 @@ def _phase2(
     grad_logps: Tensor, hidden: Tensor, weight: Tensor, low_rank: Tensor | None, bias: Tensor | None, codes: str,
     placement: str, scales: list[Tensor], rows: Tensor, labels: Tensor, logps: Tensor,
     one_minus_p: Tensor, inv_total: Tensor, ref: Tensor, acc: Tensor, exps: list[Tensor],
-    stats: list[Tensor], backend: str, scale: float, softcap: float | None, chunk_size: int | None, cache_bytes: int, padded: bool,
-    needs_hidden: bool, needs_weight: bool, needs_low_rank: bool, needs_bias: bool,
+    stats: list[Tensor], backend: str, scale: float, softcap: float | None, chunk_size: int | None,
+    cache_bytes: int, padded: bool, needs_hidden: bool, needs_weight: bool, needs_low_rank: bool, needs_bias: bool,
     grad_lse: Tensor | None = None, grad_mean_logits: Tensor | None = None, grad_entropy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     head = HeadRows(weight, low_rank, codes, tuple(scales), placement)
