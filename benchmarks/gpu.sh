@@ -9,8 +9,8 @@
 #   DRY_RUN=1 benchmarks/gpu.sh 1  its steps on a CPU, interpreted, with small shapes, in a copy (0: no dry run)
 #
 # OUT=folder         gets results.tgz, all there is, every 20 seconds and at the end, whole or not at all; beside it the
-#                    rows as they are. Without OUT the rows go into bench_results/ at the end, and README.md's figures
-#                    are drawn anew, unless a check has failed (environment, parity, tests): then README.md stays.
+#                    rows as they are. Without OUT the rows go into bench_results/ at the end, and the pages' figures
+#                    are drawn anew, unless a check has failed (environment, parity, tests): then they stay.
 # WORK=folder        rows and logs until then; a later part, or the same one after Ctrl-C, goes on from them (default:
 #                    asft-gpu-UID under TMPDIR). Rows measured after a failed check say so.
 # PYTHON=python3.12  another interpreter (default: .venv's, else python3). BUDGET: seconds of a part (default: 570)
@@ -312,7 +312,7 @@ report() {
         [ -n "$DRY_RUN" ] && drawn+=(bench_results/*.jsonl)  # smoke's rows are left out: something is to be drawn
     elif [ -n "$ASFT_BENCHMARK_FAILED_CHECKS" ]; then
         drawn=(--out "$WORK/unchecked" "$ROWS")  # over no page that is published
-        echo "README.md is left as it was: not ok: $ASFT_BENCHMARK_FAILED_CHECKS; drawn: ${drawn[*]}" >> "$SUMMARY"
+        echo "the pages are left as they were: not ok: $ASFT_BENCHMARK_FAILED_CHECKS; drawn: ${drawn[*]}" >> "$SUMMARY"
     else
         slug=$(timeout -k 1 "$LOOK" "$PYTHON" -c "import torch
 from benchmarks.machine import device_slug

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers tell them apart in grey, too.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+GLANCE = "glance.png"
 DRAWN = [name for name in AXES if name != "growth-pairs"]  # the panels, left to right
 
 
@@ -115,6 +116,37 @@ def gemm_share(rows: list[Row]) -> "Figure":
     figure.axes[0].invert_yaxis()
     figure.suptitle(f"{rows[0]['about']['machine']}: one mark a shape; the line is the roof", fontsize=10)
     return figure
+
+
+def draw_glance(cases: list[list[Row]], contestants: dict[str, tuple[str, ...]], folder: Path) -> None:
+    """Writes GLANCE: a case's time above its memory, a bar a contestant, ours coloured; shorter is better.
+
+    cases: each of one machine and of the gradients wanted; the one of the first work is drawn. contestants: by device.
+    """
+    from matplotlib.figure import Figure
+
+    if not cases:
+        return
+    case = next((case for case in cases if case[0]["device"] == "cuda"), cases[0])
+    order = contestants[case[0]["device"]]
+    at = {row["contestant"]: row for row in case}
+    figure = Figure(figsize=(7.6, 1.9), layout="constrained")
+    for panel, field, unit, scale in zip(
+        figure.subplots(1, 2, sharey=True), ("seconds", "extra_bytes"), ("seconds", "MiB beyond the inputs"), (1, MIB),
+        strict=True,
+    ):  # fmt: skip
+        values = [(at[name][field] or 0.0) / scale if at[name]["status"] == "ok" else 0.0 for name in order]
+        colours = [COLOURS[0] if at[name]["package"] == OURS else "0.6" for name in order]
+        bars = panel.barh(range(len(order)), values, color=colours)
+        panel.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
+        panel.set_yticks(range(len(order)), order, fontsize=8)
+        panel.set_xlabel(unit, fontsize=8)
+        panel.tick_params(axis="x", labelsize=8)
+        panel.margins(x=0.15)
+        plain(panel)
+    figure.axes[0].invert_yaxis()
+    figure.suptitle(f"{case[0]['work']}, {case[0]['machine']}", fontsize=9)
+    figure.savefig(folder / GLANCE, dpi=130, metadata={"Software": None})
 
 
 def plain(panel: Any) -> None:

@@ -1,7 +1,7 @@
 """Tables and pictures of what was measured, drawn from the rows under bench_results/.
 
 python -m benchmarks.report                    # prints the report: each case as last measured, by machine
-python -m benchmarks.report --write            # README's summary, bench_results/REPORT.md and its pictures
+python -m benchmarks.report --write            # into README.md, docs/benchmarks.md and bench_results/, with pictures
 python -m benchmarks.report FILE …             # of these rows alone
 python -m benchmarks.report FILE … --out DIR   # REPORT.md and pictures of these rows alone, in a folder
 
@@ -50,7 +50,7 @@ from benchmarks.growth import AXES, AXIS_NAMES, GROWING, fixed_sizes, growth_tab
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench_results"
-BEGIN, END = "<!-- figures: drawn by `python -m benchmarks.report --write` -->", "<!-- /figures -->"
+FIGURES = "<!-- figures: drawn by `python -m benchmarks.report --write` -->", "<!-- /figures -->"
 GLANCE = "<!-- glance: drawn by `python -m benchmarks.report --write` -->", "<!-- /glance -->"
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 WANTED = {"cpu": ("cpu", "floor"), "cuda": ("gpu",)}  # suites of which every row belongs in a report
@@ -206,11 +206,11 @@ def device_report(rows: list[Row], device: str) -> list[str]:
     return lines
 
 
-# --- README -----------------------------------------------------------------------------------------------------------
+# --- README.md and docs/benchmarks.md ---------------------------------------------------------------------------------
 
 
 def summary(files: list[Path]) -> str:
-    """The README's part: our time over the bare products', peers' over ours, how it grows, what is not measured."""
+    """The part of docs/benchmarks.md: our time over the bare products', peers' over ours, growth, what is missing."""
     lines: list[str] = []
     measured = newest_rows(files)
     for rows in sorted(measured.values(), key=lambda rows: list(DEVICES).index(rows[0]["device"])):
@@ -235,40 +235,58 @@ def summary(files: list[Path]) -> str:
                 f"{where_peers_win(rows)[0].rstrip(':.')}. {growth_sentence(rows, device)}",
                 "",
                 *[f"{absent(rows)}\n"] * bool(absent(rows)),
-                sources(cost, "bench_results/"),
+                sources(cost, "../bench_results/"),
                 "",
             ]
     missing = DEVICES.keys() - {rows[0]["device"] for rows in measured.values()}
-    predicted = {"cuda": "; [docs/gpu-model.md](docs/gpu-model.md) says what is predicted"}
+    predicted = {"cuda": "; [gpu-model.md](gpu-model.md) says what is predicted"}
     lines += [f"{DEVICES[d]}: not measured yet{predicted.get(d, '')}.\n" for d in DEVICES if d in missing]
-    more = "[bench_results/REPORT.md](bench_results/REPORT.md) has every shape, dtype and peer, accuracy and pictures"
+    more = (
+        "[bench_results/REPORT.md](../bench_results/REPORT.md) has every shape, dtype and peer, accuracy and pictures"
+    )
     return "\n".join([*lines, f"{more}; `make bench` measures them again.", ""])
 
 
-def glance(files: list[Path]) -> str:
-    """Time and extra memory of plain torch, the best-known peers and ours at one real vocabulary, on each machine."""
+def at_a_glance(files: list[Path]) -> dict[tuple, list[Row]]:
+    """Rows of plain torch, the best-known peers and ours at one real vocabulary, by (machine, gradients wanted).
+
+    Machines where all of them were measured, newest rows last.
+    """
     shown = [
         row | {"machine": row["about"]["machine"]}
         for rows in newest_rows(files).values()
         for row in by_work(once(rows))
         if row["kind"] == "cost" and row["set"] in ("headline", "main") and row["loss"] == "asft"
         if row["model"].startswith("Qwen3") and row["work"] in WORKS[1:]
+        if row["contestant"] in AT_A_GLANCE[row["device"]]
     ]
+    cases = groups(shown, "machine", "work")
+    return {key: case for key, case in cases.items() if {r["contestant"] for r in case} >= {*wanted(case)}}
+
+
+def wanted(case: list[Row]) -> tuple[str, ...]:
+    return AT_A_GLANCE[case[0]["device"]]
+
+
+def glance(files: list[Path]) -> str:
+    """README's table and picture."""
     parts: list[str] = []
-    for shape in groups(shown, *SHAPE).values():
+    cases = at_a_glance(files)
+    for shape in groups((row for case in cases.values() for row in case), *SHAPE).values():
         lines = []
         for (machine, work), case in groups(shape, "machine", "work").items():
             at = {row["contestant"]: row for row in case}
-            cells = [glance_cell(at.get(name)) for name in AT_A_GLANCE[case[0]["device"]]]
-            lines.append([f"{machine}, {work}", *cells])
+            lines.append([f"{machine}, {work}", *(glance_cell(at[name]) for name in wanted(case))])
         parts += [f"One ASFT loss with its gradients ({shape_of(shape[0])}), time and memory beyond the inputs:", ""]
         parts += [*markdown(["", "plain torch", "cut-cross-entropy", "TRL", "**ours**"], lines, words=1), ""]
+    if cases:
+        parts += [f"![The same as bars](bench_results/{plots.GLANCE})", ""]
     return "\n".join(parts)
 
 
-def glance_cell(row: Row | None) -> str:
-    if row is None or row["status"] != "ok":
-        return "–" if row is None else row["status"]
+def glance_cell(row: Row) -> str:
+    if row["status"] != "ok":
+        return row["status"]
     return f"{in_style(row['seconds'], '#.3g')} s, {row['extra_bytes'] / 2**20:.0f} MiB"
 
 
@@ -331,22 +349,27 @@ def growth_sentence(rows: list[Row], device: str) -> str:
     return f"With a trainable head our time grows as {', '.join(found)}." if found else "Growth: not measured yet."
 
 
-def written(readme: str, files: list[Path]) -> str:
-    """The README with the small table and the summary between their marks."""
-    for (begin, end), text in ((GLANCE, glance(files)), ((BEGIN, END), summary(files))):
-        before, rest = readme.split(begin)
-        readme = f"{before}{begin}\n{text}{end}{rest.split(end)[1]}"
-    return readme
+def written(page: str, marks: tuple[str, str], text: str) -> str:
+    """A page with the text between its marks."""
+    begin, end = marks
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{text}{end}{rest.split(end)[1]}"
+
+
+def drawn_pages(files: list[Path]) -> dict[Path, str]:
+    """README.md and docs/benchmarks.md as they should be."""
+    parts = {ROOT / "README.md": (GLANCE, glance(files)), ROOT / "docs" / "benchmarks.md": (FIGURES, summary(files))}
+    return {path: written(path.read_text(), marks, text) for path, (marks, text) in parts.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=row_file, metavar="FILE", help="rows (default: bench_results/*.jsonl)")
-    parser.add_argument("--write", action="store_true", help="into README.md and bench_results/ instead of printing")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="into this folder; README.md stays as it is")
+    parser.add_argument("--write", action="store_true", help="into README.md, docs/benchmarks.md and bench_results/")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="into this folder; the pages stay as they are")
     args = parser.parse_args()
     if args.write and (args.files or args.out):
-        parser.error("--write takes no FILE and no --out: README.md links the files in bench_results/, and no others")
+        parser.error("--write takes no FILE and no --out: the pages link the files in bench_results/, and no others")
     files = oldest_first(args.files) or row_files()
     if not files:
         parser.error(f"{RESULTS} holds no rows; measure first: make bench")
@@ -358,13 +381,14 @@ def main() -> None:
         print(report(files))
         return
     if args.write:
-        readme = ROOT / "README.md"
-        readme.write_text(written(readme.read_text(), files))
+        for page, text in drawn_pages(files).items():
+            page.write_text(text)
+        plots.draw_glance(list(at_a_glance(files).values()), AT_A_GLANCE, folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "REPORT.md").write_text(report(files))
     for device, rows in newest_rows(files).items():
         plots.draw(rows, device, folder)
-    print(f"{folder / 'REPORT.md'} and its pictures are written, README.md's figures {'too' * args.write or 'are not'}")
+    print(f"{folder / 'REPORT.md'} and its pictures are written, the pages' figures {'too' * args.write or 'are not'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draws docs/api.md from signatures and docstrings: `python docs/api.py` prints it, `--write` writes it."""
+"""Draws docs/api.md from signatures and docstrings, and README's table of objectives: `--write` writes them."""
 
 import importlib
 import inspect
@@ -11,7 +11,8 @@ from asft_kernels.objectives import LDDPO, OBJECTIVES, WPO, LossTerms, Objective
 from asft_kernels.options import Keywords, Options
 from asft_kernels.sequence import Logps
 
-PAGE = Path(__file__).with_name("api.md")
+PAGE, README = Path(__file__).with_name("api.md"), Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- objectives: drawn by `python docs/api.py --write` -->\n", "<!-- /objectives -->"
 MODULES = {
     "asft_kernels": "The calls",
     "asft_kernels.models": "Models",
@@ -136,8 +137,31 @@ def objectives() -> str:
     return "\n".join(lines) + "\n"
 
 
+def by_need() -> str:
+    """Names of all objectives by what they take: pairs or single answers, with a reference model or without."""
+    needs: dict[tuple[bool, bool], list[str]] = {}
+    for name, make in OBJECTIVES.items():
+        needs.setdefault((make.paired, make.needs_reference), []).append(f"`{name}`")
+    rows = [
+        f"| {'pairs' if paired else 'single answers'} | {'yes' if reference else 'no'} | {', '.join(names)} |\n"
+        for (paired, reference), names in sorted(needs.items(), key=lambda x: (not x[0][0], x[0][1]))
+    ]
+    return "| takes | reference | names |\n| --- | --- | --- |\n" + "".join(rows)
+
+
+def readme() -> str:
+    """README.md with that table between its marks."""
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}{by_need()}{END}{rest.split(END)[1]}"
+
+
 def main() -> None:
-    PAGE.write_text(page()) if "--write" in sys.argv[1:] else print(page(), end="")
+    if "--write" in sys.argv[1:]:
+        PAGE.write_text(page())
+        README.write_text(readme())
+    else:
+        print(page(), end="")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ def api(monkeypatch):
 
 def test_the_page_is_drawn_from_the_docstrings(api):
     assert api.PAGE.read_text() == api.page(), "run `python docs/api.py --write`"
+    assert api.README.read_text() == api.readme(), "run `python docs/api.py --write`"
 
 
 def test_each_argument_of_each_call_is_explained(api):

@@ -270,7 +270,7 @@ def test_after_a_failed_parity_everything_goes_on_and_nothing_is_published(tmp_p
     asked = noted(tmp_path)
     assert not any("--write" in line for line in asked)
     assert asked[-1].startswith(f"-m benchmarks.report --out {work / 'unchecked'} ")
-    assert f"README.md is left as it was: not ok: {', '.join(checks)}; drawn: --out" in printed
+    assert f"the pages are left as they were: not ok: {', '.join(checks)}; drawn: --out" in printed
     headline = next(i for i, line in enumerate(asked) if line.endswith("headline"))
     assert asked[headline + 1] == f"checks: {', '.join(checks)}"  # its rows will say so
     assert not list((repository / "bench_results").iterdir())

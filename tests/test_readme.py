@@ -1,8 +1,6 @@
-"""The README: figures are those of bench_results/, code runs, sums are right. Every page: links lead to files."""
+"""README, quick start, cost, benchmarks: figures drawn, code that runs, sums. All pages: links lead to files."""
 
 import re
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from asft_kernels.backends.plan import default_cache_bytes, make_plan, token_blo
 from benchmarks import report
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+README, QUICK_START, COST = ROOT / "README.md", ROOT / "docs" / "quickstart.md", ROOT / "docs" / "cost.md"
 FOLDERS = ("asft_kernels", "bench_results", "benchmarks", "docs", "tests")
 PAGES = [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))]
 
@@ -23,23 +21,49 @@ def test_figures_are_drawn_from_the_rows():
     if not files:
         pytest.skip("bench_results/ has no rows yet: make bench")
     assert report.newest_rows(files), f"no rows in {', '.join(path.name for path in files)}"
-    text = README.read_text()
-    assert report.written(text, files) == text, "run `python -m benchmarks.report --write`"
+    for page, text in report.drawn_pages(files).items():
+        assert page.read_text() == text, "run `python -m benchmarks.report --write`"
     full = report.RESULTS / "REPORT.md"
     assert full.read_text() == report.report(files), "run `python -m benchmarks.report --write`"
 
 
-def code(number: int) -> str:
-    return re.findall(r"```python\n(.*?)```", README.read_text(), re.S)[number]
+def code(number: int, page: Path = QUICK_START) -> str:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.S)[number]
 
 
-def test_the_call_runs_as_it_stands_and_prints_what_it_says():
-    names, printed = {}, StringIO()
-    with redirect_stdout(printed):
-        exec(code(0), names)
-    assert printed.getvalue().splitlines() == re.findall(r"print\(.*\)  # (.*)", code(0))
+def test_the_first_screen_stays_one():
+    """In 40 lines what it is, its cost, the install, the code and where it has run; a screen and a half in all."""
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 100
+    first = " ".join(lines[:42])
+    assert all(
+        x in first for x in ("2409.10571", "glance.png", "pip install", "make demo", "fused_asft_loss", "not yet on a")
+    )
+
+
+def test_the_readme_runs_as_it_stands():
+    names: dict = {}
+    exec(code(0, README), names)
     assert names["loss"].isfinite()
     assert names["hidden"].grad.abs().sum() > 0
+
+
+def test_a_model_and_trl_as_the_readme_has_them(monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    for package in ("trl", "transformers"):
+        pytest.importorskip(package, reason=f"needs the train extra: {package}")
+    from asft_kernels.training import unpatch_trl
+    from tiny_lm import tiny_model
+
+    names = {"model": tiny_model()}
+    try:
+        exec(code(1, README), names)
+    finally:
+        unpatch_trl()
+    ids = torch.randint(3, 259, (2, 9))
+    logps = names["model"](input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+    assert logps.requires_grad
+    assert (logps < 0).all()
 
 
 def test_a_hugging_face_model_feeds_it():
@@ -56,7 +80,7 @@ def test_a_hugging_face_model_feeds_it():
     labels[:, :3] = -100
     names = {"fused_asft_loss": fused_asft_loss, "model": model}
     names.update(input_ids=ids, attention_mask=mask, labels=labels)
-    exec(code(1), names)
+    exec(code(0), names)
     logits = model(input_ids=ids, attention_mask=mask).logits
     plain = reference.fused_asft_loss(logits[:, :-1], torch.eye(259), labels[:, 1:], shift=False)
     torch.testing.assert_close(names["loss"], plain, rtol=2e-5, atol=0)
@@ -70,10 +94,10 @@ def test_a_lora_adapter_trains(tmp_path, monkeypatch):
     from tiny_lm import tiny_model, tiny_tokenizer
 
     monkeypatch.chdir(tmp_path)
-    (shown,) = re.findall(r"```json\n(.*?)```", README.read_text(), re.S)
+    (shown,) = re.findall(r"```json\n(.*?)```", QUICK_START.read_text(), re.S)
     Path("pairs.jsonl").write_text(4 * (shown.splitlines()[0] + "\n"))
     names = {"model": tiny_model(), "tokenizer": tiny_tokenizer(chat=True)}
-    exec(code(2), names)
+    exec(code(1), names)
     trained = {name for name, p in names["trainer"].model.named_parameters() if "lora_B" in name and p.abs().sum() > 0}
     assert trained
     assert all("lora_" in name for name, p in names["trainer"].model.named_parameters() if p.requires_grad)
@@ -84,7 +108,7 @@ def test_both_kinds_of_rows_are_read(tmp_path):
     from asft_kernels.data import load_pairs
     from tiny_lm import tiny_tokenizer
 
-    (shown,) = re.findall(r"```json\n(.*?)```", README.read_text(), re.S)
+    (shown,) = re.findall(r"```json\n(.*?)```", QUICK_START.read_text(), re.S)
     (tmp_path / "pairs.jsonl").write_text(shown)
     found, _ = load_pairs(str(tmp_path / "pairs.jsonl"), tiny_tokenizer(chat=True))
     assert len(found) == 2
@@ -96,7 +120,7 @@ def test_a_fused_model_gives_what_the_page_names():
 
     ids = torch.randint(3, 259, (4, 9))
     names = {"model": tiny_model(), "input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    exec(code(3), names)
+    exec(code(2), names)
     assert names["out"].log_probs.shape == names["out"].entropy.shape == (4, 8)
 
 
@@ -111,7 +135,7 @@ def test_the_worked_memory(monkeypatch):
         frozen = accumulators + 2 * chunk
         return chunk, recomputed, frozen, frozen + default_cache_bytes("cpu") // MIB + recomputed
 
-    text = " ".join(README.read_text().split())
+    text = " ".join(COST.read_text().split())
     assert f"takes {4 * N * V / 2**30:.2f} GiB ({2 * N * V / 2**30:.2f} in bf16)" in text
     chunk, recomputed, frozen, trainable = by_the_terms()
     assert f"{frozen} MiB with a frozen head ({accumulators} MiB + two chunks of {chunk} MiB)" in text

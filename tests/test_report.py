@@ -16,7 +16,6 @@ ABOUT = {
     "machine": "Some CPU, 2 cores", "capability": "AVX512", "memory_gib": 24, "threads": 2,
     "python": "3.11.7", "torch": "2.13.0+cpu",
 }  # fmt: skip
-MARKED = "{}\n{}\n".format(*report.GLANCE)
 
 
 def row(contestant="asft_kernels torch", package="asft_kernels", **changes):
@@ -251,7 +250,7 @@ def test_every_table_names_its_source(file):
 
 def test_a_device_without_rows_is_said_to_be_unmeasured(file):
     assert "No GPU: not measured yet." in report.report([file])
-    assert "GPU: not measured yet; [docs/gpu-model.md]" in report.summary([file])
+    assert "GPU: not measured yet; [gpu-model.md]" in report.summary([file])
     assert "CPU: not measured yet" not in report.summary([file])
 
 
@@ -262,27 +261,34 @@ def test_the_table_at_a_glance(tmp_path):
     rows = [
         row(**qwen, seconds=0.5, extra_bytes=3 * 2**20),
         row("plain torch", **qwen, seconds=2.0, extra_bytes=2**30),
+        row("cut-cross-entropy torch_compile", **qwen, seconds=1.0, extra_bytes=2**20),
         row("TRL ChunkedLogProbFunction", **qwen, status="failed", seconds=None),
         row(**qwen | {"model": "another"}, seconds=9.0),
         row(**qwen | {"work": "no gradient"}, seconds=9.0),
+        row(**qwen | {"work": "trainable head"}, seconds=9.0),  # without the peers
     ]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     text = report.glance([path])
     assert text.startswith("One ASFT loss with its gradients (Qwen3: N = ")
     assert text.count("\n| ") == 3
-    assert f"| {ABOUT['machine']}, frozen head | 2.00 s, 1024 MiB | – | failed | 0.500 s, 3 MiB |" in text
+    assert f"| {ABOUT['machine']}, frozen head | 2.00 s, 1024 MiB | 1.00 s, 1 MiB | failed | 0.500 s, 3 MiB |" in text
+    assert f"]({report.RESULTS.name}/{plots.GLANCE})" in text
+    plots.draw_glance(list(report.at_a_glance([path]).values()), report.AT_A_GLANCE, tmp_path)
+    assert (tmp_path / plots.GLANCE).read_bytes().startswith(b"\x89PNG")
 
 
 def test_summary_stands_between_its_marks(file):
-    readme = f"before\n{MARKED}between\n{report.BEGIN}\nstale\n{report.END}\nafter\n"
-    once = report.written(readme, [file])
-    assert once.startswith(f"before\n{MARKED}between\n{report.BEGIN}\n")  # no row is of that model
-    assert once.endswith(f"{report.END}\nafter\n")
+    begin, end = report.FIGURES
+    page, text = f"before\n{begin}\nstale\n{end}\nafter\n", report.summary([file])
+    once = report.written(page, report.FIGURES, text)
+    assert once.startswith(f"before\n{begin}\n")
+    assert once.endswith(f"{end}\nafter\n")
     assert "stale" not in once
     assert "| float32 | fast peer | – | **0.75** | – | 4.50 | 1 |" in once
     assert "4 pairs, float32 | – | 1.02 | – |" in once
     assert "With a trainable head our time grows as N^1.00 (N from 256 to 1024), V^1.00 (V from 8192 to 32768)." in once
-    assert report.written(once, [file]) == once
+    assert report.written(once, report.FIGURES, text) == once
+    assert report.glance([file]) == ""  # no row is of that model
 
 
 def test_cases_without_a_time_are_counted_by_their_reason():
@@ -345,10 +351,10 @@ def test_each_case_comes_from_the_newest_run_that_has_it_whole(tmp_path, monkeyp
     assert [len({r["about"]["machine"] for r in rows}) for rows in by_machine.values()] == [1, 1]
     another.unlink()
     write("2030-01-01-nvidia-h100", row("asft_kernels triton", device="cuda", set="headline"))
-    readme = report.written(f"{MARKED}{report.BEGIN}{report.END}", report.row_files())
-    assert "**CPU: " in readme
-    assert "**GPU: " in readme
-    assert "not measured yet;" not in readme
+    summary = report.summary(report.row_files())
+    assert "**CPU: " in summary
+    assert "**GPU: " in summary
+    assert "not measured yet;" not in summary
 
 
 def test_unknown_memory_is_a_dash(file):
@@ -395,7 +401,9 @@ def command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "bench_results")
     (tmp_path / "bench_results").mkdir()
-    (tmp_path / "README.md").write_text(f"{MARKED}{report.BEGIN}\nstale\n{report.END}\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("{}\nstale\n{}\n".format(*report.GLANCE))
+    (tmp_path / "docs" / "benchmarks.md").write_text("{}\nstale\n{}\n".format(*report.FIGURES))
 
     def run(*arguments) -> tuple[str, str]:
         monkeypatch.setattr("sys.argv", ["report", *map(str, arguments)])
@@ -430,7 +438,7 @@ def test_smoke_rows_get_into_no_figure(command, tmp_path):
     path.write_text("".join(json.dumps(r) + "\n" for r in (smoke, row())))
     before = "left out: 1 rows of the smoke suite, which are no measurement"
     assert before in command("--write")[1]
-    for name in ("README.md", "bench_results/REPORT.md"):
+    for name in ("docs/benchmarks.md", "bench_results/REPORT.md"):
         text = (tmp_path / name).read_text()
         assert "1.02" in text
         assert "smoke" not in text
@@ -439,13 +447,13 @@ def test_smoke_rows_get_into_no_figure(command, tmp_path):
     assert "smoke" not in out
 
 
-def test_a_report_elsewhere_leaves_the_readme(command, file, tmp_path):
-    """README.md links the files in bench_results/."""
-    elsewhere, readme = tmp_path / "else" / "where", (tmp_path / "README.md").read_text()
-    assert "REPORT.md and its pictures are written, README.md's figures are not" in command(file, "--out", elsewhere)[0]
+def test_a_report_elsewhere_leaves_the_pages(command, file, tmp_path):
+    """They link the files in bench_results/."""
+    elsewhere, page = tmp_path / "else" / "where", (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "REPORT.md and its pictures are written, the pages' figures are not" in command(file, "--out", elsewhere)[0]
     assert sorted(p.name for p in elsewhere.iterdir()) == [
         "REPORT.md", "cpu-gemm-share.png", "cpu-growth-trainable-head.png"
     ]  # fmt: skip
     assert "--write takes no FILE" in command(file, "--write")[1]
-    assert (tmp_path / "README.md").read_text() == readme
+    assert (tmp_path / "docs" / "benchmarks.md").read_text() == page
     assert not list(report.RESULTS.iterdir())
