@@ -41,6 +41,11 @@ def test_the_first_screen_stays_one():
     )
 
 
+def test_the_number_of_models_is_that_of_their_page():
+    models, equal = re.search(r"^causal: (\d+); (\d+) equal", (ROOT / "docs" / "models.md").read_text(), re.M).groups()
+    assert f"{models} causal models [{equal} equal them]" in " ".join(README.read_text().split())
+
+
 def test_the_readme_runs_as_it_stands():
     names: dict = {}
     exec(code(0, README), names)
