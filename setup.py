@@ -73,7 +73,7 @@ setup(
             "tinygrad==0.14.0; python_version >= '3.11'",
         ],
         # Pinned here and nowhere else: pre-commit, `make lint` and editors use these.
-        "dev": ["pre-commit==4.7.0", "pyright[nodejs]==1.1.414", "ruff==0.17.6"],
+        "dev": ["build>=1.3", "pre-commit==4.7.0", "pyright[nodejs]==1.1.414", "ruff==0.17.6", "twine>=6.2"],
     },
     entry_points={
         "console_scripts": [
