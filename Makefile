@@ -5,6 +5,7 @@
 #             and README.md's figures are drawn from them
 # make lint   ruff and pyright
 # make dist   wheel and source distribution in dist/, checked, installed in a fresh environment and tested from there
+# make docs   the documentation as a site, into site/; a link or an anchor that leads nowhere is an error
 # Each first makes .venv with what it needs from the package index, once: again only when setup.py
 # or constraints.txt has changed. All share that folder, so the second one has little to install.
 # make oldest, make newest   at either end of the range of torch and Triton, the tests that need few other packages;
@@ -25,7 +26,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 KEY := $(shell { pwd; cat setup.py constraints.txt; } | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test bench lint dist oldest oldest-trl newest venv clean
+.PHONY: help demo check test bench lint docs dist oldest oldest-trl newest venv clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -61,6 +62,10 @@ dist: venv
 	$(PY) -m build
 	$(PY) -m twine check --strict dist/*
 	$(PY) tests/dist.py
+
+docs: venv
+	@$(call install,docs)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 # Triton 3.6's interpreter does not go with NumPy 2.4. The other packages are those of constraints.txt.
 oldest: ENDS := torch==2.11.0 triton==3.6.0 'numpy<2.4'
