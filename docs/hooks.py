@@ -68,6 +68,6 @@ def on_page_markdown(markdown, page, config, files):
             raise PluginError(f"{page.file.src_uri}: link to {target}, which is not there")
         if config.repo_url:
             return f"[{text}]({config.repo_url.rstrip('/')}/blob/HEAD/{name}{anchor or ''})"
-        return f"`{name}`" if text.strip("`") in (name, path.name) else f"{text} (`{name}`)"
+        return f"`{name}`" if text.strip("`") in (name, path.name) else f"{text}: `{name}`"
 
     return re.sub(f"{CODE}|{LINK}", replaced, markdown, flags=re.MULTILINE | re.DOTALL)

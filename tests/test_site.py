@@ -1,4 +1,4 @@
-"""The docs site: builds strictly, shows every page, has pictures that are drawn, and asks no other host for anything."""
+"""The docs site: builds strictly, shows every page, with pictures as drawn, and asks no other host for anything."""
 
 import importlib.util
 import re
@@ -62,7 +62,7 @@ def test_a_link_into_the_code_is_a_path_until_there_is_a_repository(hooks):
         return hooks.on_page_markdown(text, page, SimpleNamespace(repo_url=url), files)
 
     rest = "`[a](b)`, [w](https://x.y)"
-    assert seen(None) == f"[cost](cost.md#x), counted (`tests/test_cost.py`), `tests/bounds.py`, {rest}"
+    assert seen(None) == f"[cost](cost.md#x), counted: `tests/test_cost.py`, `tests/bounds.py`, {rest}"
     assert "[counted](https://h/o/n/blob/HEAD/tests/test_cost.py), [`bounds.py`](" in seen("https://h/o/n/")
     with pytest.raises(PluginError, match=r"docs/numerics.md: link to gone.py, which is not there"):
         hooks.on_page_markdown("[a](gone.py)", page, SimpleNamespace(repo_url=None), files)
