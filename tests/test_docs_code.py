@@ -1,11 +1,14 @@
 """Every ```python block of the pages in docs/ runs, those of a page one after the other with the same names.
 
+And `asft train` understands each of its commands there.
+
 What a page does not make itself is in GIVEN. A block that cannot run here has a comment before it in its page:
 <!-- not run: reason -->. Signatures on docs/api.md are drawn from the code (test_api_page.py).
 """
 
 import importlib.util
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,6 +155,21 @@ def test_what_is_not_run_is_seen(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("a\n```python\n1 / 0\n```\n\n<!-- not run: too big -->\n```python\nx\n```\n```sh\ny\n```\n")
     assert blocks(page) == [("1 / 0\n", None), ("x\n", "too big")]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_commands_of_training_are_understood():
+    pytest.importorskip("trl", reason="needs the train extra: trl")
+    from asft_kernels.cli.train import parse
+    from asft_kernels.training.hooks import installed
+
+    of_methods = {name: kind.Arguments for name, kind in installed().items() if kind.Arguments is not None}
+    texts = [page.read_text() for page in (DOCS.parent / "README.md", *DOCS.rglob("*.md"))]
+    code = "".join(block for text in texts for block in re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S))
+    commands = re.findall(r"^asft train (.*)", code.replace("\\\n", " "), re.M)
+    assert len(commands) > 20
+    for command in commands:
+        parse(shlex.split(command, comments=True), of_methods)
 
 
 def test_the_pictures_are_drawn():
