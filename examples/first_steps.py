@@ -32,7 +32,7 @@ train, held_out = (
     load_dataset("json", data_files=f"{FOLDER}/{name}.jsonl", split="train") for name in ("train", "eval")
 )
 
-texts = [message["content"] for row in train for side in ("prompt", "chosen", "rejected") for message in row[side]]
+texts = [message["content"] for side in ("prompt", "chosen", "rejected") for chat in train[side] for message in chat]
 words = Tokenizer(models.BPE())
 words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
 words.train_from_iterator(
@@ -58,8 +58,8 @@ model = LlamaForCausalLM(
 # %% Its log-probabilities, without its logits
 from asft_kernels.models import fuse, unfuse
 
-chat = tokenizer.apply_chat_template([train[0]["prompt"] + train[0]["chosen"]], return_tensors="pt", return_dict=True)
-ids = chat["input_ids"]
+chat = train[0]["prompt"] + train[0]["chosen"]
+ids = torch.tensor([tokenizer.apply_chat_template(chat, return_dict=False)])
 fuse(model, outputs=("log_probs", "entropy"))  # the first batch is held against the model's own logits
 fused = model(input_ids=ids, labels=ids, fused_lm_head=True)
 plain = model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
