@@ -32,3 +32,10 @@ def run_ranks(script: Path, world: int, folder: Path, *arguments: str) -> None:
 def test_streamed_head_gives_one_process_values_and_gradients(tmp_path):
     """61 rows on three ranks, 20 cases; ranks that differ; no tensor of V D elements; bytes on the wire."""
     run_ranks(TESTS / "streamed_worker.py", 3, tmp_path)
+
+
+@pytest.mark.parametrize("cases", ["quick", pytest.param("all", marks=pytest.mark.slow)])
+def test_models_under_fsdp2_train_as_one_process(tmp_path, cases):
+    """Streamed and gathered, LoRA, accumulation, checkpointing, bf16; the head gathered once a step; refusals."""
+    pytest.importorskip("peft", reason="needs the train extra: peft")
+    run_ranks(TESTS / "sharded_model_worker.py", 2, tmp_path, cases)
