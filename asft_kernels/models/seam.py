@@ -134,16 +134,19 @@ class _Run:
     """One pass of one thread."""
 
     def __init__(self, name: str, compute: ComputeAtHead):
-        self.name, self.compute = name, compute
+        self.name, self.compute, self.thread = name, compute, get_ident()
         self.result: Tensor | None = None
 
     def __call__(self, head: nn.Module, hidden: Any) -> Tensor:
         if self.result is not None:
             raise UnsupportedHead(f"{self.name}: its output head is called more than once, need one call a forward")
-        # Copies: the model may change its logits in place, and the hooks of FSDP must be on no view.
-        placeholder = self.compute(hidden, head).clone()
-        self.result = placeholder.clone()
-        return placeholder
+        return self.compute(hidden, head).clone()  # as FSDP's hooks must be on no view
+
+    def after_hooks(self, head: nn.Module, args: Any, output: Tensor) -> None:
+        """A forward hook after all others: gradients must pass what they put there, as DeepSpeed's gathers the weight
+        for backward. A copy, for the model may change its logits in place."""
+        if get_ident() == self.thread:
+            self.result = output.clone()
 
 
 class _HeadForward:
@@ -196,9 +199,11 @@ def _replaced_forward(head: nn.Module, run: _Run) -> Iterator[None]:
         if not isinstance(forward, _HeadForward):
             forward = vars(head)[name] = _HeadForward(head, forward)
         forward.runs[get_ident()] = run
+    hook = head.register_forward_hook(run.after_hooks)
     try:
         yield
     finally:
+        hook.remove()
         with _lock:
             del forward.runs[get_ident()]
             if not forward.runs:
