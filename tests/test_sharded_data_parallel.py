@@ -1,7 +1,9 @@
 """A head sharded over data-parallel ranks gives the values and gradients of one process."""
 
+import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,54 @@ def test_models_under_fsdp2_train_as_one_process(tmp_path, cases):
     """Streamed and gathered, LoRA, accumulation, checkpointing, bf16; the head gathered once a step; refusals."""
     pytest.importorskip("peft", reason="needs the train extra: peft")
     run_ranks(TESTS / "sharded_model_worker.py", 2, tmp_path, cases)
+
+
+CLASSES = {"gather": "FSDPLinear", "stream": "FSDPShardedLinear", "zero3": "Linear"}
+KINDS = [
+    "gather",
+    "stream",
+    pytest.param("zero3", marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_preference_trainer_under_accelerates_sharding(tmp_path, kind):
+    """Two steps, then a third from their checkpoint, on two ranks: losses, norms and weights of one process.
+
+    Bounds: rel 1e-5 as two ranks without sharding have; AdamW moves a weight by lr g / (|g| + eps), which a gradient
+    near 0 turns to noise of the size of its roundings, 2^-24 of the largest gradient to the smallest.
+    """
+    pytest.importorskip("trl", reason="needs the train extra: trl")
+    from safetensors.torch import load_file
+
+    from test_preference_trainer import logs, made, rows_that_count_differently
+    from tiny_lm import saved_tiny_model
+
+    model = str(saved_tiny_model(tmp_path / "model", initializer_range=0.3, tie_word_embeddings=False))
+    alone = made(
+        tmp_path / "alone", model, rows=rows_that_count_differently(), objective="asft", max_steps=3,
+        optim="adamw_torch", per_device_train_batch_size=4, learning_rate=1e-2, lr_scheduler_type="constant",
+    )  # fmt: skip
+    expected = logs(alone)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
+    folder = tmp_path / "run"
+    for steps in ("2", "3"):
+        (folder / "found.pt").unlink(missing_ok=True)
+        done = subprocess.run(
+            [*command, str(TESTS / "sharded_trainer_worker.py"), str(folder), model, kind, steps],
+            capture_output=True, text=True, timeout=240, env=environment,
+        )  # fmt: skip
+        assert (folder / "found.pt").is_file(), done.stderr[-3000:]
+    found = torch.load(folder / "found.pt")
+    assert found["head"] == CLASSES[kind]
+    for row, other in zip(found["rows"], expected, strict=True):
+        for name in ("loss", "grad_norm", "pairs", "logps/chosen", "entropy"):
+            assert row[name] == pytest.approx(other[name], rel=1e-5), name
+    saved = load_file(folder / "model.safetensors")
+    for name, value in alone.model.named_parameters():
+        assert (value - saved[name]).abs().max() <= 1e-4, name

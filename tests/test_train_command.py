@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -378,6 +379,10 @@ BAD = [
     (["--eval_every_nth", "500"], "leaves 30 pairs for training and 0 for evaluation"),
     (["--output_dir", __file__], "is a file, need a folder"),
 ]
+
+
+if find_spec("deepspeed") is None:
+    BAD.append((["--deepspeed", "zero3.json"], "deepspeed: not installed, need it for a DeepSpeed config; pip"))
 
 
 @pytest.mark.parametrize(("extra", "message"), BAD, ids=[" ".join(words)[:40] for words, _ in BAD])
