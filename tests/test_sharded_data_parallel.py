@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from asft_kernels.backends import HAS_TRITON, interpreter_fault
+
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 
 
-def run_ranks(script: Path, world: int, folder: Path, *arguments: str) -> None:
+def run_ranks(script: Path, world: int, folder: Path, *arguments: str, **variables: str) -> None:
     """Runs a script on every rank; fails with what they wrote where one fails, or is not done in time."""
-    environment = {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    environment = {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"} | variables
     workers = [
         subprocess.Popen(
             [sys.executable, str(script), str(rank), str(world), str(folder / "store"), *arguments],
@@ -34,6 +36,13 @@ def run_ranks(script: Path, world: int, folder: Path, *arguments: str) -> None:
 def test_streamed_head_gives_one_process_values_and_gradients(tmp_path):
     """61 rows on three ranks, 20 cases; ranks that differ; no tensor of V D elements; bytes on the wire."""
     run_ranks(TESTS / "streamed_worker.py", 3, tmp_path)
+
+
+def test_streamed_head_on_triton(tmp_path):
+    """In its interpreter: 7 cases, a rank without a token among them."""
+    if not HAS_TRITON or interpreter_fault():
+        pytest.skip("needs Triton, and a NumPy that its interpreter takes")
+    run_ranks(TESTS / "streamed_worker.py", 3, tmp_path, TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize("cases", ["quick", pytest.param("all", marks=pytest.mark.slow)])

@@ -106,13 +106,17 @@ class StreamedRows:
         """Rows start to stop in out's dtype: in out (of D + r columns), or in a buffer that the second call from now
         writes to."""
         assert self.slices[self.next] == (start, stop), "backend bug: chunks are read in order"
-        _wait(self.works)
         rows = self.buffers[self.next % 2, : stop - start]
-        self.next += 1
-        self._ask()
+        self.skip()
         if self.low_rank is None and rows.dtype == out.dtype:
             return rows
         return self._write(out[: stop - start], rows, slice(start, stop))
+
+    def skip(self) -> None:
+        """Takes part in the next chunk's broadcasts."""
+        _wait(self.works)
+        self.next += 1
+        self._ask()
 
     def take(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
         """(N, D + r): a row for each label."""
@@ -182,3 +186,23 @@ class StreamedGradient:
         for k in sorted(self.works):
             self._settle(k)
         return self.out
+
+
+def take_part(
+    head: HeadRows, labels: Tensor, plan_slices: Slices, first: int, gradient: torch.dtype | None = None
+) -> Tensor | None:
+    """What a rank without a token does in a phase of the others, who read the chunks from first on; and its dW.
+
+    For backends that launch nothing then. labels: (0,). gradient: the dtype that dW is summed in, None where it is not
+    wanted.
+    """
+    rows = StreamedRows(head, plan_slices[first:])
+    rows.take(labels, head.weight.dtype)
+    sink = None if gradient is None else StreamedGradient(head, Shards.of(head), plan_slices, gradient)
+    for k in range(first if sink is None else 0, len(plan_slices)):
+        if k >= first:
+            rows.skip()
+        if sink is not None:
+            sink.room(k).zero_()
+            sink.send(k)
+    return None if sink is None else sink.finish()

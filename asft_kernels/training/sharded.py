@@ -31,8 +31,8 @@ def stream_head(trainer: Any) -> bool:
         return False
     if not accelerator.is_fsdp2:
         raise InputError(
-            f"sharded_head: got {asked!r} without FSDP2, need it (fsdp: true, fsdp_config: version 2) on GPUs; or leave "
-            "it out"
+            f"sharded_head: got {asked!r} without FSDP2, need it (fsdp: true, fsdp_config: version 2) on GPUs; or "
+            "leave it out"
         )
     plugin = accelerator.state.fsdp_plugin
     param_dtype = getattr(plugin.mixed_precision_policy, "param_dtype", None)
