@@ -52,6 +52,41 @@ def test_models_under_fsdp2_train_as_one_process(tmp_path, cases):
     run_ranks(TESTS / "sharded_model_worker.py", 2, tmp_path, cases)
 
 
+class Gathering(torch.autograd.Function):
+    """Behind a module's output, as DeepSpeed puts it: in backward the module's parameters come back."""
+
+    @staticmethod
+    def forward(ctx, output, seen):
+        ctx.seen = seen
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.seen.append("gathered")
+        return grad, None
+
+
+def test_gradients_pass_what_hooks_put_on_the_heads_output():
+    """Else ZeRO-3's weight would be in shards when the head's backward reads it."""
+    pytest.importorskip("transformers", reason="needs the train extra: transformers")
+    from asft_kernels.models import fuse
+    from model_cases import batch, built
+
+    model, seen = built("Llama"), []
+    fuse(model)
+
+    def hook(module, args, output):
+        return Gathering.apply(output, seen)
+
+    hook.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    model.lm_head.register_forward_hook(hook)
+    for _ in range(2):  # with the first batch's check, and without
+        seen.clear()
+        model.lm_head.weight.register_hook(lambda grad: seen.append("head"))
+        model(**batch(), fused_lm_head=True).loss.backward()
+        assert seen[:2] == ["gathered", "head"]
+
+
 CLASSES = {"gather": "FSDPLinear", "stream": "FSDPShardedLinear", "zero3": "Linear"}
 KINDS = [
     "gather",

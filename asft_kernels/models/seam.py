@@ -114,7 +114,7 @@ def run_to_head(
 
 
 # FSDP, accelerate and the like gather, move and cast; what anyone else's hook returns would not reach the loss.
-HOOKS_OF = ("torch", "accelerate", "deepspeed", "peft", "transformers")
+HOOKS_OF = ("torch", "accelerate", "deepspeed", "peft", "transformers", "asft_kernels")
 
 
 def _refuse_hooks(head: nn.Module, name: str) -> None:
@@ -134,17 +134,22 @@ class _Run:
     """One pass of one thread."""
 
     def __init__(self, name: str, compute: ComputeAtHead):
-        self.name, self.compute, self.thread = name, compute, get_ident()
+        self.name, self.compute = name, compute
+        self.thread = 0
         self.result: Tensor | None = None
 
     def __call__(self, head: nn.Module, hidden: Any) -> Tensor:
         if self.result is not None:
             raise UnsupportedHead(f"{self.name}: its output head is called more than once, need one call a forward")
-        return self.compute(hidden, head).clone()  # as FSDP's hooks must be on no view
+        # Copies: the model may change its logits in place, and the hooks of FSDP must be on no view.
+        placeholder = self.compute(hidden, head).clone()
+        self.result = placeholder.clone()
+        return placeholder
 
+    @torch.compiler.disable
     def after_hooks(self, head: nn.Module, args: Any, output: Tensor) -> None:
-        """A forward hook after all others: gradients must pass what they put there, as DeepSpeed's gathers the weight
-        for backward. A copy, for the model may change its logits in place."""
+        """A forward hook after all others: the gradient must pass what they have put behind the placeholder, for there
+        DeepSpeed gathers the weight before backward."""
         if get_ident() == self.thread:
             self.result = output.clone()
 
@@ -199,11 +204,13 @@ def _replaced_forward(head: nn.Module, run: _Run) -> Iterator[None]:
         if not isinstance(forward, _HeadForward):
             forward = vars(head)[name] = _HeadForward(head, forward)
         forward.runs[get_ident()] = run
-    hook = head.register_forward_hook(run.after_hooks)
+    run.thread = get_ident()
+    hook = head.register_forward_hook(run.after_hooks) if head._forward_hooks else None
     try:
         yield
     finally:
-        hook.remove()
+        if hook is not None:
+            hook.remove()
         with _lock:
             del forward.runs[get_ident()]
             if not forward.runs:
