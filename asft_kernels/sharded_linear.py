@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from asft_kernels.checks import PLAIN_TENSORS
+
 # The rule where nobody says: a head that is gathered stands on every rank from forward to backward, and its gradient
 # with it. Of 2 GiB both take 4 GiB at most, a twentieth of a GPU of 80 GB; that is Llama-3-70B's in bf16.
 GATHERED_BYTES = 2 * 2**30
@@ -46,7 +48,7 @@ class ShardedLinear(nn.Linear):
 
 
 def is_dtensor(tensor: Any) -> bool:
-    if not isinstance(tensor, Tensor) or not torch.distributed.is_available():
+    if type(tensor) in PLAIN_TENSORS or not torch.distributed.is_available():  # in this order, for Dynamo
         return False
     from torch.distributed.tensor import DTensor
 

@@ -175,6 +175,22 @@ def head_is_gathered_once(rank: int, world: int, mesh: Any) -> None:
     assert gathers_of(lambda m: None, mesh, rank) == [1, 1, 1]
 
 
+def memory_decides(rank: int, world: int, mesh: Any) -> None:
+    """A DTensor, of shard_head or given as it is, is streamed where it takes more than GATHERED_BYTES."""
+    model = built("Llama")
+    shard_head(model, mesh)
+    hidden, labels = torch.randn(1, 3, 16), torch.ones(1, 3, dtype=torch.int64)
+    for limit, expected in ((61 * 16 * 4, 0), (61 * 16 * 4 - 1, 2)):
+        for head in (model.lm_head, model.lm_head.weight):
+            with (
+                mock.patch("asft_kernels.heads.GATHERED_BYTES", limit),
+                mock.patch.object(dist, "broadcast", wraps=dist.broadcast) as broadcast,
+                torch.no_grad(),
+            ):
+                fused_linear_logps(hidden, head, labels)
+            assert broadcast.call_count == expected, (limit, broadcast.call_count)
+
+
 def refusals(rank: int, world: int, mesh: Any) -> None:
     with pytest.raises(InputError, match="got a head tied to the embedding, need one of its own"):
         shard_head(built("Qwen2"), mesh)
@@ -202,7 +218,7 @@ def main() -> None:
             trained_as_one_process(case, rank, world, mesh)
         except Exception as error:
             raise AssertionError(str(case)) from error
-    for check in (bf16_agrees, head_is_gathered_once, refusals):
+    for check in (bf16_agrees, head_is_gathered_once, memory_decides, refusals):
         check(rank, world, mesh)
     dist.barrier()
     os._exit(0)  # gloo's threads now and then abort a process that ends in the ordinary way

@@ -24,7 +24,7 @@ from asft_kernels.cli.train import parse
 from asft_kernels.errors import InputError
 from asft_kernels.training.callbacks import MetricsFile
 from asft_kernels.training.figures import Evaluation, change
-from asft_kernels.training.run_folder import command, require_same_settings
+from asft_kernels.training.run_folder import command, find_checkpoint, require_same_settings
 from asft_kernels.training.trainer import PreferenceTrainer
 from tiny_lm import pairs, saved_tiny_model, tiny_model, write_lines
 
@@ -336,6 +336,21 @@ def test_what_is_wrong_with_a_config_is_one_line(tmp_path, capsys, text):
     said = capsys.readouterr().err
     assert said.count("asft train: config: ") == 1
     assert CONFIGS[text] in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "names", [("optimizer.bin",), ("optimizer_0",), ("global_step7",), ("optimizer.pt", "scheduler.pt")]
+)
+def test_checkpoints_of_every_engine_are_complete(tmp_path, names):
+    """FSDP's whole and in shards, DeepSpeed's, and the Trainer's own."""
+    checkpoint = tmp_path / "checkpoint-7"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text("{}")
+    with pytest.raises(InputError, match="no complete checkpoint"):
+        find_checkpoint("last", tmp_path)
+    for name in names:
+        (checkpoint / name).touch()
+    assert find_checkpoint("last", tmp_path) == checkpoint
 
 
 def test_one_value_of_a_list_needs_no_brackets_in_yaml(tmp_path):
