@@ -205,7 +205,8 @@ def _replaced_forward(head: nn.Module, run: _Run) -> Iterator[None]:
             forward = vars(head)[name] = _HeadForward(head, forward)
         forward.runs[get_ident()] = run
     run.thread = get_ident()
-    hook = head.register_forward_hook(run.after_hooks) if head._forward_hooks else None
+    after: Any = run.after_hooks
+    hook = head.register_forward_hook(after) if head._forward_hooks else None
     try:
         yield
     finally:
