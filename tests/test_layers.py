@@ -17,7 +17,7 @@ LAYERS = [  # each may import those before it
     "machine_code",
     "linear_logps sequence",
     "autotune",
-    "options",
+    "options sharded_linear",
     "heads",
     "token_logps",
     "objectives",

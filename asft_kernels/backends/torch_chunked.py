@@ -34,6 +34,7 @@ from asft_kernels.backends import Gradients, Logits, Saved
 from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan, token_blocks
 from asft_kernels.backends.processor import INTEL
+from asft_kernels.backends.streaming import Shards, StreamedGradient, StreamedRows, reading
 from asft_kernels.backends.token_stats import Stats, StatsGrads, Wanted, close, row_factors
 from asft_kernels.backends.torch_products import accumulate
 from asft_kernels.backends.torch_stats import BlockStats, StatsRoom, Weighing
@@ -73,7 +74,7 @@ def forward(
     H = _rows(hidden, rows)
     acc = H.new_empty(H.shape if needs_acc else 0)
     exps = [H.new_empty(len(H), stop - start) for start, stop in plan.slices[: plan.cached if needs_exps else 0]]
-    head = _Head(weight, bias, logits, plan, H)
+    head = _Head(reading(weight, plan.slices), bias, logits, plan, H)
     workspace = H.new_empty(head.block_size * plan.chunk if len(exps) < len(plan.slices) else 0)
     room = None if wanted is None else StatsRoom(wanted, H, head.block_size * plan.chunk, logits, needs_acc=needs_acc)
     blocks = [
@@ -98,7 +99,7 @@ def _forward_block(
     stats = None if room is None else room.block(tokens, z_y, entries)
     block = _Block(H, [*exps, *head.views(workspace, len(H), len(exps))], entries, stats)
     acc_or_none = acc if needs_acc else None
-    ref, others = z_y, _exponentials(head, block, z_y, acc_or_none) if looking_is_free(z_y) else None
+    ref, others = z_y, _exponentials(head, block, z_y, acc_or_none) if head.looks(z_y) else None
     refs = [ref] * len(exps)
     if others is None:
         ref, others, refs = _exponentials_moving(head, block, z_y, acc_or_none)
@@ -222,9 +223,11 @@ def backward(
     stats_grads: StatsGrads | None = None,
 ) -> Gradients:
     H = _rows(hidden, rows)
+    needs_head = needs_weight or needs_low_rank or needs_bias
+    source = reading(weight, plan.slices[len(saved.exps) :] if needs_head else [])
     label_slope = None
     if logits.softcap is not None:
-        _, label_slope = _label_logits(H, weight, bias, labels, logits)
+        _, label_slope = _label_logits(H, source, bias, labels, logits)
     factors = row_factors(
         grad_logps, stats_grads, logps=saved.logps, one_minus_p=saved.one_minus_p, inv_total=saved.inv_total,
         entropy=None if saved.stats is None else saved.stats.entropy, label_slope=label_slope, scale=logits.scale,
@@ -232,7 +235,7 @@ def backward(
     )  # fmt: skip
     grad_hidden = None
     if needs_hidden:
-        grad_rows = _label_rows(weight, labels, H.dtype).mul_(factors.label[:, None])
+        grad_rows = _label_rows(source, labels, H.dtype).mul_(factors.label[:, None])
         grad_rows.addcmul_(saved.acc, factors.linear[:, None])
         if saved.stats is not None and factors.log is not None:
             grad_rows.addcmul_(saved.stats.log_acc, factors.log[:, None], value=UNIT.nats)
@@ -241,16 +244,19 @@ def backward(
         grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
         grad_hidden.index_copy_(0, rows, grad_rows.to(hidden.dtype))
         del grad_rows
-    if not (needs_weight or needs_low_rank or needs_bias):
+    if not needs_head:
         return Gradients(grad_hidden)
 
+    streamed = None
+    if needs_weight and weight.is_streamed:
+        streamed, needs_weight = StreamedGradient(weight, Shards.of(weight), plan.slices, H.dtype), False
     grad_weight, grad_low_rank = (
         torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and needed else None
         for x, needed in ((weight.weight, needs_weight), (weight.low_rank, needs_low_rank))
     )
     grad_bias = torch.empty_like(bias) if needs_bias and bias is not None else None
     rounds = needs_weight and weight.weight.dtype != H.dtype
-    head = _Head(weight, bias, logits, plan, H)
+    head = _Head(source, bias, logits, plan, H)
     if stats_grads is None:  # E's rows have one factor each: it is H's
         weighing, row_factor = None, factors.linear[:, None]
         not_p = saved.one_minus_p if label_slope is None else saved.one_minus_p * label_slope
@@ -259,7 +265,7 @@ def backward(
         scratch = H.new_empty(0 if factors.log is None else head.block_size * plan.chunk)
         weighing, row_factor = Weighing(factors, UNIT, scratch), None
         label_entry = factors.label_entry(label_slope)
-    scaled = H * row_factor if (needs_weight or needs_low_rank) and row_factor is not None else H
+    scaled = H * row_factor if (needs_weight or streamed or needs_low_rank) and row_factor is not None else H
     own, further = scaled[:, : weight.columns], scaled[:, weight.columns :]
     kept = 0 if weighing else len(saved.exps)
     workspace = H.new_empty(len(H) * plan.chunk if kept < len(plan.slices) else 0)
@@ -287,34 +293,48 @@ def backward(
             product = torch.mm(E.T, own, out=head.upcast[: E.shape[1], : own.shape[1]] if rounds else weight_parts[k])
             if rounds:
                 weight_parts[k].copy_(product)  # the one rounding
+        elif streamed is not None:
+            torch.mm(E.T, own, out=streamed.room(k))
+            streamed.send(k)
         if low_rank_parts is not None:
             low_rank_parts[k].copy_(E.T @ further)
         if bias_parts is not None:
             # A sum, not a matrix-vector product: BLAS adds the tokens one by one, sum() pairwise.
             sums = [(E[b] if row_factor is None else E[b] * row_factor[b]).sum(dim=0) for b in head.blocks]
             bias_parts[k].copy_(torch.stack(sums).sum(dim=0))
+    if streamed is not None:
+        grad_weight = streamed.finish()
     return Gradients(grad_hidden, grad_weight, grad_low_rank, grad_bias)
 
 
 class _Head:
     """Logits of a block of tokens in one vocabulary chunk, with buffers that live for one phase."""
 
-    def __init__(self, weight: HeadRows, bias: Tensor | None, logits: Logits, plan: Plan, H: Tensor) -> None:
+    def __init__(
+        self, weight: HeadRows | StreamedRows, bias: Tensor | None, logits: Logits, plan: Plan, H: Tensor
+    ) -> None:
         self.weight, self.bias, self.transform, self.plan = weight, bias, logits, plan
+        self.as_it_is = weight.is_plain and weight.weight.dtype == H.dtype
         # Views are made here, all at once: between products each costs several times as much (docs/algorithm.md).
-        self.rows = weight.weight.split(plan.chunk)
+        self.rows = weight.weight.split(plan.chunk) if self.as_it_is else ()
         self.columns = [rows.T for rows in self.rows]
         self.biases = None if bias is None else bias.split(plan.chunk)
-        self.blocks = token_blocks(len(H), H.device.type)
+        # Rows that come from other ranks are read once, by all tokens together.
+        self.one_pass = isinstance(weight, StreamedRows)
+        self.blocks = [slice(0, len(H))] if self.one_pass else token_blocks(len(H), H.device.type)
         self.block_size = max(b.stop - b.start for b in self.blocks)
         self.slope = H.new_empty(self.block_size * plan.chunk if logits.softcap is not None else 0)
-        self.as_it_is = weight.is_plain and weight.weight.dtype == H.dtype
         self.upcast = H.new_empty(0 if self.as_it_is else plan.chunk, H.shape[1])
+
+    def looks(self, x: Tensor) -> bool:
+        """Whether sums are looked at on the way, and a second pass made where they are too high."""
+        return looking_is_free(x) and not self.one_pass
 
     def logits(self, H: Tensor, k: int, minus_ref: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
         """out (n, rows) becomes z - ref; returns (W_k (rows, D), c (n, rows) or None). H (n, D), minus_ref (n, 1)."""
-        weight_k, columns = self.rows[k], self.columns[k]
-        if not self.as_it_is:
+        if self.as_it_is:
+            weight_k, columns = self.rows[k], self.columns[k]
+        else:
             weight_k = self.weight.chunk(*self.plan.slices[k], out=self.upcast)
             columns = weight_k.T
         factor = _product_factor(self.transform)
@@ -332,7 +352,7 @@ class _Head:
 
     def views(self, workspace: Tensor, n: int, first: int) -> list[Tensor]:
         """The workspace as (n, rows) of each chunk from first on."""
-        rows = [len(weight_k) for weight_k in self.rows[first:]]
+        rows = [stop - start for start, stop in self.plan.slices[first:]]
         shapes = {width: _view(workspace, n, width) for width in set(rows)}
         return [shapes[width] for width in rows]
 
@@ -353,13 +373,13 @@ def _rows(hidden: Tensor, rows: Tensor) -> Tensor:
     return H if H.dtype == torch.float64 else H.float()
 
 
-def _label_rows(weight: HeadRows, labels: Tensor, dtype: torch.dtype) -> Tensor:
+def _label_rows(weight: HeadRows | StreamedRows, labels: Tensor, dtype: torch.dtype) -> Tensor:
     """(N, D + r), a tensor of its own."""
     return weight.weight.index_select(0, labels).to(dtype) if weight.is_plain else weight.take(labels, dtype)
 
 
 def _label_logits(
-    H: Tensor, weight: HeadRows, bias: Tensor | None, labels: Tensor, logits: Logits
+    H: Tensor, weight: HeadRows | StreamedRows, bias: Tensor | None, labels: Tensor, logits: Logits
 ) -> tuple[Tensor, Tensor | None]:
     """(z_y, c_y or None without a softcap)."""
     z = torch.linalg.vecdot(H, _label_rows(weight, labels, H.dtype))

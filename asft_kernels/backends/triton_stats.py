@@ -127,12 +127,13 @@ class Weighing:
             acc.addcmul_(self.saved.stats.slope_acc, self.factors.uniform[:, None])
         return acc
 
-    def chunk(self, k: int, weight_k: Tensor, out: Tensor) -> None:
-        """Fills out (N, width)."""
+    def chunk(self, k: int, weight_k: Tensor | None, out: Tensor) -> None:
+        """Fills out (N, width). weight_k: None for a kept chunk."""
         _, linear, log, uniform = self.factors
         if k < len(self.saved.exps):
             weigh_exps(out, self.saved.exps[k], linear, log, uniform)
             return
+        assert weight_k is not None, "backend bug: a chunk that is not kept needs its rows"
         first = self.plan.slices[k][0]
         if self.tokens is None:
             self.tokens = self.hidden.index_select(0, self.rows)

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from asft_kernels.backends.streaming import reading
+from asft_kernels.checks import own_class
 from asft_kernels.heads import resolve_head
 
 ROWS = 1024  # of the head at a time: 33 MB in float64 at D = 4096
@@ -35,16 +37,17 @@ def exact_output(head: Any, hidden: Tensor) -> ExactOutput:
     wide = wide.double()
     buffer = wide.new_empty(min(V, ROWS), columns)
     values, longest = wide.new_empty(len(wide), V), wide.new_zeros(())
-    for start in range(0, V, ROWS):
-        stop = min(start + ROWS, V)
-        weight = rows.chunk(start, stop, buffer)
+    slices = [(start, min(start + ROWS, V)) for start in range(0, V, ROWS)]
+    source = reading(rows, slices)
+    for start, stop in slices:
+        weight = source.chunk(start, stop, buffer)
         values[:, start:stop] = wide @ weight.T
         longest = torch.maximum(longest, torch.linalg.vector_norm(weight, dim=-1).nan_to_num(0).max())
     sizes = torch.linalg.vector_norm(wide, dim=-1) * longest
     if bias is not None:
         values += bias.double()
     rounding = (product_unit(wide.is_cuda) * columns**0.5 + assembled) * sizes
-    is_adapted = type(head).__module__.partition(".")[0] == "peft"
+    is_adapted = own_class(head).__module__.partition(".")[0] == "peft"
     return ExactOutput(values, sizes, rounding, bool(rows.codes), is_adapted)
 
 

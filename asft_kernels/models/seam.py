@@ -114,7 +114,7 @@ def run_to_head(
 
 
 # FSDP, accelerate and the like gather, move and cast; what anyone else's hook returns would not reach the loss.
-HOOKS_OF = ("torch", "accelerate", "deepspeed", "peft", "transformers")
+HOOKS_OF = ("torch", "accelerate", "deepspeed", "peft", "transformers", "asft_kernels")
 
 
 def _refuse_hooks(head: nn.Module, name: str) -> None:
@@ -135,6 +135,7 @@ class _Run:
 
     def __init__(self, name: str, compute: ComputeAtHead):
         self.name, self.compute = name, compute
+        self.thread = 0
         self.result: Tensor | None = None
 
     def __call__(self, head: nn.Module, hidden: Any) -> Tensor:
@@ -144,6 +145,13 @@ class _Run:
         placeholder = self.compute(hidden, head).clone()
         self.result = placeholder.clone()
         return placeholder
+
+    @torch.compiler.disable
+    def after_hooks(self, head: nn.Module, args: Any, output: Tensor) -> None:
+        """A forward hook after all others: the gradient must pass what they have put behind the placeholder, for there
+        DeepSpeed gathers the weight before backward."""
+        if get_ident() == self.thread:
+            self.result = output.clone()
 
 
 class _HeadForward:
@@ -196,9 +204,14 @@ def _replaced_forward(head: nn.Module, run: _Run) -> Iterator[None]:
         if not isinstance(forward, _HeadForward):
             forward = vars(head)[name] = _HeadForward(head, forward)
         forward.runs[get_ident()] = run
+    run.thread = get_ident()
+    after: Any = run.after_hooks
+    hook = head.register_forward_hook(after) if head._forward_hooks else None
     try:
         yield
     finally:
+        if hook is not None:
+            hook.remove()
         with _lock:
             del forward.runs[get_ident()]
             if not forward.runs:

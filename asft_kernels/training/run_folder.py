@@ -84,7 +84,8 @@ def _lacks(checkpoint: Path) -> str:
         json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, json.JSONDecodeError):
         return "trainer_state.json"
-    sharded = any(checkpoint.glob("optimizer_*")) or any(checkpoint.glob("global_step*"))  # FSDP, DeepSpeed
+    # FSDP's in shards and whole, DeepSpeed's
+    sharded = any(any(checkpoint.glob(name)) for name in ("optimizer_*", "optimizer.bin", "global_step*"))
     names = () if sharded else ("optimizer.pt", "scheduler.pt")
     return next((name for name in names if not (checkpoint / name).is_file()), "")
 

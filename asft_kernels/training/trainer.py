@@ -32,6 +32,7 @@ from asft_kernels.training.hooks import Method, find_method
 from asft_kernels.training.on_pairs import on_pairs
 from asft_kernels.training.reference import SIDES, TOKENS, given_columns, require_whole, with_scores
 from asft_kernels.training.seams import exchanged
+from asft_kernels.training.sharded import stream_head
 
 # In checkpoints, where there is any.
 OBJECTIVE_STATE, REFERENCE_STATE = "objective.pt", "ref_model.pt"
@@ -166,6 +167,7 @@ class PreferenceTrainer(DPOTrainer):
         self.data_collator = self.collator
         if isinstance(self.objective, nn.Module):
             self.objective.to(self.args.device)
+        stream_head(self)
         self.method.start(self)
         self._change_datasets(self._with_columns)
 
