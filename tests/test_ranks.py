@@ -3,17 +3,23 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+pytest.importorskip("transformers", reason="needs the train extra: transformers")
 
 from asft_kernels import fused_asft_loss, fused_linear_logps, fused_preference_loss, preference_loss_from_logps
-from asft_kernels.objectives import ASFT, LMPO
+from asft_kernels.models import PreferenceModel
+from asft_kernels.objectives import ASFT, LMPO, kto_kl
 from asft_kernels.sequence_parallel import process_group
 from bounds import relative_error
 from cases import IGNORE, make_case, packed
+from model_cases import batch, built
 from objective_cases import call_inputs, objective_of
 from test_every_objective import NAMES
 
@@ -213,8 +219,148 @@ def sequence_errors():
     return found
 
 
+# Batches in parts, and models whose sequences are in pieces
+
+
+def of_pairs(data, pairs):
+    """Rows of these pairs: chosen, then rejected."""
+    count = len(data["labels"]) // 2
+    rows = [*pairs, *(count + i for i in pairs)]
+    return {name: tensor[rows] for name, tensor in data.items()}
+
+
+def eight_pairs():
+    """Of unequal lengths; pair 6 has no label on one side, pair 7 none at all. Causal alone, as in pieces."""
+    data = batch(pairs=8)
+    del data["attention_mask"]
+    for row in range(16):
+        data["labels"][row, 5 + row % 7 :] = -100
+    data["labels"][[6, 7, 15]] = -100
+    return data
+
+
+def mean_of_ranks(model):
+    """Gradients as DDP makes them, without it."""
+    for p in model.parameters():
+        dist.all_reduce(p.grad)
+        p.grad /= dist.get_world_size()
+
+
+def difference(model, truth):
+    """Largest relative difference of gradients."""
+    own = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
+    return max(relative_error(own[name], p.grad) for name, p in truth.named_parameters())
+
+
+def whole(objective, data, **more):
+    model = PreferenceModel(built("Llama").double(), objective)
+    found = torch.distributed.is_initialized
+    torch.distributed.is_initialized = lambda: False  # as in one process
+    try:
+        model(**data, **more)["loss"].backward()
+    finally:
+        torch.distributed.is_initialized = found
+    return model
+
+
+def data_parallel():
+    """DDP with 5, 3 and 0 pairs a rank, the last with rows and no label; in two micro-batches, too."""
+    found, data = {}, eight_pairs()
+    mine = [[[0, 1, 2], [3, 6]], [[4], [5]], [[7], [7]]][rank()]
+    of_rank = {"num_pairs": 6 / dist.get_world_size()}  # pairs 0 to 5 count
+    for name in ("asft", "simpo", "lmpo"):
+        truth = whole(objective_of(name) if name != "lmpo" else LMPO(), data)
+        if name == "lmpo":  # one call of each rank has all pairs
+            parts, micro = [[pair for pairs in mine for pair in pairs]], "at once"
+        else:
+            parts, micro = mine, "accumulated"
+        model = PreferenceModel(built("Llama").double(), LMPO() if name == "lmpo" else name)
+        wrapped = DistributedDataParallel(model)
+        for i, pairs in enumerate(parts):
+            last = i == len(parts) - 1
+            with nullcontext() if last else wrapped.no_sync():
+                wrapped(**of_pairs(data, pairs), **of_rank)["loss"].backward()
+        found[name, micro] = difference(wrapped, truth)
+        if name == "lmpo":
+            for key, value in truth.objective.state_dict().items():
+                found[name, key] = relative_error(model.objective.state_dict()[key], value)
+    kl = kto_kl(torch.arange(2.0)[: rank()] - 3, torch.zeros(2)[: rank()] - 5)  # 0, 1 and 2 rows a rank
+    found["kto_kl"] = relative_error(kl, torch.tensor((2 + 2 + 3) / 3))
+    few = of_pairs(data, [rank()] if rank() < 2 else [7])  # fewer pairs than ranks
+    truth = whole("asft", of_pairs(data, [0, 1]))
+    wrapped = DistributedDataParallel(PreferenceModel(built("Llama").double(), "asft"))
+    wrapped(**few, num_pairs=2 / dist.get_world_size())["loss"].backward()
+    found["fewer pairs than ranks"] = difference(wrapped, truth)
+    return found
+
+
+def gathered_attention(group, at):
+    """Attention of this rank's queries to all keys, which are gathered: a sequence-parallel model on any device.
+
+    at: the positions of each rank, in the order of the group.
+    """
+    from torch.distributed._functional_collectives import all_gather_single_autograd, wait_tensor
+
+    def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
+        everywhere = torch.tensor([place for of_rank in at for place in of_rank])
+        own = torch.tensor(at[dist.get_rank(group)])
+        key, value = (wait_tensor(all_gather_single_autograd(x.contiguous(), 2, group)) for x in (key, value))
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+        scores = query @ key.transpose(2, 3) * scaling
+        scores = scores.masked_fill(everywhere[None] > own[:, None], -torch.inf)
+        return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+    return attention
+
+
+def context_parallel():
+    """Two data-parallel groups of two ranks, each with the head and tail or the middle of its sequences.
+
+    A batch of two groups is 3 + 2 pairs. With the average over all four ranks, and with the sum over a group alone.
+    """
+    from transformers import AttentionInterface
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    at = [[0, 1, 2, 9, 10, 11], [3, 4, 5, 6, 7, 8]]
+    AttentionInterface.register("gathered", gathered_attention(mesh["cp"].get_group(), at))
+    data = eight_pairs()
+    pairs = [[0, 1, 2], [4, 6]][mesh.get_local_rank("dp")]
+    own, of_all = of_pairs(data, pairs), of_pairs(data, [0, 1, 2, 4, 6])
+    here = at[mesh.get_local_rank("cp")]
+    pieces = {
+        "input_ids": own["input_ids"][:, here],
+        "shift_labels": shifted(own["labels"], IGNORE)[:, here],
+        "position_ids": torch.tensor(here).expand(len(own["labels"]), -1),
+    }
+    found = {}
+    for name in ("asft", "lmpo", "orpo_token_nll", "wpo_of_a_sum"):
+        objective = lambda: LMPO() if name == "lmpo" else objective_of(name)  # noqa: B023, E731
+        inner = built("Llama", attn_implementation="gathered").double()
+        model = PreferenceModel(inner, objective(), sequence_group=mesh["cp"])
+        wrapped = DistributedDataParallel(model)
+        truth = whole(objective(), of_all)
+        out = wrapped(**pieces, num_pairs=4 / 2)  # 4 pairs count, of 2 data-parallel ranks
+        out["loss"].backward()
+        if name != "orpo_token_nll":  # whose likelihood is of the batch: another one on each data-parallel rank
+            found[name, "mean"] = difference(wrapped, truth)
+        if name != "lmpo":  # whose statistics are of all ranks
+            truth, model = whole(objective(), own), PreferenceModel(inner, objective(), sequence_group=mesh["cp"])
+            model.zero_grad()
+            out = model(**pieces)
+            out["loss"].backward()
+            found[name, "loss"] = relative_error(out["loss"], truth(**own)["loss"])
+            for p in model.parameters():
+                dist.all_reduce(p.grad, group=mesh["cp"].get_group())
+                p.grad /= 2  # the sum is two ranks' losses
+            found[name, "sum"] = difference(model, truth)
+    model = PreferenceModel(built("Llama"), sequence_group=mesh["cp"])
+    found["labels"] = message_of(lambda: model(own["input_ids"], labels=own["labels"]))
+    return found
+
+
 WEIGH_BY_PLACE = ("ld_dpo", "ld_of_a_sum", "ld_wpo")
-CASES = ("sequence_objectives", "sequence_layouts", "sequence_errors")
+CASES = ("sequence_objectives", "sequence_layouts", "sequence_errors", "data_parallel")
 
 
 @pytest.fixture(scope="module")
@@ -258,3 +404,26 @@ def test_a_group_without_processes_is_refused():
     case = make_case()
     with pytest.raises(ValueError, match=r"sequence_group: got a group where torch.distributed does not run"):
         fused_asft_loss(case.hidden, case.weight, case.labels, shift=False, sequence_group="cp")
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return launched(tmp_path_factory.mktemp("four"), 4, "context_parallel")
+
+
+def test_batches_in_parts_are_as_whole_ones(three):
+    """Unequal pairs and tokens, a rank without a pair, accumulation, lmpo's statistics, kto's reference point.
+
+    Llama's norms round gradients to fp32, here of a loss that is 3 times as large.
+    """
+    for of_rank in three:
+        for key, error in of_rank["data_parallel"].items():
+            assert error <= SINGLE, key
+
+
+def test_a_model_whose_sequences_are_in_pieces(four):
+    for of_rank in four:
+        found = of_rank["context_parallel"]
+        assert found.pop("labels").startswith("labels: got labels with sequence_group, need shift_labels")
+        for key, error in found.items():
+            assert error <= EXACT, key
