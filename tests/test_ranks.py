@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("transformers", reason="needs the train extra: transformers")
+pytest.importorskip("trl", reason="needs the train extra: trl")
+pytest.importorskip("datasets", reason="needs the train extra: datasets")
 
 from asft_kernels import fused_asft_loss, fused_linear_logps, fused_preference_loss, preference_loss_from_logps
 from asft_kernels.models import PreferenceModel
@@ -23,6 +25,12 @@ from model_cases import batch, built
 from objective_cases import call_inputs, objective_of
 from test_every_objective import NAMES
 
+pytestmark = [
+    # peft 0.21 and trl ask for names that transformers renamed; nothing of ours does
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
 TESTS = Path(__file__).parent
 LIMIT = 240
 WORKER = """
@@ -57,7 +65,7 @@ def launched(folder, count, *cases):
         [*command, str(script), str(folder), *cases], capture_output=True, text=True, timeout=LIMIT,
         env={**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.returncode == 0, done.stderr[:6000] + done.stderr[-3000:]
     return [torch.load(folder / f"found{i}") for i in range(count)]
 
 
@@ -359,8 +367,50 @@ def context_parallel():
     return found
 
 
+def trainers():
+    """PreferenceTrainer on three ranks with a pair each at a time, two of eight of which do not count."""
+    from asft_kernels.errors import InputError
+    from asft_kernels.training import PreferenceConfig, PreferenceTrainer
+    from test_preference_trainer import options, rows_that_count_differently
+    from tiny_lm import saved_tiny_model, tiny_tokenizer
+
+    rows = rows_that_count_differently()
+    rows = rows.map(lambda row, i: {"rejected_ids": [] if i == 5 else row["rejected_ids"]}, with_indices=True)
+    found, folder = {}, Path(sys.argv[1])
+    model = str(saved_tiny_model(folder / "model", initializer_range=0.3))
+    dist.barrier()  # the first rank alone writes
+
+    def made(objective, accumulation, **more):
+        steps = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0, "ddp_backend": "gloo"}
+        config = PreferenceConfig(
+            **options(
+                folder, **{**steps, **more}, objective=objective, gradient_accumulation_steps=accumulation,
+                per_device_train_batch_size=1,
+            )
+        )  # fmt: skip
+        return PreferenceTrainer(model, args=config, train_dataset=rows, processing_class=tiny_tokenizer())
+
+    for objective, accumulation in (("asft", 1), ("asft", 2), ("lmpo", 1)):
+        trainer = made(objective, accumulation)
+        trainer.train()
+        row = next(row for row in trainer.state.log_history if "loss" in row)
+        weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+        found[objective, accumulation] = row, weights, trainer._state_of_objective()
+
+    trainer = made("asft", 1, max_steps=4, logging_steps=4, save_strategy="steps", save_steps=2)
+    count = trainer._count
+    if rank() == 1:  # NaN there alone, in the step before the checkpoint
+
+        def broken(losses, *rest):
+            count(losses * (torch.nan if trainer.state.global_step == 1 else 1), *rest)
+
+        trainer._count = broken
+    found["nan"] = message_of(trainer.train, InputError)
+    return found
+
+
 WEIGH_BY_PLACE = ("ld_dpo", "ld_of_a_sum", "ld_wpo")
-CASES = ("sequence_objectives", "sequence_layouts", "sequence_errors", "data_parallel")
+CASES = ("sequence_objectives", "sequence_layouts", "sequence_errors", "data_parallel", "trainers")
 
 
 @pytest.fixture(scope="module")
@@ -419,6 +469,40 @@ def test_batches_in_parts_are_as_whole_ones(three):
     for of_rank in three:
         for key, error in of_rank["data_parallel"].items():
             assert error <= SINGLE, key
+
+
+@pytest.mark.parametrize(("objective", "accumulation"), [("asft", 1), ("asft", 2), ("lmpo", 1)])
+def test_a_trainer_on_three_ranks_is_one_process(three, tmp_path, objective, accumulation):
+    """Whatever micro-batches and ranks: one step of SGD by 1 with all pairs at once."""
+    from asft_kernels.training import PreferenceConfig, PreferenceTrainer
+    from test_preference_trainer import options, rows_that_count_differently
+    from tiny_lm import saved_tiny_model, tiny_tokenizer
+
+    rows = rows_that_count_differently()
+    rows = rows.map(lambda row, i: {"rejected_ids": [] if i == 5 else row["rejected_ids"]}, with_indices=True)
+    given = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0}
+    size = {"per_device_train_batch_size": 3 * accumulation, "gradient_accumulation_steps": 1}
+    alone = PreferenceTrainer(
+        str(saved_tiny_model(tmp_path / "model", initializer_range=0.3)), train_dataset=rows,
+        args=PreferenceConfig(**options(tmp_path, **given, **size, objective=objective)),
+        processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    alone.train()
+    expected = next(row for row in alone.state.log_history if "loss" in row)
+    for of_rank in three:
+        row, weights, state = of_rank["trainers"][objective, accumulation]
+        for name in ("loss", "pairs", "logps/chosen", "entropy", "num_tokens"):
+            assert row[name] == pytest.approx(expected[name], rel=1e-5), name
+        for name, value in alone.model.state_dict().items():
+            # Sums of at most 6 pairs in another order: some roundings of a gradient of size 1.
+            assert (value - weights[name]).abs().max() <= 64 * 2.0**-24, name
+        for name, value in alone._state_of_objective().items():
+            assert state[name].item() == pytest.approx(value.item(), rel=1e-6), name
+
+
+def test_a_loss_that_is_nan_on_one_rank_ends_all(three):
+    for of_rank in three:
+        assert of_rank["trainers"]["nan"].startswith("learning_rate: the loss is nan after step 2")
 
 
 def test_a_model_whose_sequences_are_in_pieces(four):

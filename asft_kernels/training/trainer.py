@@ -399,13 +399,18 @@ class PreferenceTrainer(DPOTrainer):
                 "gradients (max_grad_norm)"
             )
 
+    def _loss_since_log(self) -> float:
+        """Its sum over all ranks: a loss that is not finite on one ends all of them, none waits for the others."""
+        own = torch.tensor(self.windows["train"].sum_of("loss"), device=self.args.device)
+        return self.accelerator.reduce(own, "sum").item()  # pyright: ignore[reportAttributeAccessIssue]
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._refuse_not_finite(self.windows["train"].sum_of("loss"))
+        self._refuse_not_finite(self._loss_since_log())
         super()._save_checkpoint(model, trial)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         result = super().train(*args, **kwargs)
-        self._refuse_not_finite(self.windows["train"].sum_of("loss"))
+        self._refuse_not_finite(self._loss_since_log())
         return result
 
     # Evaluation: figures of each pair, so that two evaluations can be compared pair by pair
