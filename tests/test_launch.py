@@ -18,7 +18,11 @@ from asft_kernels.training.run_folder import find_checkpoint
 from tiny_lm import pairs, saved_tiny_model, write_lines
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {
+    **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+    # Restarted ranks else find the addresses of those before (pytorch/pytorch issue 135712).
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}  # fmt: skip
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 LIMIT = 60  # seconds in which an error of one rank is one of all
 # Writes down which pairs each step has; in its first life rank 1 ends in the fourth step, by kill -9 or by an error.
@@ -148,3 +152,33 @@ def test_auto_overwrites_no_finished_model(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(InputError, match="resume: no complete checkpoint in"):
         find_checkpoint("auto", tmp_path)
+
+
+CONFIGS = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_example_configs_are_what_their_names_say(path, monkeypatch):
+    """As accelerate launch reads them: its parser, what it tells the ranks, and what these make of that."""
+    from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    kind, _, size = path.stem.rpartition("-")
+    nodes, local = map(int, size.split("x"))
+    words = ["--config_file", str(path), "-m", "asft_kernels.cli", "train"]
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    assert defaults is not None
+    assert (args.num_machines, args.num_processes, args.mixed_precision) == (nodes, nodes * local, "bf16")
+    assert args.module
+    assert (args.use_deepspeed, args.use_fsdp) == (kind == "zero3", kind != "zero3")
+    if kind == "zero3":
+        assert args.zero_stage == 3
+        return
+    told = prepare_multi_gpu_env(args)
+    for name in told.keys() - os.environ.keys():
+        monkeypatch.setenv(name, told[name])
+    assert FullyShardedDataParallelPlugin().fsdp_version == 2
+    parallel = ParallelismConfig()
+    assert parallel.total_size == (nodes * local if kind == "tp-fsdp2" else 1)
+    assert parallel.tp_enabled == (kind == "tp-fsdp2")

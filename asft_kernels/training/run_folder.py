@@ -30,7 +30,6 @@ FREE_ON_RESUME = (
 )  # fmt: skip
 DIGESTS = ("training_pairs", "evaluation_pairs", "tokenizer", "files")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 RESUME = ("--resume", "--resume_from_checkpoint")
 
 

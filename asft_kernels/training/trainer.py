@@ -157,6 +157,7 @@ class PreferenceTrainer(DPOTrainer):
                 eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
                 optimizers=optimizers, quantization_config=quantization_config, peft_config=peft_config,
             )  # fmt: skip
+        _refuse_pieces(self.accelerator.parallelism_config)
         if args.disable_dropout:
             models: list[Any] = [self.model, self.ref_model]
             for of_trl in filter(None, models):
@@ -497,6 +498,17 @@ class PreferenceTrainer(DPOTrainer):
                 f"resume_from_checkpoint: got a checkpoint of another model: {', '.join(wrong[:3])} ... do not match"
             )
         inner.tie_weights()
+
+
+def _refuse_pieces(parallelism: Any) -> None:
+    """InputError for an accelerate ParallelismConfig that cuts sequences: the collator's entries are of whole ones."""
+    for name in ("cp_size", "sp_size"):
+        size = getattr(parallelism, name, 1)
+        if size > 1:
+            raise InputError(
+                f"parallelism_config: got {name} {size}, need 1: PreferenceTrainer takes whole sequences; train "
+                "PreferenceModel(..., sequence_group=mesh) on pieces (docs/distributed.md has the loop)"
+            )
 
 
 def _without_functional_dropout(model: nn.Module) -> None:
