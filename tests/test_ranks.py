@@ -5,11 +5,13 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers", reason="needs the train extra: transformers")
 pytest.importorskip("trl", reason="needs the train extra: trl")
@@ -167,7 +169,8 @@ def sequence_layouts():
             raise AssertionError("its sums are of pieces")
 
     fused_preference_loss(hidden, case.weight, labels, AtOnce(), **own)
-    found["of logps"] = relative_error(preference_loss_from_logps(logps, labels, "simpo", **own), whole)
+    of_logps: Any = preference_loss_from_logps(logps, labels, "simpo", **own)
+    found["of logps"] = relative_error(of_logps, whole)
 
     # The pair's own statistics over all ranks: the whole batch's are those of one process without a group.
     one, parts = LMPO(), LMPO()
@@ -185,6 +188,34 @@ def sequence_layouts():
     assert size == 3
     for name, value in one.state_dict().items():
         found["lmpo", name] = relative_error(parts.state_dict()[name], value)
+    return found
+
+
+class Wire(TorchDispatchMode):
+    """Bytes that a rank gives to all_reduce."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional") and "all" in func.__name__:
+            assert "reduce" in func.__name__, func
+            tensors = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+            self.bytes += sum(x.numel() * x.element_size() for x in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+def sequence_bytes():
+    """Of one call and its backward, by objective."""
+    case, found = make_case(rows=8), {}
+    for name in ("asft", "orpo_token_nll", "bmc_of_ipo_by_policy", "wpo_of_a_sum"):
+        objective = objective_of(name)
+        call = call_inputs(objective, case.labels)
+        if name.startswith("orpo"):
+            call["nll_labels"] = case.labels[:4]
+        hidden, labels, own = pieces(case, call)
+        with Wire() as wire:
+            fused_preference_loss(hidden, case.weight, labels, objective, **own).backward()
+        found[name] = wire.bytes
     return found
 
 
@@ -359,6 +390,7 @@ def context_parallel():
             out["loss"].backward()
             found[name, "loss"] = relative_error(out["loss"], truth(**own)["loss"])
             for p in model.parameters():
+                assert p.grad is not None
                 dist.all_reduce(p.grad, group=mesh["cp"].get_group())
                 p.grad /= 2  # the sum is two ranks' losses
             found[name, "sum"] = difference(model, truth)
@@ -404,13 +436,13 @@ def trainers():
         def broken(losses, *rest):
             count(losses * (torch.nan if trainer.state.global_step == 1 else 1), *rest)
 
-        trainer._count = broken
+        setattr(trainer, "_count", broken)  # noqa: B010
     found["nan"] = message_of(trainer.train, InputError)
     return found
 
 
 WEIGH_BY_PLACE = ("ld_dpo", "ld_of_a_sum", "ld_wpo")
-CASES = ("sequence_objectives", "sequence_layouts", "sequence_errors", "data_parallel", "trainers")
+CASES = ("sequence_objectives", "sequence_layouts", "sequence_bytes", "sequence_errors", "data_parallel", "trainers")
 
 
 @pytest.fixture(scope="module")
@@ -431,6 +463,16 @@ def test_pieces_of_packed_rows_and_lmpos_statistics(three):
     for of_rank in three:
         for key, error in of_rank["sequence_layouts"].items():
             assert error <= EXACT, key
+
+
+def test_bytes_are_those_of_the_formula(three):
+    """docs/distributed.md: 24 for the agreement, 8 R for each kind of length, 16 R for each sum and its gradient."""
+    R = 8
+    sums = {"asft": 1, "orpo_token_nll": 2, "bmc_of_ipo_by_policy": 2, "wpo_of_a_sum": 2}
+    for of_rank in three:
+        for name, count in sums.items():
+            lengths = 2 if name.startswith("orpo") else 1
+            assert of_rank["sequence_bytes"][name] == 24 + 8 * R * lengths + 16 * R * count, name
 
 
 def test_an_error_on_one_rank_of_the_group_is_one_on_all(three):
