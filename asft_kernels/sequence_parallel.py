@@ -84,7 +84,7 @@ def refuse_what_needs_whole_sequences(objective: Any, shift: bool) -> None:
             "shift: got True with sequence_group, need False: the label of a piece's last position stands on another "
             "rank; shift the labels before they are cut (shift_labels of accelerate and transformers)"
         )
-    if hasattr(objective, "weigh_tokens") and not objective.weighs_each_token:
+    if hasattr(objective, "weigh_tokens") and not getattr(objective, "weighs_each_token", False):
         raise ValueError(
             f"sequence_group: got {type(objective).__name__}, which weighs tokens by their place in the sequence, need "
             "an objective that weighs each token by itself; give its base with these weights as token_weights, made "
@@ -94,8 +94,6 @@ def refuse_what_needs_whole_sequences(objective: Any, shift: bool) -> None:
 
 def added(tensor: Tensor, group: Any) -> Tensor:
     """The sum over the group, without gradients."""
-    if group is None:
-        return tensor
     from torch.distributed._functional_collectives import all_reduce, wait_tensor
 
     return wait_tensor(all_reduce(tensor, "sum", group))
