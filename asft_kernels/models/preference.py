@@ -169,7 +169,7 @@ class PreferenceModel(nn.Module):
             aux_loss = output["aux_loss"].to(losses.device)
             figures["aux_loss"] = aux_loss.detach()
             total = total + count * aux_loss_coefficient(causal_lm(self.model)) * aux_loss
-        of = torch.as_tensor(count if num_pairs is None else num_pairs, dtype=torch.float64, device=losses.device)
+        of = torch.as_tensor(count if num_pairs is None else num_pairs, dtype=losses.dtype, device=losses.device)
         loss = total / of.where(of > 0, 1)  # a share of a rank may be below 1
         return {"loss": loss, "pair_losses" if self.objective.paired else "row_losses": losses.detach(), **figures}
 
