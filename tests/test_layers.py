@@ -16,6 +16,7 @@ LAYERS = [  # each may import those before it
     "backends",
     "machine_code",
     "linear_logps sequence",
+    "sequence_parallel",
     "autotune",
     "options sharded_linear",
     "heads",
