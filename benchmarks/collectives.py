@@ -31,6 +31,7 @@ MOVES = {  # bytes that a rank sends, in units of the tensor's, for a ring of p 
     "reduce_scatter": lambda p: (p - 1) / p,
     "broadcast": lambda p: (p - 1) / p,  # all but the last pass it on: the mean of all
     "reduce": lambda p: (p - 1) / p,
+    "all_to_all": lambda p: (p - 1) / p,
 }
 # What the slowest link carries, in the same units: all of a broadcast or a reduction.
 CARRIES = MOVES | {"broadcast": lambda p: 1.0, "reduce": lambda p: 1.0}
@@ -62,7 +63,8 @@ def packed(ranks: int) -> Group:
 class Collective:
     """One collective of a step.
 
-    bytes: of the whole tensor, which an all-gather ends with and a reduce-scatter begins with. of: what it carries.
+    bytes: of the whole tensor, which an all-gather ends with and a reduce-scatter begins with; of an all-to-all what a
+    rank has. of: what it carries.
     """
 
     kind: str
@@ -81,6 +83,12 @@ class Collective:
 
     def _ways(self) -> Iterator[float]:
         group = self.group
+        if self.kind == "all_to_all":  # each pair by itself: what leaves the node goes through one adapter
+            near, hop = group.nodes == 1, (HOP_NVLINK, HOP_NETWORK)[group.nodes > 1]["ring"][2]
+            leaving = group.ranks - (1 if near else group.in_node)
+            rate = NVLINK if near else INFINIBAND
+            yield 1e-6 * (BASE["ring"][2] + hop) + leaving / group.ranks * self.bytes / rate
+            return
         tree_share = TREE_SHARE_IN_NODE if group.nodes == 1 else TREE_SHARE
         for protocol in range(3):
             most = LL_RATE[min(group.nodes, 3) - 1] if protocol == 0 else group.rate
