@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.cases import MODELS
 from benchmarks.collectives import INFINIBAND, NODE, NVLINK, Group, packed
 from benchmarks.distributed_schemes import (
+    FP32,
     MEGATRON,
     OPTIMISTIC,
     SCHEMES,
@@ -23,6 +24,8 @@ from benchmarks.distributed_schemes import (
     tensor_parallel,
     vocabulary,
 )
+from benchmarks.gpu_model import H100
+from benchmarks.gpu_schedule import BF16
 from benchmarks.plots import COLOURS, MARKERS, plain
 from benchmarks.tables import GIB, markdown
 
@@ -116,6 +119,17 @@ def peer_sentence() -> str:
     )
 
 
+def hidden_from() -> str:
+    """Tokens a rank from which a chunk's collective takes no longer than its products: N R D operations, R D bytes."""
+    rate = H100.peak * H100.library
+    come = rate * BF16 / (2 * 2 * NVLINK)  # two products
+    leave = rate * FP32 / (2 * NVLINK)  # one
+    return (
+        f"*Predicted.* Inside a node, products at the library's rate hide the chunks of a streamed head from "
+        f"{come:.0f} tokens a rank on and those of dW, in fp32, from {leave:.0f}, whatever V and D."
+    )
+
+
 def tables() -> str:
     blocks = [
         f"*Predicted.* GiB a rank for the head of {LARGE}, {TOKENS} tokens a rank: what it is made of on {NODE} ranks, "
@@ -132,6 +146,7 @@ def tables() -> str:
     blocks += [
         f"![time of a step]({TIME_PICTURE})",
         peer_sentence(),
+        hidden_from(),
         f"*Predicted.* One vocabulary-parallel group of {GROUP_TOKENS} tokens, of more and more ranks:",
         "\n".join(group_table()),
         f"Rates of a ring: {NVLINK / 1e9:.1f} GB/s inside a node, {min(NVLINK, NODE * INFINIBAND) / 1e9:.1f} through "

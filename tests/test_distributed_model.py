@@ -119,3 +119,26 @@ def test_pictures_are_drawn_from_the_rows():
         for line in panel.get_lines():
             model, name = panel.get_title(), line.get_label()
             assert list(line.get_ydata()) == [1e3 * steps()[model, name, ranks].seconds for ranks in RANKS]
+
+
+def test_what_the_page_says_of_the_schemes():
+    def of(name, ranks, model=LARGE):
+        return steps()[model, name, ranks]
+
+    small, ours = "Llama-3-8B", [name for name in SCHEMES if name not in (MEGATRON, "TRL 1.16 on FSDP2")]
+    for model in HEADS:
+        assert min(ours, key=lambda name: of(name, 8, model).wire) == VOCABULARY
+        assert of("streamed", 8, model).seconds == pytest.approx(of("gathered once (FSDP2)", 8, model).seconds, rel=0.1)
+        assert of("streamed", 64, model).seconds > of("gathered twice (FSDP2)", 64, model).seconds
+    assert of(MEGATRON, 8).seconds < of(VOCABULARY, 8).seconds
+    assert of(MEGATRON, 8).memory.total < of(VOCABULARY, 8).memory.total
+    assert of(VOCABULARY, 8, small).seconds < of(MEGATRON, 8, small).seconds
+    assert of(VOCABULARY, 8, small).memory.total < of(MEGATRON, 8, small).memory.total
+    dh, weights = (
+        [c.wire for c in made] for made in (vocabulary_parallel(V // 2, D, packed(8)), gathered_whole(D, V, packed(8)))
+    )
+    assert dh[-1] == pytest.approx(sum(weights))
+    # A chunk comes during two products and leaves, in fp32, during one: 4 N R D and 2 N R D operations at 728 TFLOP/s.
+    come, leave = 728.2e12 * 2 / (4 * 370.8e9), 728.2e12 * 4 / (2 * 370.8e9)
+    assert f"from {come:.0f} tokens" in distributed_model.hidden_from()
+    assert f"from {leave:.0f}," in distributed_model.hidden_from()
