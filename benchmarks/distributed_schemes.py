@@ -157,6 +157,11 @@ def gathered(D: int, V: int, ranks: int, *, times: int) -> Step:
     return finish(sum(phases), gathered_whole(D, V, packed(ranks), times=times), Memory(held, held, *working(call)))
 
 
+def overlapped(moving: list[float], product: float) -> float:
+    """Seconds of chunks that come while the one before is multiplied; of those that leave while the next is, reversed."""
+    return moving[0] + sum(max(product, t) for t in moving[1:]) + product
+
+
 def streaming(D: int, V: int, ranks: int) -> Step:
     if ranks == 1:
         return replicated(D, V, 1)
@@ -165,11 +170,9 @@ def streaming(D: int, V: int, ranks: int) -> Step:
     chunks = len(plan.slices)
     sent = streamed(TOKENS, D, V, plan.chunk, plan.cached, packed(ranks))
     time = sum(c.seconds for c in (*sent.agreement, *sent.labels))
-    # Phase 1: a chunk comes while the one before is multiplied. Phase 2: one leaves while the next is multiplied.
     come, again, leave = ([sum(c.seconds for c in pieces) for pieces in of] for of in (sent.head, sent.again, sent.dw))
     leave = [t + extra for t, extra in zip(leave, [0.0] * plan.cached + again, strict=True)]
-    time += come[0] + sum(max(phases[0] / chunks, t) for t in [*come[1:], 0.0])
-    time += sum(max(phases[1] / chunks, t) for t in [0.0, *leave[:-1]]) + leave[-1]
+    time += overlapped(come, phases[0] / chunks) + overlapped(leave[::-1], phases[1] / chunks)
     shard, buffer = BF16 * ceil(V / ranks) * D, plan.chunk * D
     memory = Memory(shard + 2 * BF16 * buffer, shard + 2 * FP32 * buffer, *working(call))
     pieces = (c for of in (sent.head, sent.again, sent.dw) for pieces in of for c in pieces)

@@ -11,6 +11,7 @@ from benchmarks.distributed_schemes import (
     TWICE,
     VOCABULARY,
     gathered_whole,
+    overlapped,
     streamed,
     vocabulary_parallel,
 )
@@ -96,6 +97,12 @@ def test_time_is_that_of_its_parts():
             assert step.seconds == pytest.approx(step.compute + talking)
     alone = {steps()[LARGE, name, 1].seconds for name in SCHEMES if "Megatron" not in name and "TRL" not in name}
     assert len(alone) == 1  # on one rank all of ours are the same call
+
+
+def test_chunks_move_behind_products():
+    assert overlapped([5.0], 2.0) == 7.0  # one chunk hides nothing
+    assert overlapped([1.0, 1.0, 1.0], 2.0) == 1 + 2 + 2 + 2
+    assert overlapped([3.0, 3.0, 3.0], 2.0) == 3 + 3 + 3 + 2
 
 
 def test_the_page_has_the_tables_of_the_model():
