@@ -158,7 +158,7 @@ def gathered(D: int, V: int, ranks: int, *, times: int) -> Step:
 
 
 def overlapped(moving: list[float], product: float) -> float:
-    """Seconds of chunks that come while the one before is multiplied; of those that leave while the next is, reversed."""
+    """Seconds of chunks that come while the one before is multiplied; of leaving ones, while the next is, reversed."""
     return moving[0] + sum(max(product, t) for t in moving[1:]) + product
 
 
