@@ -8,6 +8,7 @@ from torch import Tensor
 
 from asft_kernels import checks
 from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, Wanted
+from asft_kernels.distributed import Agreement
 from asft_kernels.heads import Head
 from asft_kernels.objectives import ASFT, OBJECTIVES, Objective, get_objective
 from asft_kernels.options import NAMES as NAMES_OF_OPTIONS
@@ -78,20 +79,21 @@ def fused_linear_logps(
     >>> fused_linear_logps(hidden, head, torch.randint(32, (2, 5))).shape
     torch.Size([2, 5])
     """
-    options = Options(
-        cu_seqlens=cu_seqlens,
-        shift=shift,
-        ignore_index=ignore_index,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        backend=backend,
-        cache_bytes=cache_bytes,
-        chunk_size=chunk_size,
-        num_valid=num_valid,
-    )
-    names, grads = checks.stat_names(return_stats, differentiable, NAMES, DIFFERENTIABLE)
-    wanted = Wanted(names, grads) if return_stats is not False else None
-    logps, stats, batch, _ = token_logps(hidden, lm_head, labels, options, wanted=wanted)
+    with Agreement(lm_head) as ranks:
+        options = Options(
+            cu_seqlens=cu_seqlens,
+            shift=shift,
+            ignore_index=ignore_index,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            backend=backend,
+            cache_bytes=cache_bytes,
+            chunk_size=chunk_size,
+            num_valid=num_valid,
+        )
+        names, grads = checks.stat_names(return_stats, differentiable, NAMES, DIFFERENTIABLE)
+        wanted = Wanted(names, grads) if return_stats is not False else None
+        logps, stats, batch, _ = token_logps(hidden, lm_head, labels, options, wanted=wanted, ranks=ranks)
     if wanted is None:
         return batch.spread(logps)
     return TokenStats(batch.spread(logps), **{name: batch.spread(x) for name, x in stats.items()})
@@ -264,15 +266,16 @@ def _preference_loss(
     nll_labels: Tensor | None = None,
     objective_inputs: Mapping[str, Tensor] | None = None,
 ) -> Any:  # what the overloads of the public calls say
-    checks.hidden_layout(hidden)
-    checks.label_layout(hidden, labels, options.cu_seqlens)
-    rows = hidden.shape[0] if options.cu_seqlens is None else options.cu_seqlens.numel() - 1
-    given = LossInputs(ref_logps, token_weights, nll_labels, objective_inputs, reduction)
-    given = given.checked(objective, hidden, labels, rows, options)
-    names, with_grad = (frozenset(getattr(objective, key, ())) for key in ("stats", "stats_with_grad"))
-    logps, stats, batch, backend = token_logps(
-        hidden, lm_head, labels, options, wanted=Wanted(names, with_grad) if names else None, paired=objective.paired,
-        nll_labels=given.nll_labels,
-    )  # fmt: skip
+    with Agreement(lm_head) as ranks:
+        checks.hidden_layout(hidden)
+        checks.label_layout(hidden, labels, options.cu_seqlens)
+        rows = hidden.shape[0] if options.cu_seqlens is None else options.cu_seqlens.numel() - 1
+        given = LossInputs(ref_logps, token_weights, nll_labels, objective_inputs, reduction)
+        given = given.checked(objective, hidden, labels, rows, options)
+        names, with_grad = (frozenset(getattr(objective, key, ())) for key in ("stats", "stats_with_grad"))
+        logps, stats, batch, backend = token_logps(
+            hidden, lm_head, labels, options, wanted=Wanted(names, with_grad) if names else None,
+            paired=objective.paired, nll_labels=given.nll_labels, ranks=ranks,
+        )  # fmt: skip
     loss, outputs = loss_of_tokens(logps, stats, batch, objective, given, labels, options.ignore_index, backend)
     return (loss, outputs()) if return_outputs else loss

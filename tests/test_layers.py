@@ -18,6 +18,7 @@ LAYERS = [  # each may import those before it
     "linear_logps sequence",
     "autotune",
     "options",
+    "distributed",
     "heads",
     "token_logps",
     "objectives",
