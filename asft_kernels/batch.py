@@ -59,12 +59,12 @@ def pack(
     ignore_index: int,
     num_valid: int | None,
     extra_labels: Tensor | None = None,
-    read: Callable[[Tensor], list[int]] = Tensor.tolist,
+    read: Callable[[Tensor], list[int]] | None = None,
 ) -> TokenBatch:
     """Finds the valid tokens. Padded labels (R, T), or packed (M,) with cu_seqlens (R+1,).
 
     extra_labels: a second label set of the same shape; a token is valid if either set has it.
-    read: how facts come to the host, where ranks agree on them first.
+    read: takes the facts to the host where ranks agree first; None for tolist().
     Reads the device once: count, label range, borders. num_valid (a bound on the count) spares the
     read, as does tracing by torch.compile, which takes every position; both check on the device.
     """
@@ -90,7 +90,7 @@ def pack(
     padded = True
     facts = _facts(flat, valid, running, borders, agree)
     if num_valid is None and not torch.compiler.is_compiling():
-        size, padded = _check_on_host(read(facts), vocab, positions), False
+        size, padded = _check_on_host(facts.tolist() if read is None else read(facts), vocab, positions), False
     else:
         size = positions if num_valid is None else min(num_valid, positions)
         _assert_on_device(facts, vocab, positions, size)

@@ -85,8 +85,9 @@ class Agreement:
     """
 
     def __init__(self, lm_head: object) -> None:
-        ours = isinstance(lm_head, Shard) and not torch.compiler.is_compiling()
-        self.shard, self.told = (lm_head if ours else None), False
+        tells = not torch.compiler.is_compiling()
+        self.shard = lm_head if isinstance(lm_head, Shard) and tells else None
+        self.told = False
         self.facts: list[tuple[str, Tensor]] = []
 
     def __enter__(self) -> "Agreement":

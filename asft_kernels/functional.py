@@ -14,6 +14,7 @@ from asft_kernels.objectives import ASFT, OBJECTIVES, Objective, get_objective
 from asft_kernels.options import NAMES as NAMES_OF_OPTIONS
 from asft_kernels.options import Keywords, Options, explained, make_options
 from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, TokenStats
+from asft_kernels.tensor_parallel import localised
 from asft_kernels.token_logps import token_logps
 from asft_kernels.token_loss import LossInputs, loss_of_tokens
 
@@ -79,6 +80,7 @@ def fused_linear_logps(
     >>> fused_linear_logps(hidden, head, torch.randint(32, (2, 5))).shape
     torch.Size([2, 5])
     """
+    hidden, lm_head = localised(hidden, lm_head)
     with Agreement(lm_head) as ranks:
         options = Options(
             cu_seqlens=cu_seqlens,
@@ -266,6 +268,7 @@ def _preference_loss(
     nll_labels: Tensor | None = None,
     objective_inputs: Mapping[str, Tensor] | None = None,
 ) -> Any:  # what the overloads of the public calls say
+    hidden, lm_head = localised(hidden, lm_head)
     with Agreement(lm_head) as ranks:
         checks.hidden_layout(hidden)
         checks.label_layout(hidden, labels, options.cu_seqlens)

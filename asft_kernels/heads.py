@@ -7,8 +7,8 @@
     PEFT modules_to_save                            the active copy, or the original      as ever
     PEFT trainable_token_indices                    W with the trained rows, whole        those of a trainable W
     bitsandbytes 4 and 8 bits, with LoRA or not     codes, read chunk by chunk            those of a frozen W
-    DTensor                                         gathered; gradients are averaged      as ever
-    VocabParallelHead                               this rank's                           1 / ranks of them
+    DTensor of data-parallel ranks                  gathered; gradients are averaged      as ever
+    VocabParallelHead, DTensor of tensor-parallel   this rank's                           1 / ranks of them
     ZeRO-3 in GatheredParameters                    W                                     as ever
 
 W is never merged or rounded anew. Below fp32, A h and B go into the product in hidden's dtype; B's gradient stays in
@@ -94,7 +94,8 @@ def _of_shard(shard: Shard, name: str) -> ResolvedHead:
     """A local head with the place of its rows; those that do not count are cut off."""
     weight, bias = shard.head if isinstance(shard.head, tuple) else (shard.head, None)
     if isinstance(weight, Tensor) and not len(weight):
-        head = _plain(*(None if x is None else F.pad(x, (0,) * (2 * x.dim() - 1) + (1,)) for x in (weight, bias)), name)
+        of_none = F.pad(weight, (0, 0, 0, 1))  # its gradient is cut off again
+        head = _plain(of_none, None if bias is None else F.pad(bias, (0, 1)), name)
     else:
         head = resolve_head(shard.head, name)
     rows, bias, keep = head.rows, head.bias, max(shard.rows, 1)

@@ -24,20 +24,12 @@ def token_logps(
     labels: Tensor,
     options: Options,
     *,
+    ranks: Agreement,
     wanted: Wanted | None = None,
     paired: bool = False,
     nll_labels: Tensor | None = None,
-    ranks: Agreement | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], TokenBatch, str]:
-    """All checks, then the primitive: logps (N,) of the compacted tokens, wanted figures, where they stand, backend.
-
-    ranks: the caller's, where it has checks of its own.
-    """
-    if ranks is None:
-        with Agreement(lm_head) as ranks:
-            return token_logps(
-                hidden, lm_head, labels, options, wanted=wanted, paired=paired, nll_labels=nll_labels, ranks=ranks
-            )
+    """All checks, then the primitive: logps (N,) of the compacted tokens, wanted figures, where they stand, backend."""
     o = options
     checks.no_transform()
     head = resolve_head(lm_head)
@@ -56,7 +48,7 @@ def token_logps(
     ranks.compare(hidden, labels, (figures, o.logits, o.ignore_index, backend, hidden.dtype, grad))
     batch = pack(
         labels, vocab=vocab, cu_seqlens=o.cu_seqlens, shift=o.shift, ignore_index=o.ignore_index,
-        num_valid=o.num_valid, extra_labels=nll_labels, read=ranks.read,
+        num_valid=o.num_valid, extra_labels=nll_labels, read=ranks.read if ranks.shard else None,
     )  # fmt: skip
     logps, stats = linear_logps(
         hidden.reshape(-1, hidden.shape[-1]), rows, bias, batch.rows, batch.labels, backend=backend,

@@ -19,6 +19,7 @@ LAYERS = [  # each may import those before it
     "autotune",
     "options",
     "distributed",
+    "tensor_parallel",
     "heads",
     "token_logps",
     "objectives",

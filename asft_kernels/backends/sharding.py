@@ -1,7 +1,7 @@
 """A head whose rows stand on several ranks of a tensor-parallel group, each with the same hidden states and labels.
 
-Rank r holds rows [first, first + V_r). Its backend runs on them as on a head of their own, with a label l that is here:
-y where the rank owns it, else a stand-in. With ref_r the backend's reference, S_r its sum of exp(z - ref_r), y left out,
+Rank r holds rows [first, first + V_r). Its backend runs on them as on a head of their own, with a label l that is
+here: y where the rank owns it, else a stand-in. ref_r is its reference, S_r its sum of exp(z - ref_r) without y:
 
     R = max over r of ref_r                                                        all-reduce 1
     S = sum over r of S_r exp(ref_r - R),   d = z_y - R (the owner's)              all-reduce 2, with the figures' sums
@@ -21,6 +21,7 @@ Figures, h_r being the entropy of rank r's entries without y, and T_r = S_r with
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,7 +80,8 @@ class VocabParallel:
     def __init__(self, name: str, placement: Placement) -> None:
         self.local, self.placement = load_backend(name), placement
         self.keeps_label_entries = name == "torch"
-        self.group = dist.distributed_c10d._resolve_process_group(placement.group)
+        group: Any = placement.group
+        self.group = dist.distributed_c10d._resolve_process_group(group)
 
     def logit_unit(self) -> float:
         return self.local.logit_unit()

@@ -96,7 +96,7 @@ def _forward_block(
     head: "_Head", H: Tensor, labels: Tensor, acc: Tensor, exps: list[Tensor], workspace: Tensor,
     room: StatsRoom | None, tokens: slice, *, needs_acc: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """logps, one_minus_p, inv_total, ref and z_y of a block of tokens, then the figures wanted beside them, and largest.
+    """logps, one_minus_p, inv_total, ref and z_y of a block of tokens; figures wanted beside them, and largest.
 
     Writes the block's rows of acc, of the cached chunks and of room's accumulators.
     """

@@ -75,9 +75,7 @@ def forward(
             of_none = close_stats(
                 wanted, stats, z_y=ref, ref=ref, logps=logps, one_minus_p=one_minus_p, inv_total=inv_total
             )
-        return Saved(
-            logps, one_minus_p, inv_total, ref, acc, exps, of_none, ref, None if stats is None else stats.largest
-        )
+        return Saved(logps, one_minus_p, inv_total, ref, acc, exps, of_none, ref, ref)
 
     transform = {"scale": logits.scale, "softcap": logits.softcap}
     with torch.cuda.device_of(hidden):
