@@ -65,14 +65,14 @@ def _parameters(lm_head: Any) -> tuple[Any, Any]:
 def is_colwise(module: nn.Module) -> bool:
     """Whether all that stands around a module's forward are the layouts of torch's or transformers' ColwiseParallel."""
     forward = vars(module).get("forward")
-    if getattr(forward, "is_seam", False):
-        forward = getattr(forward, "own", None)
+    forward = forward.own if getattr(forward, "is_seam", False) and forward is not None else forward
     around = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     around += [] if forward is None else [forward]
-    return bool(around) and all(_is_layout(x) for x in around)
+    return bool(around) and all(is_layout(x) for x in around)
 
 
-def _is_layout(function: Any) -> bool:
+def is_layout(function: Any) -> bool:
+    function = getattr(function, "own", function) if getattr(function, "is_seam", False) else function
     while isinstance(function, partial):
         function = function.func
     place = str(getattr(function, "__module__", ""))

@@ -43,12 +43,13 @@ def token_logps(
     hidden, rows, bias = head.for_product(hidden)
     backend = choose_backend(o.backend, hidden.device, hidden.dtype)
 
-    figures = [sorted(x) for x in (wanted.names, wanted.differentiable)] if wanted else []
-    grad = torch.is_grad_enabled() and hidden.requires_grad
-    ranks.compare(hidden, labels, (figures, o.logits, o.ignore_index, backend, hidden.dtype, grad))
+    if ranks.shard is not None:
+        figures = [sorted(x) for x in (wanted.names, wanted.differentiable)] if wanted else []
+        grad = torch.is_grad_enabled() and hidden.requires_grad
+        ranks.compare(hidden, labels, (figures, o.logits, o.ignore_index, backend, hidden.dtype, grad))
     batch = pack(
         labels, vocab=vocab, cu_seqlens=o.cu_seqlens, shift=o.shift, ignore_index=o.ignore_index,
-        num_valid=o.num_valid, extra_labels=nll_labels, read=ranks.read if ranks.shard else None,
+        num_valid=o.num_valid, extra_labels=nll_labels, read=None if ranks.shard is None else ranks.read,
     )  # fmt: skip
     logps, stats = linear_logps(
         hidden.reshape(-1, hidden.shape[-1]), rows, bias, batch.rows, batch.labels, backend=backend,

@@ -123,7 +123,9 @@ class _AtHead:
             if not str(error).startswith("lm_head"):
                 raise
             raise UnsupportedHead(f"{self.name}: its output head cannot be fused: {error}") from error
-        if not self.exact.quantised:  # bitsandbytes' own rounds hidden states to 8 bits, or repacks the codes
+        # bitsandbytes' own rounds hidden states to 8 bits, or repacks the codes; a sharded head's is a plain layer's
+        # (tensor_parallel.py), between changes of layout.
+        if not (self.exact.quantised or self.exact.is_sharded):
             self._like_its_own(own_forward(head)(_as_wide(self.hidden, head))[0])
         # In float64 the model's own arithmetic after the head adds no rounding of its own.
         self.output = self.exact.values[None]
