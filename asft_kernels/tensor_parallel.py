@@ -63,20 +63,29 @@ def _parameters(lm_head: Any) -> tuple[Any, Any]:
 
 
 def is_colwise(module: nn.Module) -> bool:
-    """Whether all that stands around a module's forward are the layouts of torch's or transformers' ColwiseParallel."""
+    """Whether the layouts of torch's or transformers' ColwiseParallel stand around a module's forward, and nothing else
+    but what fully_shard adds.
+    """
     forward = vars(module).get("forward")
     forward = forward.own if getattr(forward, "is_seam", False) and forward is not None else forward
     around = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     around += [] if forward is None else [forward]
-    return bool(around) and all(is_layout(x) for x in around)
+    ours = [is_layout(x) for x in around]
+    return any(ours) and all(
+        own or _place(x).startswith("torch.distributed") for own, x in zip(ours, around, strict=True)
+    )
 
 
 def is_layout(function: Any) -> bool:
+    """Whether a hook or forward is one of theirs, also while models/seam.py has taken its place."""
+    return _place(function).startswith(("torch.distributed.tensor", "transformers.distributed"))
+
+
+def _place(function: Any) -> str:
     function = getattr(function, "own", function) if getattr(function, "is_seam", False) else function
     while isinstance(function, partial):
         function = function.func
-    place = str(getattr(function, "__module__", ""))
-    return place.startswith(("torch.distributed.tensor", "transformers.distributed", "transformers.integrations"))
+    return str(getattr(function, "__module__", ""))
 
 
 def _is_tensor_parallel(mesh: Any, dim: int, of_hidden: Any) -> bool:
