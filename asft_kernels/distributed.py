@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from asft_kernels import checks
 from asft_kernels.errors import InputError
 
+__all__ = ["VocabParallelHead"]
 COLUMNS = 8  # of hidden states, that the ranks compare
 FACTS = 3 + COLUMNS
 APART = 0.05  # of a column's norm: one from other data is nearer about once in 20, and 8 are once in 10^10
@@ -20,6 +21,7 @@ class Shard:
 
     def __init__(self, head: Any, group: Any, first: int, rows: int, vocab: int) -> None:
         self.head, self.group, self.first, self.rows, self.vocab = head, group, first, rows, vocab
+        self.group_name: str = group.group_name  # here, as torch.compile traces no process group
 
     @property
     def device(self) -> torch.device:

@@ -104,7 +104,7 @@ def _of_shard(shard: Shard, name: str) -> ResolvedHead:
             checks.refuse(name, "a quantised shard with rows that do not count", "one of its own rows; cut the padding")
         low_rank = None if rows.low_rank is None else rows.low_rank[:keep]
         rows, bias = rows._replace(weight=rows.weight[:keep], low_rank=low_rank), None if bias is None else bias[:keep]
-    placement = Placement(shard.first, shard.rows, shard.vocab, shard.group.group_name)
+    placement = Placement(shard.first, shard.rows, shard.vocab, shard.group_name)
     return replace(head, rows=rows._replace(placement=placement.text()), bias=bias)
 
 

@@ -3,39 +3,17 @@
 Each launch of processes runs many cases (vocab_parallel_cases.py has them) and writes what each rank got.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 
 from asft_kernels import fused_linear_logps, fused_preference_loss
 from bounds import fp32_bound
-from vocab_parallel_cases import CASES, DIFFERENTIABLE, FIGURES, cut, loss_of, made, objective_loss, whole_head
+from rank_processes import launch as launch_script
+from vocab_parallel_cases import CASES, DIFFERENTIABLE, FIGURES, cut, loss_of, made, objective_loss
 
-TESTS = Path(__file__).parent
-LIMIT = 240  # seconds: a rank that waits for ever is killed
-
-
-def launch(tmp_path: Path, world: int, what: str, **environment: str) -> list[dict]:
-    """What each of `world` processes has found in vocab_parallel_cases.main(what)."""
-    variables = {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(TESTS / "vocab_parallel_cases.py"), what, str(rank), str(world), str(tmp_path)],
-            env=variables | environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        errors = [worker.communicate(timeout=LIMIT)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0] * world, errors
-    return [torch.load(tmp_path / f"{what}{rank}") for rank in range(world)]
+launch = partial(launch_script, "vocab_parallel_cases.py")
 
 
 def assert_gradients(got: list[dict], name: str, world: int) -> None:
@@ -45,9 +23,9 @@ def assert_gradients(got: list[dict], name: str, world: int) -> None:
     (bounds.py). bf16 gradients are rounded once more.
     """
     options = CASES[name]
-    case = made(name, world)
+    case = made(name)
     exact = case.to(torch.float64)
-    truth = fused_linear_logps(exact.hidden, whole_head(exact, options), exact.labels, **options.call, **FIGURES)
+    truth = fused_linear_logps(exact.hidden, exact.head, exact.labels, **options.call, **FIGURES)
     grads = torch.autograd.grad(loss_of(truth), exact.leaves)
     bound = 2e-14 if options.dtype == torch.float64 else fp32_bound(options.largest)
     once = torch.finfo(torch.bfloat16).eps / 2 if options.dtype == torch.bfloat16 else 0.0
@@ -74,7 +52,7 @@ def test_values_and_gradients(tmp_path, world):
 def test_objectives(tmp_path):
     """Every objective, its value and the gradient of hidden: 100 roundings of float64 of the largest entry."""
     got = launch(tmp_path, 2, "objectives")
-    case = made("float64", 2)
+    case = made("float64")
     for name in got[0]:
         loss = objective_loss(name, case.hidden, case.head, case.labels)
         (grad,) = torch.autograd.grad(loss, case.hidden)
@@ -87,7 +65,7 @@ def test_triton(tmp_path):
     """The kernels, interpreted: a small case with and without figures."""
     pytest.importorskip("triton")
     got = launch(tmp_path, 2, "triton", TRITON_INTERPRET="1")
-    case = made("triton", 2).to(torch.float64)
+    case = made("triton").to(torch.float64)
     for name in got[0]:
         options = CASES["triton"].call
         if name == "figures":
@@ -99,6 +77,17 @@ def test_triton(tmp_path):
             own = cut(CASES["triton"], rank, 2)
             for grad, right in zip(found[name]["grads"], (grads[0], *(x[own] for x in grads[1:])), strict=True):
                 assert (grad - right).abs().max() <= fp32_bound(32) * right.abs().max(), (name, rank)
+
+
+def test_adapters_and_torch_compile(tmp_path):
+    """A local LoRA on each rank: gradients of A whole, of B its rows. Traced: the numbers of the eager call."""
+    pytest.importorskip("peft")
+    got = launch(tmp_path, 2, "further")
+    for rank, found in enumerate(got):
+        for what, (grad, right) in found["lora"].items():
+            assert (grad - right).abs().max() <= 2e-14 * right.abs().max(), (rank, what)
+        for grad, right in found["traced"]:
+            assert (grad - right).abs().max() <= 2e-14 * right.abs().max(), rank
 
 
 def test_refusals_reach_all_ranks(tmp_path):

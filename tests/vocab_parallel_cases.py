@@ -45,7 +45,7 @@ CASES = {
 }
 
 
-def made(name: str, world: int) -> Case:
+def made(name: str) -> Case:
     options = CASES[name]
     return make_case(dtype=options.dtype, **options.make)
 
@@ -55,10 +55,6 @@ def cut(options: Options, rank: int, world: int) -> slice:
     V = options.make.get("V", 97)
     ends = {2: [0, V // 3, V], 3: [0, V // 3, V // 3, V], 4: [0, V // 3, V // 3, V - 1, V]}[world]
     return slice(ends[rank], ends[rank + 1])
-
-
-def whole_head(case: Case, options: Options) -> Any:
-    return case.head
 
 
 def loss_of(found: Any) -> torch.Tensor:
@@ -92,9 +88,7 @@ def local(case: Case, options: Options, rank: int, world: int) -> tuple[list[tor
 def gradients(rank: int, world: int) -> dict:
     out = {}
     for name, options in CASES.items():
-        if name == "triton":
-            options = Options(options.dtype, options.make, options.call)
-        case = made(name, world)
+        case = made(name)
         leaves, head = local(case, options, rank, world)
         found = fused_linear_logps(leaves[0], head, case.labels, **options.call, **FIGURES)
         grads = torch.autograd.grad(loss_of(found), leaves)
@@ -108,7 +102,7 @@ def gradients(rank: int, world: int) -> dict:
 
 def objectives(rank: int, world: int) -> dict:
     out = {}
-    case = made("float64", world)
+    case = made("float64")
     for name in OBJECTIVES:
         leaves, head = local(case, CASES["float64"], rank, world)
         loss = objective_loss(name, leaves[0], head, case.labels)
@@ -118,7 +112,7 @@ def objectives(rank: int, world: int) -> dict:
 
 def triton(rank: int, world: int) -> dict:
     options, out = CASES["triton"], {}
-    case = made("triton", world)
+    case = made("triton")
     for name in ("asft", "figures"):
         leaves, head = local(case, options, rank, world)
         call = options.call | {"backend": "triton"}
@@ -130,8 +124,38 @@ def triton(rank: int, world: int) -> dict:
     return out
 
 
+def further(rank: int, world: int) -> dict:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    case, out = made("float64"), {}
+    own = cut(CASES["float64"], rank, world)
+    A, B = (torch.randn(*shape, generator=torch.Generator().manual_seed(3)) for shape in ((4, 24), (97, 4)))
+    grads = []
+    for rows in (slice(0, 97), own):
+        linear = torch.nn.Linear(24, rows.stop - rows.start, bias=False, dtype=torch.float64)
+        linear.weight.data.copy_(case.weight.detach()[rows])
+        adapted: Any = inject_adapter_in_model(LoraConfig(r=4, target_modules=["0"]), torch.nn.Sequential(linear))[0]
+        adapted.lora_A["default"].weight.data = A.double()
+        adapted.lora_B["default"].weight.data = B[rows].double()
+        head = adapted if rows != own else VocabParallelHead(adapted, group=dist.group.WORLD)
+        hidden = case.hidden.detach().clone().requires_grad_()
+        fused_linear_logps(hidden, head, case.labels, softcap=5.0).sum().backward()
+        grads.append([hidden.grad, adapted.lora_A["default"].weight.grad, adapted.lora_B["default"].weight.grad])
+    whole, here = grads
+    out["lora"] = {"hidden": (here[0], whole[0]), "A": (here[1], whole[1]), "B": (here[2], whole[2][own])}
+
+    leaves, head = local(case, CASES["float64"], rank, world)
+
+    def call(hidden: torch.Tensor) -> Any:
+        return fused_linear_logps(hidden, head, case.labels, chunk_size=16, **FIGURES)
+
+    traced = torch.compile(call, fullgraph=True, backend="aot_eager")
+    results = [torch.autograd.grad(loss_of(run(leaves[0])), leaves) for run in (traced, call)]
+    return out | {"traced": list(zip(*results, strict=True))}
+
+
 def refusals(rank: int, world: int) -> dict:
-    case = made("float32", world)
+    case = made("float32")
     leaves, head = local(case, CASES["float32"], rank, world)
     other = case.labels.clone()
     other[other != -100] = 3
