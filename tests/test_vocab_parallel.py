@@ -11,7 +11,7 @@ import torch
 from asft_kernels import fused_linear_logps, fused_preference_loss
 from bounds import fp32_bound
 from rank_processes import launch as launch_script
-from vocab_parallel_cases import CASES, DIFFERENTIABLE, FIGURES, cut, loss_of, made, objective_loss
+from vocab_parallel_cases import CASES, DIFFERENTIABLE, FIGURES, cut, loss_of, loss_of_logps, made, objective_loss
 
 launch = partial(launch_script, "vocab_parallel_cases.py")
 
@@ -26,7 +26,8 @@ def assert_gradients(got: list[dict], name: str, world: int) -> None:
     case = made(name)
     exact = case.to(torch.float64)
     truth = fused_linear_logps(exact.hidden, exact.head, exact.labels, **options.call, **FIGURES)
-    grads = torch.autograd.grad(loss_of(truth), exact.leaves)
+    grads = torch.autograd.grad(loss_of(truth), exact.leaves, retain_graph=True)
+    of_logps = torch.autograd.grad(loss_of_logps(truth.logps), exact.leaves)
     bound = 2e-14 if options.dtype == torch.float64 else fp32_bound(options.largest)
     once = torch.finfo(torch.bfloat16).eps / 2 if options.dtype == torch.bfloat16 else 0.0
     for rank, found in enumerate(x[name] for x in got):
@@ -35,7 +36,9 @@ def assert_gradients(got: list[dict], name: str, world: int) -> None:
             assert error <= bound * max(1, getattr(truth, figure).abs().max()), (rank, figure)
         assert torch.equal(found["is_top1"], truth.is_top1), rank
         own = cut(options, rank, world)
-        for grad, right, what in zip(found["grads"], grads, ("hidden", "weight", "bias"), strict=False):
+        names = ("hidden", "weight", "bias") * 2
+        pairs = [*zip(found["grads"], grads, strict=True), *zip(found["of logps"], of_logps, strict=True)]
+        for (grad, right), what in zip(pairs, [x for x in names if x != "bias" or exact.bias is not None], strict=True):
             here = right if what == "hidden" else right[own]
             error = (grad.double() - here).abs()
             allowed = bound * right.abs().max() + once * here.abs()

@@ -40,21 +40,34 @@ CASES = {
     "float32": Options(make={"bias": True}, call={"chunk_size": 16}),
     "float32 peaked": Options(make={"peaked": True, "spread": 4.0}, call={"chunk_size": 16}, largest=120),
     "float32 recomputed": Options(make={"bias": True}, call={"chunk_size": 16, "cache_bytes": 0}),
+    "far": Options(torch.float64, {"peaked": True, "spread": 12.0}, {"chunk_size": 16}, largest=360),
+    "float32 far": Options(make={"peaked": True, "spread": 12.0}, call={"chunk_size": 16}, largest=360),
+    "float32 far recomputed": Options(
+        make={"peaked": True, "spread": 12.0}, call={"chunk_size": 16, "cache_bytes": 0}, largest=360
+    ),
     "bfloat16": Options(torch.bfloat16, {"bias": True}, {"chunk_size": 16}),
     "triton": Options(make={"rows": 2, "T": 9, "D": 16, "V": 40, "bias": True, "spread": 4.0}, call={"chunk_size": 16}),
 }
 
 
 def made(name: str) -> Case:
+    """A case with a label in the last row, which of three ranks is all that the last has."""
     options = CASES[name]
-    return make_case(dtype=options.dtype, **options.make)
+    case = make_case(dtype=options.dtype, **options.make)
+    if (case.labels >= 0).any():
+        case.labels[0, 3] = len(case.weight) - 1
+    return case
 
 
 def cut(options: Options, rank: int, world: int) -> slice:
     """A rank's rows of the case's head: uneven; of four or three ranks the second has none; padding not counted."""
     V = options.make.get("V", 97)
-    ends = {2: [0, V // 3, V], 3: [0, V // 3, V // 3, V], 4: [0, V // 3, V // 3, V - 1, V]}[world]
+    ends = {2: [0, V // 3, V], 3: [0, V - 1, V - 1, V], 4: [0, V // 3, V // 3, V - 1, V]}[world]
     return slice(ends[rank], ends[rank + 1])
+
+
+def loss_of_logps(logps: torch.Tensor) -> torch.Tensor:
+    return (torch.randn(logps.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * logps).sum()
 
 
 def loss_of(found: Any) -> torch.Tensor:
@@ -96,7 +109,10 @@ def gradients(rank: int, world: int) -> dict:
             own = len(grads[1]) - options.padding
             assert all((x[own:] == 0).all() for x in grads[1:])
             grads = [grads[0], *(x[:own] for x in grads[1:])]
-        out[name] = {x: y.detach() for x, y in vars(found).items()} | {"grads": list(grads)}
+        alone = fused_linear_logps(leaves[0], head, case.labels, **options.call)
+        logps = torch.autograd.grad(loss_of_logps(alone), leaves)
+        logps = [x[: len(y)] for x, y in zip(logps, grads, strict=True)]
+        out[name] = {x: y.detach() for x, y in vars(found).items()} | {"grads": list(grads), "of logps": logps}
     return out
 
 
