@@ -20,8 +20,8 @@ def assert_gradients(got: list[dict], name: str, world: int) -> None:
     """Values and gradients of a case on all ranks beside one process in float64 on the same numbers.
 
     float64: 100 roundings. float32: issue's 2e-6 of the largest entry, more for larger logits as everywhere
-    (bounds.py). bf16 gradients are rounded once more. An entropy is the difference of ln total and sum E L / total, both
-    up to the distance of the largest logit from the reference, 2 largest: two roundings of that.
+    (bounds.py). bf16 gradients are rounded once more. An entropy is the difference of ln total and sum E L / total,
+    both up to the distance of the largest logit from the reference, 2 largest: two roundings of that.
     """
     options = CASES[name]
     case = made(name)
