@@ -70,10 +70,9 @@ def is_colwise(module: nn.Module) -> bool:
     forward = forward.own if getattr(forward, "is_seam", False) and forward is not None else forward
     around = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     around += [] if forward is None else [forward]
-    ours = [is_layout(x) for x in around]
-    return any(ours) and all(
-        own or _place(x).startswith("torch.distributed") for own, x in zip(ours, around, strict=True)
-    )
+    layouts = [is_layout(x) for x in around]
+    known = ("torch.distributed", "transformers.distributed", "asft_kernels.models.seam")
+    return any(layouts) and all(_place(x).startswith(known) for x in around)
 
 
 def is_layout(function: Any) -> bool:
