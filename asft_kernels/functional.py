@@ -8,11 +8,13 @@ from torch import Tensor
 
 from asft_kernels import checks
 from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, Wanted
+from asft_kernels.distributed import Agreement
 from asft_kernels.heads import Head
 from asft_kernels.objectives import ASFT, OBJECTIVES, Objective, get_objective
 from asft_kernels.options import NAMES as NAMES_OF_OPTIONS
 from asft_kernels.options import Keywords, Options, explained, make_options
 from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, TokenStats
+from asft_kernels.tensor_parallel import localised
 from asft_kernels.token_logps import token_logps
 from asft_kernels.token_loss import LossInputs, loss_of_tokens
 
@@ -78,20 +80,22 @@ def fused_linear_logps(
     >>> fused_linear_logps(hidden, head, torch.randint(32, (2, 5))).shape
     torch.Size([2, 5])
     """
-    options = Options(
-        cu_seqlens=cu_seqlens,
-        shift=shift,
-        ignore_index=ignore_index,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        backend=backend,
-        cache_bytes=cache_bytes,
-        chunk_size=chunk_size,
-        num_valid=num_valid,
-    )
-    names, grads = checks.stat_names(return_stats, differentiable, NAMES, DIFFERENTIABLE)
-    wanted = Wanted(names, grads) if return_stats is not False else None
-    logps, stats, batch, _ = token_logps(hidden, lm_head, labels, options, wanted=wanted)
+    hidden, lm_head = localised(hidden, lm_head)
+    with Agreement(lm_head) as ranks:
+        options = Options(
+            cu_seqlens=cu_seqlens,
+            shift=shift,
+            ignore_index=ignore_index,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            backend=backend,
+            cache_bytes=cache_bytes,
+            chunk_size=chunk_size,
+            num_valid=num_valid,
+        )
+        names, grads = checks.stat_names(return_stats, differentiable, NAMES, DIFFERENTIABLE)
+        wanted = Wanted(names, grads) if return_stats is not False else None
+        logps, stats, batch, _ = token_logps(hidden, lm_head, labels, options, wanted=wanted, ranks=ranks)
     if wanted is None:
         return batch.spread(logps)
     return TokenStats(batch.spread(logps), **{name: batch.spread(x) for name, x in stats.items()})
@@ -272,9 +276,10 @@ def _preference_loss(
     given: LossInputs,
     return_outputs: bool,
 ) -> Any:  # what the overloads of the public calls say
+    hidden, lm_head = localised(hidden, lm_head)
     checks.hidden_layout(hidden)
     given = given.on_group(objective, options.shift)
-    with given.together(options, hidden.device) as count:
+    with given.together(options, hidden.device) as count, Agreement(lm_head) as ranks:
         checks.label_layout(hidden, labels, options.cu_seqlens)
         rows = hidden.shape[0] if options.cu_seqlens is None else options.cu_seqlens.numel() - 1
         count.append(rows)
@@ -282,7 +287,7 @@ def _preference_loss(
         names, with_grad = (frozenset(getattr(objective, key, ())) for key in ("stats", "stats_with_grad"))
         logps, stats, batch, backend = token_logps(
             hidden, lm_head, labels, options, wanted=Wanted(names, with_grad) if names else None,
-            paired=objective.paired, nll_labels=given.nll_labels,
+            paired=objective.paired, nll_labels=given.nll_labels, ranks=ranks,
         )  # fmt: skip
     loss, outputs = loss_of_tokens(logps, stats, batch, objective, given, labels, options.ignore_index, backend)
     return (loss, outputs()) if return_outputs else loss

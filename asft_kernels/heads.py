@@ -7,7 +7,8 @@
     PEFT modules_to_save                            the active copy, or the original      as ever
     PEFT trainable_token_indices                    W with the trained rows, whole        those of a trainable W
     bitsandbytes 4 and 8 bits, with LoRA or not     codes, read chunk by chunk            those of a frozen W
-    DTensor, ShardedLinear                          gathered or streamed; mean gradients  as ever
+    VocabParallelHead, DTensor of tensor-parallel   this rank's                           1 / ranks of them
+    DTensor of data-parallel ranks, ShardedLinear   gathered or streamed; mean gradients  as ever
     ZeRO-3 in GatheredParameters                    W                                     as ever
 
 W is never merged or rounded anew. Below fp32, A h and B go into the product in hidden's dtype; B's gradient stays in
@@ -17,7 +18,7 @@ recognised by the modules that they make, and never imported before one is there
 
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,10 +27,12 @@ from torch import Tensor, nn
 
 from asft_kernels import checks
 from asft_kernels.backends.head_rows import EIGHT_BITS, FOUR_BITS, HeadRows, codes_text, stream_text
+from asft_kernels.backends.sharding import Placement
+from asft_kernels.distributed import Shard
 from asft_kernels.options import as_autocast
 from asft_kernels.sharded_linear import GATHERED_BYTES, ShardedLinear, gathered, is_dtensor
 
-Head = nn.Module | Tensor | tuple[Tensor, Tensor | None]
+Head = nn.Module | Tensor | tuple[Tensor, Tensor | None] | Shard
 ALIGNED = 16  # the fast products and loads want multiples of 16 columns
 
 
@@ -70,6 +73,8 @@ class ResolvedHead:
 
 def resolve_head(lm_head: Head, name: str = "lm_head") -> ResolvedHead:
     """Reads a head; ValueError that names it, says what is not understood and what to do."""
+    if isinstance(lm_head, Shard):
+        return _of_shard(lm_head, name)
     if isinstance(lm_head, nn.Module):
         return _of_module(lm_head, name)
     weight, bias = checks.head_pair(lm_head, name)
@@ -86,6 +91,24 @@ def _of_module(module: Any, name: str) -> ResolvedHead:
         return _plain(module.cast_weight(), module.bias, name, module.stream)
     checks.plain_module(module, name)
     return _plain(module.weight, getattr(module, "bias", None), name)
+
+
+def _of_shard(shard: Shard, name: str) -> ResolvedHead:
+    """A local head with the place of its rows; those that do not count are cut off."""
+    weight, bias = shard.head if isinstance(shard.head, tuple) else (shard.head, None)
+    if isinstance(weight, Tensor) and not len(weight):
+        of_none = F.pad(weight, (0, 0, 0, 1))  # its gradient is cut off again
+        head = _plain(of_none, None if bias is None else F.pad(bias, (0, 1)), name)
+    else:
+        head = resolve_head(shard.head, name)
+    rows, bias, keep = head.rows, head.bias, max(shard.rows, 1)
+    if keep < rows.size[0]:
+        if rows.codes:
+            checks.refuse(name, "a quantised shard with rows that do not count", "one of its own rows; cut the padding")
+        low_rank = None if rows.low_rank is None else rows.low_rank[:keep]
+        rows, bias = rows._replace(weight=rows.weight[:keep], low_rank=low_rank), None if bias is None else bias[:keep]
+    placement = Placement(shard.first, shard.rows, shard.vocab, shard.group_name)
+    return replace(head, rows=rows._replace(placement=placement.text()), bias=bias)
 
 
 def _plain(weight: Tensor, bias: Tensor | None, name: str, stream: bool | None = None) -> ResolvedHead:

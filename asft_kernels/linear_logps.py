@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from asft_kernels import checks
-from asft_kernels.backends import Logits, Saved, exp_columns, exp_dtype, load_backend
+from asft_kernels.backends import Logits, Saved, exp_columns, exp_dtype
 from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan, make_plan, traced_chunk
+from asft_kernels.backends.sharding import backend_for
 from asft_kernels.backends.streaming import agreed_tokens
 from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, Stats, StatsGrads, Wanted, stat_dtype
 from asft_kernels.kernels.configs import multiprocessors
@@ -91,7 +92,7 @@ def _phase1(
     )  # fmt: skip
     with exact_products(hidden.device.type):
         inputs = _without_padding(hidden, rows, labels) if padded else (hidden, rows, labels)
-        saved = load_backend(backend).forward(
+        saved = backend_for(backend, head).forward(
             inputs[0], head, bias, *inputs[1:], Logits(scale, softcap), plan,
             needs_acc=needs_acc, needs_exps=needs_exps, wanted=wanted if names else None,
         )  # fmt: skip
@@ -148,7 +149,7 @@ def _phase2(
             inputs = _without_padding(*inputs)
             grad_logps = grad_logps.masked_fill(labels < 0, 0.0)
             of_stats = [None if g is None else g.masked_fill(labels < 0, 0.0) for g in of_stats]
-        grads = load_backend(backend).backward(
+        grads = backend_for(backend, head).backward(
             grad_logps.contiguous(), inputs[0], head, bias, *inputs[1:], saved, Logits(scale, softcap), plan,
             needs_hidden=needs_hidden, needs_weight=needs_weight, needs_low_rank=needs_low_rank, needs_bias=needs_bias,
             stats_grads=None if all(g is None for g in of_stats) else StatsGrads._make(of_stats),

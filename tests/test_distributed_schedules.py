@@ -12,12 +12,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from asft_kernels.distributed import VocabParallelHead
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from asft_kernels import fused_linear_logps
 from asft_kernels.backends import Logits
 from asft_kernels.backends.head_rows import HeadRows, stream_text
+from asft_kernels.distributed import VocabParallelHead
 from asft_kernels.linear_logps import linear_logps
 from benchmarks.collectives import Collective, packed
 from benchmarks.distributed_schemes import streamed, vocabulary_parallel

@@ -19,6 +19,8 @@ LAYERS = [  # each may import those before it
     "sequence_parallel",
     "autotune",
     "options sharded_linear",
+    "distributed",
+    "tensor_parallel",
     "heads",
     "token_logps",
     "objectives",

@@ -35,7 +35,7 @@ from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan, token_blocks
 from asft_kernels.backends.processor import INTEL
 from asft_kernels.backends.streaming import Shards, StreamedGradient, StreamedRows, reading
-from asft_kernels.backends.token_stats import Stats, StatsGrads, Wanted, close, row_factors
+from asft_kernels.backends.token_stats import RowFactors, Stats, StatsGrads, Wanted, close, row_factors
 from asft_kernels.backends.torch_products import accumulate
 from asft_kernels.backends.torch_stats import BlockStats, StatsRoom, Weighing
 
@@ -58,6 +58,10 @@ BIT = Unit(math.log(2.0), torch.exp2, Tensor.exp2_, torch.log2)
 UNIT = NAT if INTEL else BIT
 
 
+def logit_unit() -> float:
+    return UNIT.nats
+
+
 def forward(
     hidden: Tensor,
     weight: HeadRows,
@@ -71,7 +75,7 @@ def forward(
     needs_exps: bool,
     wanted: Wanted | None = None,
 ) -> Saved:
-    H = _rows(hidden, rows)
+    H = valid_rows(hidden, rows)
     acc = H.new_empty(H.shape if needs_acc else 0)
     exps = [H.new_empty(len(H), stop - start) for start, stop in plan.slices[: plan.cached if needs_exps else 0]]
     head = _Head(reading(weight, plan.slices), bias, logits, plan, H)
@@ -81,20 +85,23 @@ def forward(
         _forward_block(head, H[b], labels[b], acc[b], [E[b] for E in exps], workspace, room, b, needs_acc=needs_acc)
         for b in head.blocks
     ]
-    logps, one_minus_p, inv_total, ref, *figures = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-    stats = None if room is None else Stats._make([*figures, room.log_acc, room.slope_acc])
-    return Saved(logps, one_minus_p, inv_total, ref, acc, exps, stats)
+    logps, one_minus_p, inv_total, ref, z_y, *figures = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    if room is None:
+        return Saved(logps, one_minus_p, inv_total, ref, acc, exps, None, z_y)
+    *figures, largest = figures
+    stats = Stats._make([*figures, room.log_acc, room.slope_acc])
+    return Saved(logps, one_minus_p, inv_total, ref, acc, exps, stats, z_y, largest)
 
 
 def _forward_block(
     head: "_Head", H: Tensor, labels: Tensor, acc: Tensor, exps: list[Tensor], workspace: Tensor,
     room: StatsRoom | None, tokens: slice, *, needs_acc: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """logps, one_minus_p, inv_total and ref of a block of tokens, then the figures wanted beside them.
+    """logps, one_minus_p, inv_total, ref and z_y of a block of tokens; figures wanted beside them, and largest.
 
     Writes the block's rows of acc, of the cached chunks and of room's accumulators.
     """
-    z_y, label_slope = _label_logits(H, head.weight, head.bias, labels, head.transform)
+    z_y, label_slope = label_logits(H, head.weight, head.bias, labels, head.transform)
     entries = _LabelEntries(labels, head.plan)
     stats = None if room is None else room.block(tokens, z_y, entries)
     block = _Block(H, [*exps, *head.views(workspace, len(H), len(exps))], entries, stats)
@@ -114,12 +121,12 @@ def _forward_block(
         block.label_entries.set(E, k, label_entry)
     one_minus_p, inv_total = others / total, total.reciprocal()
     if room is None or stats is None:
-        return logps, one_minus_p, inv_total, ref
+        return logps, one_minus_p, inv_total, ref, z_y
     figures = close(
         room.wanted, stats.sums(ref, total, UNIT.nats), ref=ref * UNIT.nats, log_total=UNIT.log(total) * UNIT.nats,
         one_minus_p=one_minus_p, inv_total=inv_total, logps=logps,
     )  # fmt: skip
-    return logps, one_minus_p, inv_total, ref, *figures
+    return logps, one_minus_p, inv_total, ref, z_y, *figures, stats.largest(ref)
 
 
 class _Block(NamedTuple):
@@ -222,12 +229,12 @@ def backward(
     needs_bias: bool,
     stats_grads: StatsGrads | None = None,
 ) -> Gradients:
-    H = _rows(hidden, rows)
+    H = valid_rows(hidden, rows)
     needs_head = needs_weight or needs_low_rank or needs_bias
     source = reading(weight, plan.slices[len(saved.exps) :] if needs_head else [])
     label_slope = None
     if logits.softcap is not None:
-        _, label_slope = _label_logits(H, source, bias, labels, logits)
+        _, label_slope = label_logits(H, source, bias, labels, logits)
     factors = row_factors(
         grad_logps, stats_grads, logps=saved.logps, one_minus_p=saved.one_minus_p, inv_total=saved.inv_total,
         entropy=None if saved.stats is None else saved.stats.entropy, label_slope=label_slope, scale=logits.scale,
@@ -235,12 +242,7 @@ def backward(
     )  # fmt: skip
     grad_hidden = None
     if needs_hidden:
-        grad_rows = _label_rows(source, labels, H.dtype).mul_(factors.label[:, None])
-        grad_rows.addcmul_(saved.acc, factors.linear[:, None])
-        if saved.stats is not None and factors.log is not None:
-            grad_rows.addcmul_(saved.stats.log_acc, factors.log[:, None], value=UNIT.nats)
-        if saved.stats is not None and factors.uniform is not None:
-            grad_rows.addcmul_(saved.stats.slope_acc, factors.uniform[:, None])
+        grad_rows = grad_of_rows(source, labels, saved, factors, UNIT.nats)
         grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
         grad_hidden.index_copy_(0, rows, grad_rows.to(hidden.dtype))
         del grad_rows
@@ -259,8 +261,7 @@ def backward(
     head = _Head(source, bias, logits, plan, H)
     if stats_grads is None:  # E's rows have one factor each: it is H's
         weighing, row_factor = None, factors.linear[:, None]
-        not_p = saved.one_minus_p if label_slope is None else saved.one_minus_p * label_slope
-        label_entry = -not_p / saved.inv_total
+        label_entry = _label_entry(saved, label_slope)
     else:
         scratch = H.new_empty(0 if factors.log is None else head.block_size * plan.chunk)
         weighing, row_factor = Weighing(factors, UNIT, scratch), None
@@ -305,6 +306,33 @@ def backward(
     if streamed is not None:
         grad_weight = streamed.finish()
     return Gradients(grad_hidden, grad_weight, grad_low_rank, grad_bias)
+
+
+def grad_of_rows(
+    weight: HeadRows | StreamedRows, labels: Tensor, saved: Saved, factors: RowFactors, unit: float
+) -> Tensor:
+    """dH of the valid tokens, (N, D + r), before it is rounded. unit: nats in 1 of what saved.stats.log_acc holds."""
+    grad = _label_rows(weight, labels, saved.acc.dtype).mul_(factors.label[:, None])
+    grad.addcmul_(saved.acc, factors.linear[:, None])
+    if saved.stats is not None and factors.log is not None:
+        grad.addcmul_(saved.stats.log_acc, factors.log[:, None], value=unit)
+    if saved.stats is not None and factors.uniform is not None:
+        grad.addcmul_(saved.stats.slope_acc, factors.uniform[:, None])
+    return grad
+
+
+def set_label_entries(saved: Saved, labels: Tensor, label_slope: Tensor | None, plan: Plan) -> None:
+    """Writes into the kept E' the labels' entries that go with saved.one_minus_p and saved.inv_total."""
+    entries = _LabelEntries(labels, plan)
+    value = _label_entry(saved, label_slope)
+    for k, E in enumerate(saved.exps):
+        entries.set(E, k, value)
+
+
+def _label_entry(saved: Saved, label_slope: Tensor | None) -> Tensor:
+    """(N,): times -1 / total it is (1 - p_y) c_y."""
+    not_p = saved.one_minus_p if label_slope is None else saved.one_minus_p * label_slope
+    return -not_p / saved.inv_total
 
 
 class _Head:
@@ -367,7 +395,7 @@ def looking_is_free(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _rows(hidden: Tensor, rows: Tensor) -> Tensor:
+def valid_rows(hidden: Tensor, rows: Tensor) -> Tensor:
     """The valid rows, in the dtype that everything is computed in."""
     H = hidden.index_select(0, rows)
     return H if H.dtype == torch.float64 else H.float()
@@ -378,7 +406,7 @@ def _label_rows(weight: HeadRows | StreamedRows, labels: Tensor, dtype: torch.dt
     return weight.weight.index_select(0, labels).to(dtype) if weight.is_plain else weight.take(labels, dtype)
 
 
-def _label_logits(
+def label_logits(
     H: Tensor, weight: HeadRows | StreamedRows, bias: Tensor | None, labels: Tensor, logits: Logits
 ) -> tuple[Tensor, Tensor | None]:
     """(z_y, c_y or None without a softcap)."""

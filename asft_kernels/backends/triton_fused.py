@@ -44,6 +44,10 @@ from asft_kernels.kernels.settle import resettle, settle
 from asft_kernels.kernels.tile_choice import Problem, best_form, best_tile
 
 
+def logit_unit() -> float:
+    return 1.0
+
+
 def forward(
     hidden: Tensor,
     weight: HeadRows,
@@ -74,7 +78,7 @@ def forward(
             of_none = close_stats(
                 wanted, stats, z_y=ref, ref=ref, logps=logps, one_minus_p=one_minus_p, inv_total=inv_total
             )
-        return Saved(logps, one_minus_p, inv_total, ref, acc, exps, of_none)
+        return Saved(logps, one_minus_p, inv_total, ref, acc, exps, of_none, ref, ref)
 
     transform = {"scale": logits.scale, "softcap": logits.softcap}
     with torch.cuda.device_of(hidden):
@@ -118,7 +122,8 @@ def forward(
             figures = close_stats(
                 wanted, stats, z_y=z_y, ref=ref, logps=logps, one_minus_p=one_minus_p, inv_total=inv_total
             )
-    return Saved(logps, one_minus_p, inv_total, ref, acc, exps, figures)
+    largest = None if stats is None else stats.largest
+    return Saved(logps, one_minus_p, inv_total, ref, acc, exps, figures, z_y, largest)
 
 
 def backward(

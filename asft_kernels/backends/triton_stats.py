@@ -70,6 +70,11 @@ class RunningStats:
             self.slope_acc += weight_k.sum(dim=0, dtype=torch.float32)
         return sums
 
+    @property
+    def largest(self) -> Tensor:
+        """(N,) largest of all u; meaningless where is_top1 is not wanted."""
+        return torch.maximum(self.own, self.running[TOPS.bit_length() - 1])
+
 
 def close_stats(
     wanted: Wanted, stats: RunningStats | None, *, z_y: Tensor, ref: Tensor, logps: Tensor, one_minus_p: Tensor,

@@ -124,8 +124,9 @@ class _AtHead:
             if not str(error).startswith("lm_head"):
                 raise
             raise UnsupportedHead(f"{self.name}: its output head cannot be fused: {error}") from error
-        # bitsandbytes' own rounds hidden states to 8 bits, or repacks the codes; a sharded one's is ours, and gathers.
-        if not self.exact.quantised and not isinstance(head, ShardedLinear):
+        # bitsandbytes' own rounds hidden states to 8 bits, or repacks the codes. A sharded head's is a plain layer's
+        # (tensor_parallel.py), between changes of layout, or ours, and gathers.
+        if not (self.exact.quantised or self.exact.is_sharded or isinstance(head, ShardedLinear)):
             self._like_its_own(own_forward(head)(_as_wide(self.hidden, head))[0])
         # In float64 the model's own arithmetic after the head adds no rounding of its own.
         self.output = self.exact.values[None]
