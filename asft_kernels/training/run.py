@@ -1,6 +1,6 @@
 """One run: data with its report, model, evaluation, training, evaluation, curves, summary."""
 
-import json
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from asft_kernels.score.table import tokenizer_fingerprint
 from asft_kernels.training import run_folder
 from asft_kernels.training.arguments import DataArguments, ModelArguments
 from asft_kernels.training.callbacks import Bar, LogTheRest, MetricsFile, StopWhenAsked, saves
+from asft_kernels.training.checkpoints import STATE, find_checkpoint, read_state
 from asft_kernels.training.collator import longest_first
 from asft_kernels.training.config import PreferenceConfig
 from asft_kernels.training.dry_run import describe
@@ -86,7 +87,13 @@ def run(
         with TemporaryDirectory() as nowhere:  # the Trainer makes its folder
             config.output_dir = nowhere
             return _run(data, config, model, method_arguments, say, at_once)
-    return _run(data, config, model, method_arguments, say, at_once)
+    folder = Path(str(config.output_dir))
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir: {folder} is a file, need a folder; name another")
+    if not first:  # the first rank's lock is the run's
+        return _run(data, config, model, method_arguments, say, at_once)
+    with run_folder.taken(folder):
+        return _run(data, config, model, method_arguments, say, at_once)
 
 
 def _run(
@@ -96,11 +103,8 @@ def _run(
     first = config.process_index == 0
     folder = Path(str(config.output_dir))
     _check_lora(model)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir: {folder} is a file, need a folder; name another")
-    checkpoint = (
-        None if data.dry_run else run_folder.find_checkpoint(data.resume or config.resume_from_checkpoint, folder)
-    )
+    wanted = data.resume or config.resume_from_checkpoint
+    checkpoint = None if data.dry_run else find_checkpoint(wanted, folder, say)
     name = _model_name(model)
     processor, model_config = load_processor(
         name, trust_remote_code=config.trust_remote_code, revision=model.model_revision
@@ -129,11 +133,6 @@ def _run(
     }  # fmt: skip
     if checkpoint:
         run_folder.require_same_settings(folder / run_folder.SETTINGS, settings, say)
-    if not data.dry_run:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"output_dir: {folder} cannot be made ({error.strerror}), need a folder") from error
     metrics, stop = MetricsFile(folder / run_folder.METRICS), StopWhenAsked(at_once)
     config.eval_on_start = read.evaluation is not None and checkpoint is None
     try:
@@ -155,7 +154,7 @@ def _run(
     if data.dry_run:
         say(describe(trainer))
         return Result(folder, 0, False, folder / run_folder.CURVES, {}, 0, read.report)
-    done = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else None
+    done = read_state(checkpoint) if checkpoint else None
     if first:
         metrics.start(done["global_step"] if done else None)
         if not checkpoint:
@@ -163,7 +162,7 @@ def _run(
             write_json(folder / run_folder.SETTINGS, content)
     with stop.listening():
         _train(trainer, checkpoint, done)
-        before = _before(trainer, folder, resumed=checkpoint is not None)
+        before = _before(trainer, folder, say, resumed=checkpoint is not None)
         step = trainer.state.global_step
         if stop.stopped:
             rest = (
@@ -299,17 +298,27 @@ def _train(trainer: PreferenceTrainer, checkpoint: Path | None, done: dict[str, 
     if checkpoint and done and done["global_step"] >= last:  # ended after its last checkpoint: only the end is left
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.load_own_state(str(checkpoint))
-        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
         return
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except pickle.UnpicklingError as error:  # of torch.load with weights_only
+        raise InputError(
+            f"resume: {checkpoint} has a file that holds more than tensors and plain values, which could run code; "
+            "need a checkpoint as the Trainer saves it"
+        ) from error
 
 
-def _before(trainer: PreferenceTrainer, folder: Path, *, resumed: bool) -> Evaluation | None:
+def _before(trainer: PreferenceTrainer, folder: Path, say: Say, *, resumed: bool) -> Evaluation | None:
     """The evaluation of the model as it came, of this run or of the one that it resumes."""
     path = folder / BEFORE
-    if resumed:
+    if not resumed:
+        return trainer.first_evaluation
+    try:
         return Evaluation.load(path) if path.is_file() else None
-    return trainer.first_evaluation
+    except ValueError:
+        say(f"{path} is damaged: what training changed is not reported")
+        return None
 
 
 def _last(trainer: PreferenceTrainer) -> Evaluation:

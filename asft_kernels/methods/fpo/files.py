@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from asft_kernels.errors import InputError
+from asft_kernels.files import replacing
 from asft_kernels.methods.fpo.autoencoder import SparseAutoencoder
 
 NEEDED = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -48,14 +49,13 @@ def write_sae(sae: SparseAutoencoder, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     suffix = check_suffix(path)
     tensors = {name: tensor.detach().cpu() for name, tensor in sae.named_parameters()}
-    partial = path.with_name(path.name + ".partial")
-    if suffix == ".npz":
-        numpy = importlib.import_module("numpy")
-        with partial.open("wb") as file:
-            numpy.savez(file, allow_pickle=False, **{name: tensor.numpy() for name, tensor in tensors.items()})
-    else:
-        importlib.import_module("safetensors.torch").save_file(tensors, partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        if suffix == ".npz":
+            numpy = importlib.import_module("numpy")
+            with partial.open("wb") as file:
+                numpy.savez(file, allow_pickle=False, **{name: tensor.numpy() for name, tensor in tensors.items()})
+        else:
+            importlib.import_module("safetensors.torch").save_file(tensors, partial)
 
 
 def check_suffix(path: str | os.PathLike[str]) -> str:
