@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from asft_kernels.data import BadRow
-from asft_kernels.data.rows import RowFile
+from asft_kernels.data.rows import RowFile, Stored
 from asft_kernels.data_commands.report import Report
 from asft_kernels.errors import InputError
 from asft_kernels.files import replacing, sync
@@ -83,7 +83,7 @@ class Partial:
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    def new_rows(self, rows: Iterable[tuple[int, bytes | Row]]) -> Iterator[tuple[int, bytes | Row]]:
+    def new_rows(self, rows: Iterable[tuple[int, Stored]]) -> Iterator[tuple[int, Stored]]:
         """Those of a RowFile that were not done before. Raises InputError if the first are not those that were done."""
         number, done = 0, self.state.line
         other = InputError(f"output: {self.path} was begun from another input than {self.source.path}; {self._anew}")
