@@ -10,7 +10,7 @@ ROW_BYTES = 8 << 20  # of a line, or of a row of Parquet, Arrow and arrays; a mi
 LINE_BYTES = 1 << 30  # of a line that is read over: beyond it the file is none of rows
 BAD_ROWS = 100_000  # unreadable ones or empty lines, one after another
 ARRAY_BYTES = 1 << 30  # of a JSON array, which is in memory as a whole
-GZIP_TIMES = 200  # as large as the file on the disk; JSON is some 3 to 20 times
+GZIP_TIMES = 200  # as large as the file on the disk, of ZIP and Parquet too; JSON is some 3 to 20 times
 GZIP_BYTES = 64 << 20  # unzipped, up to which any number of times will do
 TEMPLATE_SECONDS = 10.0  # for one chat
 
@@ -24,10 +24,11 @@ class SlowTemplate(Exception):
 
 
 def require_ratio(unzipped: int, on_disk: int) -> None:
-    """Raises TooLarge for gzip that grows as only a file made to fill memory does."""
+    """Raises TooLarge for compressed data that grows as only a file made to fill memory does."""
     if unzipped > max(GZIP_BYTES, GZIP_TIMES * on_disk):
         raise TooLarge(
-            f"unzipped it is more than {GZIP_TIMES} times as large, over {GZIP_BYTES:,} bytes; need rows, or unzip it"
+            f"unpacked it is more than {GZIP_TIMES} times as large, over {GZIP_BYTES:,} bytes, as what is made to fill "
+            "memory; need it unpacked, or less repetitive"
         )
 
 

@@ -64,6 +64,8 @@ def _parquet_batches(path: Path) -> Iterator[Any]:
 
     # Without a buffer size a whole row group, often the whole file, is read at once.
     with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+        groups = (file.metadata.row_group(index) for index in range(file.metadata.num_row_groups))
+        limits.require_ratio(sum(group.total_byte_size for group in groups), path.stat().st_size)
         yield from file.iter_batches(batch_size=ROWS_AT_ONCE)
 
 

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import IntervalStrategy, ProgressCallback, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import get_peft_config, get_quantization_config
@@ -33,6 +34,8 @@ from asft_kernels.training.plot import plot_curves
 from asft_kernels.training.trainer import PreferenceTrainer
 
 Say = Callable[[str], None]
+# What libraries raise where a model cannot be loaded, or arguments do not go together.
+LOADING = (ImportError, NotImplementedError, OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError)
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,8 @@ def _run(
             peft_config=None if _is_adapter(name) else get_peft_config(model),
         )  # fmt: skip
         choose_backend(config.backend, config.device, torch.float32)
-    except (ImportError, NotImplementedError, ValueError) as error:
-        if isinstance(error, InputError) or not of_a_library(error):
+    except LOADING as error:
+        if isinstance(error, InputError | torch.OutOfMemoryError) or not of_a_library(error):
             raise
         raise InputError(f"{str(error).strip().splitlines()[0]} ({type(error).__name__})") from error
     if not config.disable_tqdm:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from asft_kernels.data.limits import require_ratio
 from asft_kernels.errors import InputError
 from asft_kernels.files import replacing
 from asft_kernels.methods.fpo.autoencoder import SparseAutoencoder
@@ -69,6 +70,8 @@ def check_suffix(path: str | os.PathLike[str]) -> str:
 def _read_npz(path: Path) -> dict[str, Tensor]:
     numpy = importlib.import_module("numpy")
     try:
+        with zipfile.ZipFile(path) as parts:
+            require_ratio(sum(part.file_size for part in parts.infolist()), path.stat().st_size)
         with path.open("rb") as file, numpy.load(file) as arrays:  # without pickles, which run code
             return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
     except (OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:

@@ -1,0 +1,34 @@
+"""Each bad file of `bad_files.py`: its exit code, one line that says what is bad, and no code of its own is run."""
+
+import pytest
+
+pytest.importorskip("trl", reason="needs the train extra: trl")
+pytest.importorskip("safetensors", reason="needs the train extra: safetensors")
+
+import bad_files
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return bad_files.good(tmp_path_factory.mktemp("good"))
+
+
+@pytest.mark.parametrize("bad", bad_files.BAD_FILES, ids=lambda bad: f"{bad.kind}: {bad.what}")
+def test_a_bad_file_gets_one_line(good, tmp_path, bad):
+    code, said, everything = bad_files.outcome(bad, bad_files.fresh(good, tmp_path))
+    assert code == bad.code, everything
+    assert bad.says in said, everything
+    assert "Traceback" not in everything
+    assert "the payload ran" not in everything
+
+
+def test_the_page_has_them_all():
+    table = bad_files.PAGE.read_text().partition(bad_files.START)[2].partition(bad_files.END)[0]
+    shown = [line.split(" | ")[:2] for line in table.splitlines() if line.startswith("| ") and "---" not in line][1:]
+    assert [[kind.removeprefix("| "), what] for kind, what in shown] == [[b.kind, b.what] for b in bad_files.BAD_FILES]
