@@ -128,7 +128,7 @@ def of_checkpoint(damage: Callable[[Path], Any]) -> Callable[[World], list[str]]
     def make(world: World) -> list[str]:
         shutil.copytree(world.run, world.out)
         damage(world.out / "checkpoint-2")
-        return _train(world, "--resume", str(world.out / "checkpoint-2"))
+        return _train(world, "--resume", str(world.out / "checkpoint-2"), "--max_steps", "3")
 
     return make
 
@@ -206,6 +206,13 @@ def _nan_score(path: Path) -> None:
     values = [float("nan"), *table["rejected_logps"].to_pylist()[1:]]
     place = table.column_names.index("rejected_logps")
     parquet.write_table(table.set_column(place, "rejected_logps", pa.array(values)), path)
+
+
+def _bit_of_a_score(path: Path) -> None:
+    from pyarrow import parquet
+
+    column = parquet.read_metadata(path).row_group(0).column(2)  # chosen_logps
+    flip(path, (column.data_page_offset - 8) / path.stat().st_size)  # the last value of its dictionary
 
 
 def _weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
@@ -289,7 +296,7 @@ BAD_FILES = [
     BadFile(SCORES, "a folder", of_scores(folder), 2, "is a folder"),
     BadFile(SCORES, "JSON", of_scores(lambda path: path.write_text("{}")), 2, "is no Parquet file"),
     BadFile(SCORES, "half of it", of_scores(half), 2, "is no Parquet file"),
-    BadFile(SCORES, "a bit of a score", of_scores(lambda path: flip(path, 0.3)), 2, "cannot be read (could not verify"),
+    BadFile(SCORES, "a bit of a score", of_scores(_bit_of_a_score), 2, "cannot be read (could not verify"),
     BadFile(SCORES, "another Parquet file", of_scores(lambda p: stored(ROWS, p.parent, "parquet").rename(p)), 2,
             "without the notes of asft score"),
     BadFile(SCORES, "notes that are no JSON", of_scores(lambda path: _with_notes(path, lambda _: b"{")), 2,
@@ -324,7 +331,7 @@ BAD_FILES = [
     BadFile(MODEL, "a file", of_model(lambda model: (remove(model), model.write_text(""))), 2, "a file"),
     BadFile(MODEL, "config.json that is no JSON", of_model(lambda m: half(m / "config.json")), 2, NO_MODEL),
     BadFile(MODEL, "config.json of an unknown type", of_model(_config(model_type="none")), 2, NO_MODEL),
-    BadFile(MODEL, "code of its own", of_model(_own_code), 2, "trust_remote_code"),
+    BadFile(MODEL, "code of its own", of_model(_own_code), 2, "contains custom code"),
     BadFile(MODEL, "no weights", of_model(lambda m: remove(m / "model.safetensors")), 2, NO_MODEL),
     BadFile(MODEL, "half of model.safetensors", of_model(lambda m: half(m / "model.safetensors")), 2, NO_MODEL),
     BadFile(MODEL, "a bit of its header", of_model(lambda m: flip(m / "model.safetensors", 0)), 2, NO_MODEL),

@@ -5,7 +5,11 @@ import pytest
 pytest.importorskip("trl", reason="needs the train extra: trl")
 pytest.importorskip("safetensors", reason="needs the train extra: safetensors")
 
+import torch
+
 import bad_files
+from asft_kernels.errors import InputError
+from asft_kernels.score.table import load_scores
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -26,6 +30,23 @@ def test_a_bad_file_gets_one_line(good, tmp_path, bad):
     assert bad.says in said, everything
     assert "Traceback" not in everything
     assert "the payload ran" not in everything
+
+
+def test_no_bit_of_a_score_file_goes_unseen(good, tmp_path):
+    """Every 11th byte with a bit flipped: the scores are those that were written, or the file is refused."""
+    from asft_kernels.data import load_pairs
+    from tiny_lm import tiny_tokenizer
+
+    whole, path, tokenizer = good.scores.read_bytes(), tmp_path / "scores.parquet", tiny_tokenizer()
+    pairs, _ = load_pairs(good.data, tokenizer)
+    expected, refused = load_scores(good.scores, pairs, tokenizer), 0
+    for at in range(0, len(whole), 11):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        try:
+            assert torch.equal(load_scores(path, pairs, tokenizer), expected), at
+        except InputError:
+            refused += 1
+    assert refused > len(whole) // 11 // 2  # the rest is what nothing reads
 
 
 def test_the_page_has_them_all():

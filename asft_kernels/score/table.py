@@ -55,7 +55,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         raise InputError(f"scores: got {str(path)!r}, {what}; need a file that asft score wrote")
     try:
         found = (parquet.read_schema(path).metadata or {}).get(METADATA)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, NotImplementedError) as error:
         raise InputError(f"scores: {path} is no Parquet file ({error}); need one that asft score wrote") from error
     if found is None:
         raise InputError(f"scores: {path} is a Parquet file without the notes of asft score; need one that it wrote")
@@ -150,7 +150,7 @@ def _aligned(path: str | Path, metadata: dict[str, Any], pairs: "Dataset", names
         table = parquet.read_table(path, columns=["id", *names], page_checksum_verification=True)
         if len(table.column_names) <= len(names):
             raise ValueError(f"columns {', '.join(table.column_names) or 'none'}, need id, {', '.join(names)}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, NotImplementedError) as error:
         raise InputError(f"scores: {path} cannot be read ({error}); need it as asft score wrote it") from error
     row_of = {pair: row for row, pair in enumerate(table["id"].to_pylist())}
     ids = pairs["id"][:]
