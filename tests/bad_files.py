@@ -261,7 +261,7 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 ADAPTER = "adapter_config.json"
 UNREADABLE = "cannot be read beyond"
 NO_MODEL = "cannot be loaded as a causal language model"
-LONG = json.dumps({**ROWS[0], "prompt": "x" * (9 << 20)}).encode() + b"\n"
+LONG = json.dumps({**ROWS[0], "prompt": "x" * (5 << 20)}).encode() + b"\n"
 DATA, SCORES, CHECKPOINT, MODEL, SAE, CONFIG = (
     "data", "scores", "checkpoint", "model", "autoencoder", "config"
 )  # fmt: skip
@@ -283,7 +283,7 @@ BAD_FILES = [
     BadFile(DATA, "an array of numbers", of_data(b"[1, 2]"), 2, "not a JSON object"),
     BadFile(DATA, "a line of 100,000 brackets", of_data(LINES + b'{"a":' * 100_000 + b"\n"), 0, "unreadable JSON: 1"),
     BadFile(DATA, "a last line cut off", of_data(LINES[:-20]), 0, "unreadable JSON: 1 (line 12)"),
-    BadFile(DATA, "a line of 9 MiB", of_data(LINES + LONG), 0, "row over 8,388,608 bytes: 1 (line 13)"),
+    BadFile(DATA, "a line of 5 MiB", of_data(LINES + LONG), 0, "row over 4,194,304 bytes: 1 (line 13)"),
     BadFile(DATA, "200,000 empty lines", of_data(b"\n" * 200_000), 2, "more than 100,000 empty lines"),
     BadFile(DATA, "200,000 numbers", of_data(b"0\n" * 200_000), 2, "more than 100,000 rows up to 100001"),
     BadFile(DATA, "a gzip of 80 MiB of x", of_data(gzip.compress(b"x" * (80 << 20), 1)), 2, "200 times as large"),

@@ -215,6 +215,6 @@ def test_bombs_of_real_size(tmp_path, kind):
     )
     said, mebibytes, seconds = done.stdout.strip().rsplit("|", 2)
     print(kind, said[:200], mebibytes, "MiB", seconds, "s")
-    assert "8,388,608 bytes: 1 (line 2)" in said or "empty lines" in said or "200 times" in said
+    assert "4,194,304 bytes: 1 (line 2)" in said or "empty lines" in said or "200 times" in said
     assert int(mebibytes) < 64
     assert float(seconds) < 60
