@@ -35,10 +35,10 @@ def needed(name: str, extra: str, found: dict[str, str]) -> dict[str, str]:
 
 def licence(about: metadata.PackageMetadata) -> str:
     """The SPDX expression, else the classifiers, else the first line of what stands there."""
-    if expression := about.get("License-Expression"):
-        return expression
+    if "License-Expression" in about:
+        return about["License-Expression"]
     classified = [text.rpartition(" :: ")[2] for text in about.get_all("Classifier") or [] if "License" in text]
-    stated = (about.get("License") or "").strip()
+    stated = next(iter(about.get_all("License") or []), "").strip()
     return ", ".join(classified) or (stated.splitlines()[0] if stated else "not stated in its metadata")
 
 

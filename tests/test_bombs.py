@@ -18,7 +18,7 @@ from asft_kernels.cli import main as asft
 from asft_kernels.data import BadRow, limits, load_pairs, read_rows
 from asft_kernels.data.tokens import PairTokenizer
 from asft_kernels.errors import InputError
-from tiny_lm import pairs, stored, tiny_tokenizer, write_lines
+from tiny_lm import CHAT_TEMPLATE, pairs, stored, tiny_tokenizer, write_lines
 
 GOOD = pairs(3)
 LIMIT = 1000
@@ -138,7 +138,7 @@ def test_a_chat_template_that_loops_is_refused(monkeypatch):
 def test_a_chat_at_which_a_template_loops_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "TEMPLATE_SECONDS", 0.5)
     tokenizer = tiny_tokenizer(chat=True)
-    tokenizer.chat_template += "{% if 'violet' in messages[0]['content'] %}" + LOOPS + "{% endif %}"
+    tokenizer.chat_template = CHAT_TEMPLATE + "{% if 'violet' in messages[0]['content'] %}" + LOOPS + "{% endif %}"
     chats = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in GOOD]
     path = write_lines(tmp_path / "chats.jsonl", chats)
     with pytest.raises(InputError, match="data: line 3: the chat template takes more than"):
@@ -199,7 +199,7 @@ def bomb_of_real_size(kind, path):
     elif kind == "200 MiB of empty lines":
         path.write_bytes(good + b"\n" * (200 << 20))
     else:  # a gzip of 1 GiB
-        with gzip.open(path, "wb", compresslevel=1) as file:
+        with gzip.GzipFile(path, "wb", compresslevel=1) as file:
             for _ in range(1024):
                 file.write(b"x" * (1 << 20))
 

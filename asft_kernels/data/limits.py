@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-ROW_BYTES = (
-    4 << 20
-)  # of a line, or of a row of Parquet, Arrow and arrays: a million tokens; held by tokenizers 200 times
+ROW_BYTES = 4 << 20  # of a line, or of a row of Parquet, Arrow and arrays; tokenizers take 200 times that
 LINE_BYTES = 1 << 30  # of a line that is read over: beyond it the file is none of rows
 BAD_ROWS = 100_000  # unreadable ones or empty lines, one after another
 ARRAY_BYTES = 1 << 30  # of a JSON array, which is in memory as a whole
