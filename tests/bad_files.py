@@ -278,6 +278,7 @@ BAD_FILES = [
     BadFile(DATA, "bzip2", of_data(bz2.compress(LINES)), 2, "compressed with bzip2"),
     BadFile(DATA, "xz", of_data(lzma.compress(LINES)), 2, "compressed with xz"),
     BadFile(DATA, "a pickle", of_data(pickle.dumps(Payload(), 5)), 2, "binary file"),
+    BadFile(DATA, "a gzip of nothing known", of_data(b"\x1f\x8b" + 20 * b"?"), 2, UNREADABLE),
     BadFile(DATA, "half of a gzip", of_data(gzip.compress(LINES)[:150]), 2, UNREADABLE),
     BadFile(DATA, "half a JSON array", of_data(json.dumps(ROWS).encode()[:300]), 2, UNREADABLE),
     BadFile(DATA, "an array of numbers", of_data(b"[1, 2]"), 2, "not a JSON object"),

@@ -1,5 +1,8 @@
 """Each bad file of `bad_files.py`: its exit code, one line that says what is bad, and no code of its own is run."""
 
+import errno
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("trl", reason="needs the train extra: trl")
@@ -8,6 +11,7 @@ pytest.importorskip("safetensors", reason="needs the train extra: safetensors")
 import torch
 
 import bad_files
+from asft_kernels.cli import main as asft
 from asft_kernels.errors import InputError
 from asft_kernels.score.table import load_scores
 
@@ -30,6 +34,22 @@ def test_a_bad_file_gets_one_line(good, tmp_path, bad):
     assert bad.says in said, everything
     assert "Traceback" not in everything
     assert "the payload ran" not in everything
+
+
+def test_a_file_without_permission_is_one_line(good, tmp_path, monkeypatch, capsys):
+    """As root permissions do not bind: the error that others get is made here."""
+    opens = Path.open
+
+    def refuses(self, *args, **options):
+        if self == good.data:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return opens(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuses)
+    assert asft(["score", "--model", str(good.model), "--data", str(good.data), "--output_dir", str(tmp_path)]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert f"data: {good.data} cannot be read beyond line 0 ([Errno 13] Permission denied" in said[-1]
+    assert "Traceback" not in "".join(said)
 
 
 def test_no_bit_of_a_score_file_goes_unseen(good, tmp_path):

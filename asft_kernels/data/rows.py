@@ -50,6 +50,7 @@ class RowFile:
         self.path, self.argument = Path(path), argument
         self.number = 0  # of the last row that was read
         self.position = 0  # how far of `size`
+        self._kind: Kind | None = None  # lines, as long as nothing else is known
         self._kind = self._found_kind()
 
     @property
