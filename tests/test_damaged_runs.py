@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -192,3 +194,20 @@ def test_files_are_on_the_disk_before_their_digests(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "write_json", lambda path, _: order.append(path.name))
     write_digests(tmp_path)
     assert order == ["a", DIGESTS]
+
+
+@pytest.mark.slow
+def test_the_ranks_of_one_run_share_its_lock_and_its_digests(job, tmp_path):
+    """Two processes: files of both are in digests.json, and resuming takes an older checkpoint on both."""
+    folder = tmp_path / "out"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+               "asft_kernels.cli", *job, "--output_dir", str(folder)]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for more in ([], ["--resume"]):
+        done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        listed = json.loads((folder / NEW / DIGESTS).read_text())["files"]
+        assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(listed)
+        assert not what_is_broken(folder / NEW)
+        flip(folder / NEW / "rng_state_1.pth")
+    assert f"goes on from {folder / OLD}" in done.stdout
