@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from asft_kernels.errors import InputError
 from asft_kernels.files import digest_of_file, sync, write_json
+from asft_kernels.training.run_folder import METRICS, SETTINGS
 
 DIGESTS, STATE = "digests.json", "trainer_state.json"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
@@ -81,10 +82,10 @@ def _newest_first(folder: Path) -> list[Path]:
 
 def holds_run(folder: Path) -> bool:
     """Whether a new run would overwrite anything in folder; run.json alone is of one that had not begun."""
-    if (folder / "metrics.jsonl").is_file() and (folder / "metrics.jsonl").stat().st_size:
+    if (folder / METRICS).is_file() and (folder / METRICS).stat().st_size:
         return True
     left = ("checkpoint-*", *WEIGHTS)
-    return (folder / "run.json").is_file() and any(any(folder.glob(pattern)) for pattern in left)
+    return (folder / SETTINGS).is_file() and any(any(folder.glob(pattern)) for pattern in left)
 
 
 def what_is_broken(checkpoint: Path) -> str:
