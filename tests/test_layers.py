@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "asft_kernels"
 LAYERS = [  # each may import those before it
     "errors files",
+    "locks",
     "checks",
     "batch",
     "kernels reference",

@@ -195,7 +195,7 @@ def test_resume_refuses_what_would_be_another_experiment(job, whole_run, tmp_pat
         (checkpoint / "optimizer.pt").unlink()
     assert main(resume) == 2
     assert "no complete checkpoint in" in (said := capsys.readouterr().err)
-    assert "has no optimizer.pt (save_only_model keeps none)" in said
+    assert "(optimizer.pt is missing; save_only_model keeps none)" in said
 
 
 @pytest.mark.parametrize(

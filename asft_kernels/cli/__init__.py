@@ -1,8 +1,8 @@
 """asft: fused preference losses at the command line.
 
 asft COMMAND --help says what each takes. Names of options are TRL's (--model_name_or_path, --dataset_name, ...); `-`
-and `_` are the same in them. Exit codes: 0 done, 1 a bug (with its traceback) or a failed check of doctor, 2 what was
-given cannot be used (one line on stderr), 130 stopped by Ctrl-C.
+and `_` are the same in them. Exit codes: 0 done, 1 a disk that is full or fails (one line on stderr), a failed check
+of doctor, or a bug (with its traceback), 2 what was given cannot be used (one line), 130 stopped by Ctrl-C.
 """
 
 import importlib

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from asft_kernels.cli import frame
+from asft_kernels.locks import only_writer
 
 
 def parser() -> tuple[frame.CommandParser, dict[str, Any]]:
@@ -51,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         frame.require(("tqdm",))
         made, commands = parser()
         args = made.parse_args(argv)
-        frame.make_folder("output", Path(args.output).parent)
-        return commands[args.command].run(args)
+        output = Path(args.output)
+        frame.make_folder("output", output.parent)
+        with only_writer(output.with_name(f"{output.name}.lock"), "output", output):
+            return commands[args.command].run(args)
 
     return frame.run("asft data", body)

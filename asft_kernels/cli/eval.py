@@ -8,8 +8,10 @@ scored and generated stays on disk: the same command goes on where a run stopped
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from asft_kernels.cli import frame
+from asft_kernels.locks import only_writer
 
 
 def parser() -> frame.CommandParser:
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         frame.make_folder("--output_dir", args.output)
         from asft_kernels.evaluation.run import run
 
-        run(args)
+        with only_writer(Path(args.output) / "eval.lock", "--output_dir", args.output):
+            run(args)
 
     return frame.run("asft eval", body, stopped="what is scored and generated is kept, the same command goes on")

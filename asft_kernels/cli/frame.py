@@ -1,6 +1,7 @@
 """How every command reads its options, and the one way in which it fails."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -14,6 +15,11 @@ OF_TRAIN = (
     "accelerate", "datasets", "gguf", "huggingface_hub", "matplotlib", "numpy", "peft", "pyarrow", "rouge_score",
     "sacrebleu", "safetensors", "tokenizers", "tqdm", "transformers", "trl",
 )  # fmt: skip
+
+DISK = {errno.ENOSPC: "is full", errno.EDQUOT: "is full for this user", errno.EFBIG: "takes no file of that size",
+        errno.EIO: "fails"}  # fmt: skip
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENOENT, errno.ELOOP,
+             errno.ENAMETOOLONG)  # fmt: skip
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -110,8 +116,8 @@ def run(command: str, body: Callable[[], int | None], *, stopped: str = "the sam
         stopped: what Ctrl-C leaves, and how to go on.
 
     Returns:
-        The exit code: the body's own; 2 for an InputError, a package of the train extra that is missing, and memory
-        that is used up; 130 for Ctrl-C.
+        The exit code: the body's own; 2 for an InputError, a package of the train extra that is missing, a file that
+        may not be read or written, and memory that is used up; 1 for a disk that is full or fails; 130 for Ctrl-C.
 
     Raises:
         Exception: any other, which is a bug: it keeps its traceback, and Python exits with 1.
@@ -127,22 +133,39 @@ def run(command: str, body: Callable[[], int | None], *, stopped: str = "the sam
         return _fail(command, f'{package}: not installed; pip install "asft_kernels[train]"')
     except KeyboardInterrupt:
         return _fail(command, f"stopped; {stopped}", 130)
-    except RuntimeError as error:
+    except Exception as error:
+        if _is_out_of_memory(error):
+            return _fail(command, f"the device has too little memory ({first_line(error)}); try a smaller batch")
         if _is_of_another_rank(error):
             return _fail(command, "another rank ended, which says why")
-        if not _is_out_of_memory(error):
-            raise
-        return _fail(command, f"the device has too little memory ({first_line(error)}); try a smaller batch")
+        if disk := _of_disk(error):
+            return _fail(command, f"{disk}; what was complete is kept: make room, and {stopped}", 1)
+        if isinstance(error, OSError) and error.errno in FORBIDDEN and error.filename is not None:
+            return _fail(command, f"{error.filename}: {error.strerror}; name another, or mend it")
+        raise
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def _of_disk(error: Exception) -> str:
+    """What is wrong with the disk, "" for an error of another kind. torch and safetensors raise no OSError."""
+    text = first_line(error)
+    if isinstance(error, OSError):
+        number = error.errno
+    elif type(error).__name__ == "SafetensorError":
+        number = next((number for number in DISK if f"(os error {number})" in text), None)
+    else:  # torch does not say why
+        writing = isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "unexpected pos" in text)
+        number = errno.ENOSPC if writing else None
+    return f"the disk {DISK[number]} ({text})" if number in DISK else ""
+
+
+def _is_out_of_memory(error: Exception) -> bool:
     torch = sys.modules.get("torch")  # if nothing has imported it, the error is not its own
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
-def _is_of_another_rank(error: RuntimeError) -> bool:
+def _is_of_another_rank(error: Exception) -> bool:
     """gloo's error where a rank that it waits for has ended."""
-    return "gloo" in str(error) and "by peer" in str(error)
+    return isinstance(error, RuntimeError) and "gloo" in str(error) and "by peer" in str(error)
 
 
 def first_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ import yaml
 from transformers import TrainingArguments
 from trl import TrlParser
 
-from asft_kernels.errors import InputError
+from asft_kernels.errors import InputError, of_a_library
 from asft_kernels.training.arguments import DataArguments, ModelArguments
 from asft_kernels.training.config import PreferenceConfig
 
@@ -69,7 +69,9 @@ class TrainParser(TrlParser):
                 raise
             need = "it for a DeepSpeed config; pip install deepspeed, or shard with --fsdp true"
             raise InputError(f"deepspeed: not installed, need {need}") from error
-        except (OSError, ValueError) as error:  # of TRL's and transformers' own checks of arguments
+        except (OSError, TypeError, ValueError) as error:  # of TRL's and transformers' own checks of arguments
+            if not of_a_library(error):
+                raise
             raise InputError(_in_one_line(error)) from error
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from asft_kernels.data import limits
 from asft_kernels.data.pair import BOTH, Pair, parse_pair
 from asft_kernels.data.reference import reference_columns, with_references
 from asft_kernels.data.report import DataReport
@@ -125,8 +126,13 @@ def _stored_rows(names: list[str | Path], split: str, config: str | None) -> "tu
 
 def _file_rows(files: list[Path]) -> Iterator[str]:
     for file in files:
-        for _, stored in RowFile(file):
+        bad = 0  # one after another
+        for number, stored in RowFile(file):
             row = parse_row(stored)
+            bad = bad + 1 if isinstance(row, BadRow) else 0
+            if bad > limits.BAD_ROWS:
+                raise InputError(f"data: {file}: more than {limits.BAD_ROWS:,} rows up to {number} that cannot be read "
+                                 f"(the last: {row}); need a file of {KINDS}")  # fmt: skip
             yield json.dumps(_problem(row) if isinstance(row, BadRow) else row, default=str)
 
 
@@ -176,6 +182,8 @@ def _tokenised(
         pair = parse_pair(row, answers)
         tokens = encode(pair)
         references = reference_columns(row, tokens)
+    except limits.SlowTemplate as error:
+        raise InputError(f"data: line {example['line']}: {error}") from error
     except BadRow as problem:
         return {"id": "", "prompt_ids": [], **{f"{name}_ids": [] for name in answers},
                 "references": "{}", "problem": _problem(problem), "notes": []}  # fmt: skip

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from asft_kernels.data.stored import ARRAY, BY_FIRST_BYTES, SAVED_FOLDER, Kind, open_text
+from asft_kernels.data import limits
+from asft_kernels.data.stored import ARRAY, BY_FIRST_BYTES, SAVED_FOLDER, BadRow, Kind, open_text, too_large
 from asft_kernels.errors import InputError
 
 OTHER_KINDS = {  # what else data often comes as, by its first bytes
@@ -20,15 +21,7 @@ OTHER_KINDS = {  # what else data often comes as, by its first bytes
 KINDS = "JSON lines or a JSON array (plain or gzipped), Parquet or Arrow, or a folder that datasets saved"
 CSV_HEADER = re.compile(rb'["\w ]+([,;\t]["\w ]+)+')  # of a first line: names of columns
 PEEKED = 512  # bytes of text in which a file of another kind shows
-
-
-class BadRow(ValueError):
-    """One unusable row. `kind` is what the summary counts; `detail` is for this row's message."""
-
-    def __init__(self, kind: str, detail: str = ""):
-        super().__init__(f"{kind}: {detail}" if detail else kind)
-        self.kind = kind
-        self.detail = detail
+Stored = bytes | dict[str, Any] | BadRow
 
 
 def read_rows(path: str | Path, argument: str = "data") -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
@@ -40,7 +33,8 @@ def read_rows(path: str | Path, argument: str = "data") -> Iterator[tuple[int, d
 class RowFile:
     """Reads the rows of a file as they are stored: (number from 1, a line's bytes or the dict of a stored row).
 
-    A few rows are in memory at a time, of a JSON array all. An empty line is a row of no bytes, except at the very
+    A few rows are in memory at a time, of a JSON array the text; `limits` says how large they may be: a larger row is a
+    BadRow, read over, and a file of nothing else is refused. An empty line is a row of no bytes, except at the very
     end of the file. Arrow cannot tell a missing key from a null: both are missing, inside of rows too.
 
     Args:
@@ -56,6 +50,7 @@ class RowFile:
         self.path, self.argument = Path(path), argument
         self.number = 0  # of the last row that was read
         self.position = 0  # how far of `size`
+        self._kind: Kind | None = None  # lines, as long as nothing else is known
         self._kind = self._found_kind()
 
     @property
@@ -69,7 +64,7 @@ class RowFile:
         with self._reading():
             return self._kind.count(self.path) if self._kind else self.path.stat().st_size
 
-    def __iter__(self) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
+    def __iter__(self) -> Iterator[tuple[int, Stored]]:
         with self._reading():
             yield from self._stored_rows(self._kind) if self._kind else self._lines()
 
@@ -108,22 +103,24 @@ class RowFile:
         if not (self.path / "state.json").is_file():
             raise self._wrong(f"got {str(self.path)!r}, is a folder that datasets did not save; need a file of {KINDS}")
 
-    def _lines(self) -> Iterator[tuple[int, bytes]]:
+    def _lines(self) -> Iterator[tuple[int, Stored]]:
         empty = 0  # lines just before
         with open_text(self.path) as (file, raw):
-            for self.number, line in enumerate(file, start=1):
-                if not line.strip():
+            for self.number, line in enumerate(_bounded(file, raw), start=1):
+                if isinstance(line, bytes) and not line.strip():
                     empty += 1
+                    if empty > limits.BAD_ROWS:
+                        raise limits.TooLarge(f"more than {limits.BAD_ROWS:,} empty lines up to line {self.number}")
                     continue
                 yield from ((number, b"") for number in range(self.number - empty, self.number))
                 empty, self.position = 0, raw.tell()
                 yield self.number, line
 
-    def _stored_rows(self, kind: Kind) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
+    def _stored_rows(self, kind: Kind) -> Iterator[tuple[int, Stored]]:
         for row in kind.rows(self.path):
             self.number += 1
             self.position = self.number
-            yield self.number, row if isinstance(row, dict) else json.dumps(row).encode()
+            yield self.number, row if isinstance(row, dict | BadRow) else json.dumps(row).encode()
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -132,6 +129,8 @@ class RowFile:
             yield
         except InputError:
             raise
+        except limits.TooLarge as error:
+            raise self._wrong(f"{self.path}: {error}") from error
         except ImportError as error:
             raise self._wrong(f'{self.path} needs {error.name}: pip install "asft_kernels[train]"') from error
         # pyarrow's are among these; RecursionError: JSON nested too deep
@@ -144,9 +143,27 @@ class RowFile:
         return InputError(f"{self.argument}: {text}")
 
 
-def parse_row(stored: bytes | dict[str, Any]) -> dict[str, Any] | BadRow:
+def _bounded(file: Any, raw: Any) -> Iterator[bytes | BadRow]:
+    """Lines of a file of bytes; one over the limit is read over, a part at a time."""
+    read, zipped = 0, file is not raw
+    while line := file.readline(limits.ROW_BYTES + 1):
+        part, size = line, len(line)
+        while len(part) > limits.ROW_BYTES and not part.endswith(b"\n"):
+            part = file.readline(limits.ROW_BYTES + 1)
+            size += len(part)
+            if size > limits.LINE_BYTES:
+                raise limits.TooLarge(f"a line of more than {limits.LINE_BYTES:,} bytes; need one row a line")
+            if zipped:
+                limits.require_ratio(read + size, raw.tell())
+        read += size
+        if zipped:
+            limits.require_ratio(read, raw.tell())
+        yield too_large(size) if size - line.endswith(b"\n") > limits.ROW_BYTES else line
+
+
+def parse_row(stored: Stored) -> dict[str, Any] | BadRow:
     """Returns a row of `RowFile`, or what is wrong with it."""
-    if isinstance(stored, dict):
+    if isinstance(stored, dict | BadRow):
         return stored
     if not stored:
         return BadRow("empty line")

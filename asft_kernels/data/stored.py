@@ -2,29 +2,52 @@
 
 import gzip
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from asft_kernels.data import limits
+
 GZIP_MAGIC = b"\x1f\x8b"
 ROWS_AT_ONCE = 64  # of Parquet and Arrow, as Python objects
+BLANK = re.compile(r"[ \t\n\r]*")
+
+
+class BadRow(ValueError):
+    """One unusable row. `kind` is what the summary counts; `detail` is for this row's message."""
+
+    def __init__(self, kind: str, detail: str = ""):
+        super().__init__(f"{kind}: {detail}" if detail else kind)
+        self.kind = kind
+        self.detail = detail
+
+
+def too_large(size: int) -> BadRow:
+    return BadRow(f"row over {limits.ROW_BYTES:,} bytes", f"{size:,}")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """rows: path -> its rows, a JSON value each. count: path -> how many, from an index where there is one."""
+    """rows: path -> its rows, a JSON value or BadRow each. count: path -> how many, from an index if there is one."""
 
     rows: Callable[[Path], Iterator[Any]]
     count: Callable[[Path], int]
 
 
 def _arrow(tables: Callable[[Path], Iterator[Any]], count: Callable[[Path], int]) -> Kind:
-    def rows(path: Path) -> Iterator[dict[str, Any]]:
+    def rows(path: Path) -> Iterator[dict[str, Any] | BadRow]:
         for table in tables(path):
             for start in range(0, table.num_rows, ROWS_AT_ONCE):
-                yield from map(without_nulls, table.slice(start, ROWS_AT_ONCE).to_pylist())
+                part = table.slice(start, ROWS_AT_ONCE)
+                if part.nbytes <= limits.ROW_BYTES:
+                    yield from map(without_nulls, part.to_pylist())
+                    continue
+                for row in (part.slice(index, 1) for index in range(part.num_rows)):
+                    size = row.nbytes
+                    yield too_large(size) if size > limits.ROW_BYTES else without_nulls(row.to_pylist()[0])
 
     return Kind(rows, count)
 
@@ -41,6 +64,8 @@ def _parquet_batches(path: Path) -> Iterator[Any]:
 
     # Without a buffer size a whole row group, often the whole file, is read at once.
     with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+        groups = (file.metadata.row_group(index) for index in range(file.metadata.num_row_groups))
+        limits.require_ratio(sum(group.total_byte_size for group in groups), path.stat().st_size)
         yield from file.iter_batches(batch_size=ROWS_AT_ONCE)
 
 
@@ -96,13 +121,40 @@ def open_text(path: Path) -> Iterator[tuple[Any, Any]]:
         yield (gzip.GzipFile(fileobj=raw) if zipped else raw), raw
 
 
-def _array(path: Path) -> list[Any]:
-    """All of it at once: JSON has no marks between rows."""
+def _array(path: Path) -> Iterator[Any]:
+    """The text as a whole, as JSON has no marks between rows; the rows one by one."""
     with open_text(path) as (file, _):
-        return json.loads(file.read().decode("utf-8-sig"))
+        size = path.stat().st_size
+        most = min(limits.ARRAY_BYTES, max(limits.GZIP_BYTES, limits.GZIP_TIMES * size))
+        content = file.read((most if isinstance(file, gzip.GzipFile) else limits.ARRAY_BYTES) + 1)
+    if len(content) > limits.ARRAY_BYTES:
+        raise limits.TooLarge(f"a JSON array of more than {limits.ARRAY_BYTES:,} bytes; need one row a line")
+    limits.require_ratio(len(content), size)
+    text = content.decode("utf-8-sig")
+    del content
+    decode = json.JSONDecoder().raw_decode
+    end = _after_blank(text, _after_blank(text, 0) + 1)
+    if text[end : end + 1] != "]":
+        while True:
+            start = end
+            row, end = decode(text, start)
+            yield too_large(end - start) if end - start > limits.ROW_BYTES else row
+            end = _after_blank(text, end)
+            if text[end : end + 1] == "]":
+                break
+            if text[end : end + 1] != ",":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+            end = _after_blank(text, end + 1)
+    if _after_blank(text, end + 1) < len(text):
+        raise json.JSONDecodeError("Extra data", text, end + 1)
 
 
-ARRAY = Kind(lambda path: iter(_array(path)), lambda path: len(_array(path)))
+def _after_blank(text: str, start: int) -> int:
+    found = BLANK.match(text, start)
+    return found.end() if found else start
+
+
+ARRAY = Kind(_array, lambda path: sum(1 for _ in _array(path)))
 SAVED_FOLDER = _arrow(_saved_tables, _saved_count)
 BY_FIRST_BYTES = {
     b"PAR1": _arrow(_parquet_batches, _parquet_count),

@@ -7,6 +7,7 @@ one thing: where a tokenizer writes its BOS before a text that begins with it, o
 from dataclasses import dataclass, field
 from typing import Any
 
+from asft_kernels.data.limits import SlowTemplate, rendering
 from asft_kernels.data.pair import Messages, Pair, Text
 from asft_kernels.data.rows import BadRow
 from asft_kernels.errors import InputError
@@ -117,7 +118,8 @@ class PairTokenizer:
         from jinja2.exceptions import TemplateError  # transformers has rendered with it by now
 
         try:
-            return list(self._encode(self.processing_class, messages, **context, **options)["input_ids"])
+            with rendering():
+                return list(self._encode(self.processing_class, messages, **context, **options)["input_ids"])
         except (TemplateError, TypeError, ValueError, KeyError) as error:  # what templates raise on odd rows
             raise BadRow("the chat template refuses the chat", str(error)) from error
 
@@ -132,8 +134,12 @@ class PairTokenizer:
         return "".join(part["text"] for part in content)
 
     def _shows(self, content: Text) -> bool:
+        message = {"role": "user", "content": content}
         try:
-            shown = self.processing_class.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+            with rendering():
+                shown = self.processing_class.apply_chat_template([message], tokenize=False)
+        except SlowTemplate as error:
+            raise InputError(f"processing_class: {error}") from error
         except Exception:  # whatever a template raises on a form that it does not take
             return False
         return PROBE in shown and "'type'" not in shown and '"type"' not in shown

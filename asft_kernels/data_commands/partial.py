@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from asft_kernels.data import BadRow
-from asft_kernels.data.rows import RowFile
+from asft_kernels.data.rows import RowFile, Stored
 from asft_kernels.data_commands.report import Report
 from asft_kernels.errors import InputError
-from asft_kernels.files import replacing
+from asft_kernels.files import replacing, sync
 
 COMMIT_BYTES = 1 << 20  # of output held back at most, before OUT.partial and OUT.state are brought together
 COMMIT_SECONDS = 1.0  # and after this time at the next batch
@@ -83,7 +83,7 @@ class Partial:
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    def new_rows(self, rows: Iterable[tuple[int, bytes | Row]]) -> Iterator[tuple[int, bytes | Row]]:
+    def new_rows(self, rows: Iterable[tuple[int, Stored]]) -> Iterator[tuple[int, Stored]]:
         """Those of a RowFile that were not done before. Raises InputError if the first are not those that were done."""
         number, done = 0, self.state.line
         other = InputError(f"output: {self.path} was begun from another input than {self.source.path}; {self._anew}")
@@ -131,6 +131,7 @@ class Partial:
             raise InputError(f"input: no row of {self.source.path} gave a row to write{first}\n{self.report}")
         self._flush()
         self.file.close()
+        sync(self.path)
         self.path.replace(self.output)
         self.state_path.unlink(missing_ok=True)
 

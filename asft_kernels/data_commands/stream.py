@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from asft_kernels.data.rows import KINDS, BadRow, RowFile, parse_row
+from asft_kernels.data.rows import KINDS, BadRow, RowFile, Stored, parse_row
 from asft_kernels.data_commands.partial import Partial, Row
 from asft_kernels.data_commands.report import Report
 from asft_kernels.errors import InputError
@@ -89,14 +89,14 @@ def run_stream(args: argparse.Namespace, convert: Convert, *, batch_size: int = 
     return report
 
 
-def _shown(source: RowFile, bar: Any) -> Iterator[tuple[int, bytes | Row]]:
+def _shown(source: RowFile, bar: Any) -> Iterator[tuple[int, Stored]]:
     """The rows of source, as the progress bar shows them."""
     for entry in source:
         yield entry
         bar.update(source.position - bar.n)
 
 
-def _batches(stored: Iterator[tuple[int, bytes | Row]], size: int) -> Iterator[list[tuple[int, Row | BadRow]]]:
+def _batches(stored: Iterator[tuple[int, Stored]], size: int) -> Iterator[list[tuple[int, Row | BadRow]]]:
     """Batches of (number, row or what is wrong with it)."""
     batch = []
     for number, row in stored:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from asft_kernels.errors import InputError
+from asft_kernels.errors import InputError, of_a_library
 
 DEFAULT_LENGTH = 1024  # tokens of prompt and answer, TRL's
 # Files that say, beside the weights, what a model makes of a text.
@@ -24,8 +24,8 @@ def load_tokenizer(model: str) -> tuple[Any, Any]:
 
     _plausible(model)
     with loading(model):
-        config = AutoConfig.from_pretrained(_base_of_adapter(model) or model)
-        return AutoTokenizer.from_pretrained(model), config
+        config = AutoConfig.from_pretrained(_base_of_adapter(model) or model, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False), config
 
 
 def _plausible(model: str) -> None:
@@ -46,12 +46,27 @@ def _plausible(model: str) -> None:
 
 
 def load_causal_lm(model: str, dtype: str) -> Any:
-    """dtype: "float32", "bfloat16", ..., or "auto": as stored."""
+    """Loads a model, of whose weights none may be missing: transformers would draw them at random.
+
+    Args:
+        model: a folder, or a name on the hub. Code that it brings is not run.
+        dtype: "float32", "bfloat16", ..., or "auto": as stored.
+
+    Raises:
+        InputError: it cannot be read, or its weights are not those of its configuration.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     with loading(model):
-        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        both: Any = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), trust_remote_code=False,
+            output_loading_info=True,
+        )  # fmt: skip
+        loaded, found = both
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(f"weights without {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}")
+        return loaded
 
 
 def load_processor(model: str, *, trust_remote_code: bool = False, revision: str = "main") -> tuple[Any, Any]:
@@ -87,7 +102,14 @@ def load_trainable_adapter(folder: str, keywords: dict[str, Any]) -> Any:
 
 def _base_of_adapter(model: str) -> str | None:
     file = Path(model) / "adapter_config.json"
-    return json.loads(file.read_text())["base_model_name_or_path"] if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"--model: {file} is damaged ({type(error).__name__}: {error}); need it as peft saves it"
+        ) from error
 
 
 def digest_of_model(model: str) -> str:
@@ -118,7 +140,12 @@ def loading(model: str) -> Iterator[None]:
     """Makes InputError of what from_pretrained raises where a model cannot be read."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (InputError, ModuleNotFoundError, MemoryError):
+        raise
+    except Exception as error:  # of safetensors, tokenizers, pickle and torch each their own
+        expected = isinstance(error, OSError | ValueError) or of_a_library(error)
+        if not expected or type(error).__name__ == "OutOfMemoryError":
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"--model: {model!r} cannot be loaded as a causal language model with its "

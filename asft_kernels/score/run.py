@@ -12,6 +12,7 @@ import torch
 from asft_kernels import __version__
 from asft_kernels.data import load_pairs, with_labels
 from asft_kernels.errors import InputError
+from asft_kernels.locks import only_writer
 from asft_kernels.models import PreferenceModel
 from asft_kernels.models.loading import digest_of_model, fitted_length, load_causal_lm, load_tokenizer
 from asft_kernels.score.scoring import ScoredBatch, score_pairs
@@ -25,6 +26,7 @@ SAME_TO_GO_ON = ("model", "model_files", "dtype", "tokenizer", "ids", "max_lengt
 def run(args: Namespace, say: Callable[[str], None] = print) -> list[Path]:
     """Scores args.data under each of args.model; the files. InputError on bad input."""
     paths = [score_path(args.output, model) for model in args.model]
+    Path(args.output).mkdir(parents=True, exist_ok=True)
     for index, path in enumerate(paths):
         if path in paths[:index]:
             both = f"{args.model[paths.index(path)]!r} and {args.model[index]!r}"
@@ -35,7 +37,8 @@ def run(args: Namespace, say: Callable[[str], None] = print) -> list[Path]:
         args.max_length = fitted_length(config, args.max_length)
         tokenizers.append((tokenizer, config.get_text_config().vocab_size))
     for model, (tokenizer, vocab_size), path in zip(args.model, tokenizers, paths, strict=True):
-        _score_under(model, tokenizer, vocab_size, path, args, say)
+        with only_writer(path.with_suffix(".lock"), "--output_dir", path):
+            _score_under(model, tokenizer, vocab_size, path, args, say)
     return paths
 
 
@@ -71,7 +74,6 @@ def _score_under(
         _same_command(path, read_metadata(path), metadata)
         say(f"{path}: complete already, left as it is")
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = UnfinishedScores(path.with_suffix(".unfinished.jsonl"))
     if unfinished.metadata is not None:
         _same_command(unfinished.path, unfinished.metadata, metadata)

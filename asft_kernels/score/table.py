@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SIDES = ("chosen", "rejected")
+NEEDED = ("model", "tokenizer", "data", "max_length", "token_logps")  # of the metadata
 METADATA = b"asft_score"  # key of the Parquet schema's metadata; its value is JSON
 Paths = str | Path | Sequence[str | Path]
 
@@ -42,7 +43,7 @@ def write_scores(path: Path, rows: Iterable[dict[str, Any]], metadata: dict[str,
     columns = {name: pa.array([row[name] for row in rows], kind) for name, kind in fields.items()}
     table = pa.table(columns).replace_schema_metadata({METADATA: json.dumps(metadata)})
     with replacing(path) as partial:
-        parquet.write_table(table, partial)
+        parquet.write_table(table, partial, write_page_checksum=True)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -54,11 +55,18 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         raise InputError(f"scores: got {str(path)!r}, {what}; need a file that asft score wrote")
     try:
         found = (parquet.read_schema(path).metadata or {}).get(METADATA)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, NotImplementedError) as error:
         raise InputError(f"scores: {path} is no Parquet file ({error}); need one that asft score wrote") from error
     if found is None:
         raise InputError(f"scores: {path} is a Parquet file without the notes of asft score; need one that it wrote")
-    return json.loads(found)
+    try:
+        metadata = json.loads(found)
+        missing = [name for name in NEEDED if name not in metadata]
+    except (ValueError, TypeError) as error:
+        raise InputError(f"scores: {path} has damaged notes ({error}); need them as asft score wrote them") from error
+    if missing:
+        raise InputError(f"scores: {path} has notes without {', '.join(missing)}; need them as asft score wrote them")
+    return metadata
 
 
 def load_scores(paths: Paths, pairs: "Dataset", tokenizer: Any) -> Tensor:
@@ -134,9 +142,16 @@ def _same_tokens(paths: Paths, pairs: "Dataset", tokenizer: Any, names: list[str
 
 def _aligned(path: str | Path, metadata: dict[str, Any], pairs: "Dataset", names: list[str]) -> Any:
     """The pyarrow.Table of the file's columns `names`, a row for each pair, in their order."""
+    import pyarrow as pa
     from pyarrow import parquet
+    from pyarrow.compute import call_function
 
-    table = parquet.read_table(path, columns=["id", *names])
+    try:
+        table = parquet.read_table(path, columns=["id", *names], page_checksum_verification=True)
+        if len(table.column_names) <= len(names):
+            raise ValueError(f"columns {', '.join(table.column_names) or 'none'}, need id, {', '.join(names)}")
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise InputError(f"scores: {path} cannot be read ({error}); need it as asft score wrote it") from error
     row_of = {pair: row for row, pair in enumerate(table["id"].to_pylist())}
     ids = pairs["id"][:]
     missing = [index for index, pair in enumerate(ids) if pair not in row_of]
@@ -147,7 +162,14 @@ def _aligned(path: str | Path, metadata: dict[str, Any], pairs: "Dataset", names
             f"{ids[missing[0]]}): it was made from {metadata['data']!r} with {_limits(metadata)}; score this data "
             "with the same"
         )
-    return table.take([row_of[pair] for pair in ids])
+    table = table.take([row_of[pair] for pair in ids])
+    for name in names:
+        column = table[name]
+        if pa.types.is_list(column.type):
+            column = call_function("list_flatten", [column])
+        if not np.isfinite(column.to_numpy()).all():
+            raise InputError(f"scores: {path} has a value in {name} that is not a finite number; score again")
+    return table
 
 
 def _limits(metadata: dict[str, Any]) -> str:

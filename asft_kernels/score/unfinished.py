@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from asft_kernels.errors import InputError
+
 
 class UnfinishedScores:
     """JSON lines: first the metadata, then a row a pair. What a killed run left half written is dropped.
@@ -28,10 +30,15 @@ class UnfinishedScores:
                 if not text.endswith(b"\n"):
                     break
                 complete += len(text)
-                if self.metadata is None:
-                    self.metadata = json.loads(text)
-                else:
-                    self._keep(json.loads(text))
+                try:
+                    if self.metadata is None:
+                        self.metadata = dict(json.loads(text))
+                    else:
+                        self._keep(json.loads(text))
+                except (ValueError, TypeError, KeyError, AttributeError) as error:
+                    raise InputError(
+                        f"--output_dir: {self.path} is damaged ({type(error).__name__}: {error}); delete that file"
+                    ) from error
         with self.path.open("rb+") as file:
             file.truncate(complete)
 

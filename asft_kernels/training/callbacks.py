@@ -30,11 +30,14 @@ class MetricsFile(TrainerCallback):
 
     def rows(self) -> list[dict[str, Any]]:
         rows = []
-        for line in self.path.read_text().splitlines() if self.path.is_file() else []:
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
+        for line in text.splitlines():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except json.JSONDecodeError:  # the line that a killed process was writing
                 continue
+            if isinstance(row, dict) and "step" in row:
+                rows.append(row)
         return rows
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:

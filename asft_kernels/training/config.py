@@ -24,6 +24,7 @@ TRLS_OWN = {
     "loss_type": ["sigmoid"], "loss_weights": None, "beta": 0.1, "label_smoothing": 0.0, "ld_alpha": None,
     "f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5, "use_weighting": False, "discopop_tau": 0.05,
 }  # fmt: skip
+COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
 
 @dataclass
@@ -143,7 +144,10 @@ class PreferenceConfig(DPOConfig):
         """What would otherwise fail far away."""
         if self.sharded_head not in (None, "gather", "stream"):
             raise InputError(f"sharded_head: got {self.sharded_head!r}, need 'gather', 'stream' or None")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        for name in ("learning_rate", "num_train_epochs", "max_steps", "ref_model_sync_steps", *COUNTS):
+            if not isinstance(getattr(self, name), int | float):
+                raise InputError(f"{name}: got {getattr(self, name)!r}, need a number")
+        for name in COUNTS:
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: got {getattr(self, name)}, need at least 1")
         if self.sync_ref_model and self.ref_model_sync_steps < 1:

@@ -1,6 +1,6 @@
 """One run: data with its report, model, evaluation, training, evaluation, curves, summary."""
 
-import json
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from transformers import IntervalStrategy, ProgressCallback, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import get_peft_config, get_quantization_config
@@ -24,6 +25,7 @@ from asft_kernels.score.table import tokenizer_fingerprint
 from asft_kernels.training import run_folder
 from asft_kernels.training.arguments import DataArguments, ModelArguments
 from asft_kernels.training.callbacks import Bar, LogTheRest, MetricsFile, StopWhenAsked, saves
+from asft_kernels.training.checkpoints import STATE, find_checkpoint, read_state
 from asft_kernels.training.collator import longest_first
 from asft_kernels.training.config import PreferenceConfig
 from asft_kernels.training.dry_run import describe
@@ -33,6 +35,8 @@ from asft_kernels.training.plot import plot_curves
 from asft_kernels.training.trainer import PreferenceTrainer
 
 Say = Callable[[str], None]
+# What libraries raise where a model cannot be loaded, or arguments do not go together.
+LOADING = (ImportError, NotImplementedError, OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError)
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,13 @@ def run(
         with TemporaryDirectory() as nowhere:  # the Trainer makes its folder
             config.output_dir = nowhere
             return _run(data, config, model, method_arguments, say, at_once)
-    return _run(data, config, model, method_arguments, say, at_once)
+    folder = Path(str(config.output_dir))
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir: {folder} is a file, need a folder; name another")
+    if not first:  # the first rank's lock is the run's
+        return _run(data, config, model, method_arguments, say, at_once)
+    with run_folder.taken(folder):
+        return _run(data, config, model, method_arguments, say, at_once)
 
 
 def _run(
@@ -97,9 +107,9 @@ def _run(
     first = config.process_index == 0
     folder = Path(str(config.output_dir))
     _check_lora(model)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir: {folder} is a file, need a folder; name another")
-    checkpoint = None if data.dry_run else _checkpoint(data.resume or config.resume_from_checkpoint, config, folder)
+    checkpoint = (
+        None if data.dry_run else _checkpoint(data.resume or config.resume_from_checkpoint, config, folder, say)
+    )
     name = _model_name(model)
     processor, model_config = load_processor(
         name, trust_remote_code=config.trust_remote_code, revision=model.model_revision
@@ -128,11 +138,6 @@ def _run(
     }  # fmt: skip
     if checkpoint:
         run_folder.require_same_settings(folder / run_folder.SETTINGS, settings, say)
-    if not data.dry_run:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"output_dir: {folder} cannot be made ({error.strerror}), need a folder") from error
     metrics, stop = MetricsFile(folder / run_folder.METRICS), StopWhenAsked(at_once)
     config.eval_on_start = read.evaluation is not None and checkpoint is None
     try:
@@ -143,8 +148,8 @@ def _run(
             peft_config=None if _is_adapter(name) else get_peft_config(model),
         )  # fmt: skip
         choose_backend(config.backend, config.device, torch.float32)
-    except (ImportError, NotImplementedError, ValueError) as error:
-        if isinstance(error, InputError) or not of_a_library(error):
+    except LOADING as error:
+        if isinstance(error, InputError | torch.OutOfMemoryError) or not of_a_library(error):
             raise
         raise InputError(f"{str(error).strip().splitlines()[0]} ({type(error).__name__})") from error
     if not config.disable_tqdm:
@@ -154,7 +159,7 @@ def _run(
     if data.dry_run:
         say(describe(trainer))
         return Result(folder, 0, False, folder / run_folder.CURVES, {}, 0, read.report)
-    done = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else None
+    done = read_state(checkpoint) if checkpoint else None
     if first:
         metrics.start(done["global_step"] if done else None)
         if not checkpoint:
@@ -162,7 +167,7 @@ def _run(
             write_json(folder / run_folder.SETTINGS, content)
     with stop.listening():
         _train(trainer, checkpoint, done)
-        before = _before(trainer, folder, resumed=checkpoint is not None)
+        before = _before(trainer, folder, say, resumed=checkpoint is not None)
         step = trainer.state.global_step
         if stop.stopped:
             rest = (
@@ -196,13 +201,13 @@ def _run(
     return Result(folder, trainer.state.global_step, stop.stopped, plot, changes, pairs, read.report)
 
 
-def _checkpoint(wanted: str | None, config: PreferenceConfig, folder: Path) -> Path | None:
+def _checkpoint(wanted: str | None, config: PreferenceConfig, folder: Path, say: Say) -> Path | None:
     """What the first rank finds, on all of them: others may look when it has begun to write."""
     answer: list[Any] = [None, None]
     if config.process_index == 0:
         try:
             ranks = 1 if config.save_on_each_node else config.world_size
-            answer[0] = run_folder.find_checkpoint(wanted, folder, ranks)
+            answer[0] = find_checkpoint(wanted, folder, say, ranks)
         except InputError as error:
             answer[1] = str(error)
     found, refused = broadcast_object_list(answer)
@@ -313,17 +318,27 @@ def _train(trainer: PreferenceTrainer, checkpoint: Path | None, done: dict[str, 
     if checkpoint and done and done["global_step"] >= last:  # ended after its last checkpoint: only the end is left
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.load_own_state(str(checkpoint))
-        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
         return
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except pickle.UnpicklingError as error:  # of torch.load with weights_only
+        raise InputError(
+            f"resume: {checkpoint} has a file that holds more than tensors and plain values, which could run code; "
+            "need a checkpoint as the Trainer saves it"
+        ) from error
 
 
-def _before(trainer: PreferenceTrainer, folder: Path, *, resumed: bool) -> Evaluation | None:
+def _before(trainer: PreferenceTrainer, folder: Path, say: Say, *, resumed: bool) -> Evaluation | None:
     """The evaluation of the model as it came, of this run or of the one that it resumes."""
     path = folder / BEFORE
-    if resumed:
+    if not resumed:
+        return trainer.first_evaluation
+    try:
         return Evaluation.load(path) if path.is_file() else None
-    return trainer.first_evaluation
+    except ValueError:
+        say(f"{path} is damaged: what training changed is not reported")
+        return None
 
 
 def _last(trainer: PreferenceTrainer) -> Evaluation:

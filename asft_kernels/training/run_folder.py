@@ -1,11 +1,12 @@
-"""The folder of a run: what it goes on from, and whether that is the same run."""
+"""The folder of a run: who writes it, and whether what is in it is the same run."""
 
 import hashlib
 import json
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import transformers
 import trl
 
 from asft_kernels.errors import InputError
-from asft_kernels.training.callbacks import MetricsFile
+from asft_kernels.files import digest_of_file
+from asft_kernels.locks import only_writer
 
 METRICS, SETTINGS, SUMMARY, CURVES = "metrics.jsonl", "run.json", "summary.json", "curves.png"
+LOCK = "run.lock"
 # What a resumed run may have otherwise (beginnings of names); with anything else it would be another experiment.
 # Where model and data lie may change, their digests not. max_steps: a run may go on for more steps, and says so.
 FREE_ON_RESUME = (
@@ -33,75 +36,41 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 RESUME = ("--resume", "--resume_from_checkpoint")
 
 
-def find_checkpoint(wanted: str | None, folder: Path, ranks: int = 1) -> Path | None:
-    """Returns the checkpoint to go on from; None to begin.
+@contextmanager
+def taken(folder: Path) -> Iterator[None]:
+    """Makes the folder and keeps every other run out of it until the block ends.
 
-    Args:
-        wanted: its folder; "last" for the newest complete one in folder; "auto" for the same, and to begin where there
-            is none, so that one command begins a run and goes on with it; None to begin.
-        ranks: how many processes write a checkpoint.
+    A folder that was made here and stays empty goes again.
 
     Raises:
-        InputError: where there is none, or folder holds another run.
+        InputError: it cannot be made or written, or another run is in it.
     """
-    if wanted is None:
-        if _holds_run(folder):
-            raise InputError(
-                f"output_dir: {folder} holds a run already; add --resume to go on with it, or name another folder"
-            )
-        return None
-    if wanted not in ("last", "auto"):
-        checkpoint = Path(wanted)
-        if _lacks(checkpoint, ranks):
-            raise InputError(f"resume: {wanted} is no complete checkpoint ({_lacks(checkpoint, ranks)} is missing)")
-        if checkpoint.resolve().parent != folder.resolve():
-            raise InputError(
-                f"output_dir: got {folder}, need {checkpoint.parent}, the folder of the run that {wanted} is of"
-            )
-        return checkpoint
-    found = sorted(
-        (path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()),
-        key=lambda path: int(path.name.split("-")[-1]),
-    )
-    complete = [path for path in found if not _lacks(path, ranks)]
-    if not complete and wanted == "auto" and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
-        return None
-    if not complete:
-        why = f"; {found[-1]} has no {_lacks(found[-1], ranks)} (save_only_model keeps none)" if found else ""
-        raise InputError(
-            f"resume: no complete checkpoint in {folder}{why}; leave --resume out and name a fresh --output_dir"
-        )
-    return complete[-1]
-
-
-def _holds_run(folder: Path) -> bool:
-    """Anything that a new run would overwrite; run.json alone is of one that had not begun."""
-    if MetricsFile(folder / METRICS).rows():
-        return True
-    return (folder / SETTINGS).is_file() and any(any(folder.glob(x)) for x in ("checkpoint-*", *WEIGHTS))
-
-
-def _lacks(checkpoint: Path, ranks: int) -> str:
-    """The first rank writes trainer_state.json last: a killed save lacks it or leaves half of it.
-
-    Other ranks may not have written the state of their generators by then.
-    """
+    there = folder.is_dir()
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        return "trainer_state.json"
-    # FSDP's in shards and whole, DeepSpeed's
-    sharded = any(any(checkpoint.glob(name)) for name in ("optimizer_*", "optimizer.bin", "global_step*"))
-    names = () if sharded else ("optimizer.pt", "scheduler.pt")
-    names = (*names, *(f"rng_state_{rank}.pth" for rank in range(ranks) if ranks > 1))
-    return next((name for name in names if not (checkpoint / name).is_file()), "")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output_dir: {folder} cannot be made ({error.strerror}), need a folder") from error
+    try:
+        with only_writer(folder / LOCK, "output_dir", folder):
+            yield
+    finally:
+        if not there:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
 
 
 def require_same_settings(path: Path, settings: Mapping[str, Any], say: Callable[[str], None]) -> None:
     """Raises InputError where the run's settings are others than those in its run.json."""
     if not path.is_file():
         return
-    old = json.loads(path.read_text())["settings"]
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        old.items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"resume: {path} is damaged ({type(error).__name__}: {error}), need that of the run; without it nobody can "
+            "say whether this is the same run: start another in another --output_dir"
+        ) from error
     settings = json.loads(json.dumps(settings, default=str))
     for name in settings:
         if name in old and old[name] != settings[name] and not name.startswith(FREE_ON_RESUME):
@@ -123,7 +92,7 @@ def digest_of_pairs(dataset: Any) -> str | None:
 
 def digest_of_files(paths: Iterable[str]) -> list[str]:
     """Of the contents of those that are files."""
-    return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if Path(path).is_file()]
+    return [digest_of_file(path) for path in paths if Path(path).is_file()]
 
 
 def versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +26,7 @@ from asft_kernels.models.fused import DIFFERENTIABLE
 from asft_kernels.models.seam import causal_lm
 from asft_kernels.objectives import Objective
 from asft_kernels.token_loss import preference_loss_from_logps
+from asft_kernels.training.checkpoints import write_digests
 from asft_kernels.training.collator import ENTRIES, Collator, counting_pairs
 from asft_kernels.training.config import PreferenceConfig
 from asft_kernels.training.figures import BEFORE, Evaluation, Window, pair_figures, pair_table, token_figures
@@ -410,6 +412,9 @@ class PreferenceTrainer(DPOTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._refuse_not_finite(self._loss_since_log())
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # files of every rank are there
+        if self.args.should_save:
+            write_digests(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         result = super().train(*args, **kwargs)
@@ -528,7 +533,13 @@ def _state(checkpoint: str, name: str) -> dict[str, Any]:
             f"resume_from_checkpoint: {checkpoint} has no {name}, need a checkpoint of the same objective and method, "
             "saved without save_only_model"
         )
-    return torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise InputError(
+            f"resume_from_checkpoint: {file} cannot be read as tensors and plain values ({type(error).__name__}); "
+            "need it as it was saved"
+        ) from error
 
 
 def _refuse_missing_inputs(objective: Any, method: Method) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from asft_kernels.data import with_labels
 from asft_kernels.errors import InputError
+from asft_kernels.files import replacing
 from asft_kernels.methods.fpo.autoencoder import SparseAutoencoder
 from asft_kernels.methods.fpo.features import pooled_features
 from asft_kernels.methods.fpo.hidden import HEAD_INPUT, check_layer, hidden_states
@@ -75,8 +76,7 @@ def write_reference_features(
     columns = (pairs[f"{name}_ids"] for name in ("prompt", *SIDES))
     lengths = [len(prompt) + max(len(c), len(r)) for prompt, c, r in zip(*columns, strict=True)]
     order = sorted(range(len(pairs)), key=lambda i: -lengths[i])  # little padding, and too large a batch shows at once
-    partial = Path(f"{os.fspath(path)}.partial")
-    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as file:
+    with replacing(path) as partial, pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as file:
         for start in tqdm(range(0, len(order), batch_size), desc="reference features", unit="batch"):
             rows = [pairs[i] for i in order[start : start + batch_size]]
             batch = {name: tensor.to(device) for name, tensor in with_labels(collate(rows)).items()}
@@ -91,7 +91,6 @@ def write_reference_features(
                 out[f"{side}_features"] = [index.numpy().astype(index_type.to_pandas_dtype()) for index in active]
                 out[f"{side}_values"] = [v[index].half().numpy() for v, index in zip(half, active, strict=True)]
             file.write_batch(pa.record_batch(out, schema=schema))
-    os.replace(partial, path)
 
 
 class ReferenceFeatures:

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from asft_kernels.data.limits import require_ratio
 from asft_kernels.errors import InputError
+from asft_kernels.files import replacing
 from asft_kernels.methods.fpo.autoencoder import SparseAutoencoder
 
 NEEDED = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -48,14 +50,13 @@ def write_sae(sae: SparseAutoencoder, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     suffix = check_suffix(path)
     tensors = {name: tensor.detach().cpu() for name, tensor in sae.named_parameters()}
-    partial = path.with_name(path.name + ".partial")
-    if suffix == ".npz":
-        numpy = importlib.import_module("numpy")
-        with partial.open("wb") as file:
-            numpy.savez(file, allow_pickle=False, **{name: tensor.numpy() for name, tensor in tensors.items()})
-    else:
-        importlib.import_module("safetensors.torch").save_file(tensors, partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        if suffix == ".npz":
+            numpy = importlib.import_module("numpy")
+            with partial.open("wb") as file:
+                numpy.savez(file, allow_pickle=False, **{name: tensor.numpy() for name, tensor in tensors.items()})
+        else:
+            importlib.import_module("safetensors.torch").save_file(tensors, partial)
 
 
 def check_suffix(path: str | os.PathLike[str]) -> str:
@@ -69,6 +70,8 @@ def check_suffix(path: str | os.PathLike[str]) -> str:
 def _read_npz(path: Path) -> dict[str, Tensor]:
     numpy = importlib.import_module("numpy")
     try:
+        with zipfile.ZipFile(path) as parts:
+            require_ratio(sum(part.file_size for part in parts.infolist()), path.stat().st_size)
         with path.open("rb") as file, numpy.load(file) as arrays:  # without pickles, which run code
             return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
     except (OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:

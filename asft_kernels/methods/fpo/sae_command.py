@@ -7,11 +7,9 @@ held out (every 8th line). Ctrl-C ends training early and writes what there is.
 """
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ import torch
 from asft_kernels.data import load_pairs, split_every_nth
 from asft_kernels.data_commands.fields import whole
 from asft_kernels.errors import InputError
+from asft_kernels.files import write_json
 from asft_kernels.methods.fpo.collect import collect_tokens
 from asft_kernels.methods.fpo.files import check_suffix, write_sae
 from asft_kernels.methods.fpo.hidden import HEAD_INPUT, check_layer
@@ -88,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
         "settings": settings, "steps_done": trainer.done, "training_tokens": len(tokens), "held_out": figures,
         "seconds": {"collecting": collected - begin, "training": time.perf_counter() - collected},
     }  # fmt: skip
-    Path(f"{options.output}.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(f"{options.output}.json", metrics)
     print(
         f"{options.output}: {trainer.done} steps; on {len(held_out)} held-out tokens explained variance "
         f"{figures['explained_variance']:.3f}, {figures['l0']:.1f} features a token, {figures['dead']:.1%} dead"
