@@ -14,7 +14,7 @@ pytest.importorskip("datasets", reason="needs the train extra: datasets")
 pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
 
 from asft_kernels.errors import InputError
-from asft_kernels.training.run_folder import find_checkpoint
+from asft_kernels.training.checkpoints import find_checkpoint
 from tiny_lm import pairs, saved_tiny_model, write_lines
 
 ROOT = Path(__file__).parents[1]
@@ -138,20 +138,20 @@ def checkpoint(folder, step, ranks):
 
 
 def test_auto_begins_where_there_is_no_checkpoint(tmp_path):
-    assert find_checkpoint("auto", tmp_path / "fresh") is None
+    assert find_checkpoint("auto", tmp_path / "fresh", print) is None
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')  # killed ahead of its first checkpoint
-    assert find_checkpoint("auto", tmp_path) is None
+    assert find_checkpoint("auto", tmp_path, print) is None
     first = checkpoint(tmp_path, 2, ranks=2)
     checkpoint(tmp_path, 4, ranks=1)
-    assert find_checkpoint("auto", tmp_path, 2) == find_checkpoint("last", tmp_path, 2) == first
+    assert find_checkpoint("auto", tmp_path, print, 2) == find_checkpoint("last", tmp_path, print, 2) == first
     with pytest.raises(InputError, match=r"checkpoint-4 is no complete checkpoint \(rng_state_1.pth is missing\)"):
-        find_checkpoint(str(tmp_path / "checkpoint-4"), tmp_path, 2)
+        find_checkpoint(str(tmp_path / "checkpoint-4"), tmp_path, print, 2)
 
 
 def test_auto_overwrites_no_finished_model(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(InputError, match="resume: no complete checkpoint in"):
-        find_checkpoint("auto", tmp_path)
+        find_checkpoint("auto", tmp_path, print)
 
 
 CONFIGS = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))

@@ -32,7 +32,6 @@ FREE_ON_RESUME = (
     "precompute_ref_batch_size", "skip_memory_metrics", "ddp_", "use_cpu", "deepspeed", "fsdp", "accelerator_config",
 )  # fmt: skip
 DIGESTS = ("training_pairs", "evaluation_pairs", "tokenizer", "files")
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 RESUME = ("--resume", "--resume_from_checkpoint")
 
 
