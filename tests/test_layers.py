@@ -14,12 +14,12 @@ LAYERS = [  # each may import those before it
     "batch",
     "kernels reference",
     "backends",
-    "machine_code",
+    "machine_code memory",
     "linear_logps sequence",
     "autotune",
     "options",
     "heads",
-    "token_logps",
+    "token_logps cost",
     "objectives",
     "outputs",
     "token_loss",
@@ -100,7 +100,7 @@ def test_works_from_a_bare_checkout(tmp_path):
     assert out.returncode == 0, out.stderr
 
 
-@pytest.mark.parametrize("module", ["functional", "nn"])
+@pytest.mark.parametrize("module", ["functional", "nn", "cost"])
 def test_docstring_examples(module):
     import doctest
     import importlib

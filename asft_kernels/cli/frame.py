@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from asft_kernels.errors import InputError
+from asft_kernels.errors import SHORTAGE, InputError, is_out_of_memory
 
 # What `pip install "asft_kernels[train]"` brings. Any other module that is missing is a bug.
 OF_TRAIN = (
@@ -128,14 +128,10 @@ def run(command: str, body: Callable[[], int | None], *, stopped: str = "the sam
     except KeyboardInterrupt:
         return _fail(command, f"stopped; {stopped}", 130)
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        return _fail(command, f"the device has too little memory ({first_line(error)}); try a smaller batch")
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    torch = sys.modules.get("torch")  # if nothing has imported it, the error is not its own
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+        advice = str(error).partition(SHORTAGE)[2] or "try a smaller batch"
+        return _fail(command, f"the device has too little memory ({first_line(error)}); {advice}")
 
 
 def first_line(error: Exception) -> str:
