@@ -1,4 +1,4 @@
-"""What a call will take, before it runs: bytes by term at each moment, and matrix products (memory.py has the terms)."""
+"""What a call will take, before it runs: bytes by term at each moment, and products (memory.py has the terms)."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,17 @@ from asft_kernels.backends.head_rows import EIGHT_BITS, FOUR_BITS, HeadRows, cod
 from asft_kernels.backends.plan import default_cache_bytes
 from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, Wanted
 from asft_kernels.heads import ALIGNED, ResolvedHead
-from asft_kernels.memory import ADVICE, GRAD_HIDDEN, GRAD_LOW_RANK, Sizes, Terms, in_units, largest, moments, operations
+from asft_kernels.memory import (
+    ADVICE,
+    GRAD_LOW_RANK,
+    Sizes,
+    Terms,
+    in_units,
+    largest,
+    moments,
+    operations,
+    tile_and_form,
+)
 from asft_kernels.options import Options
 
 COPY, GATHERED, ADAPTER = "copies of hidden", "gathered head", "columns of the adapter"
@@ -71,10 +81,9 @@ class Estimate:
 
     def __str__(self) -> str:
         of_cache = f", {self.cached} of them cached" if self.cached else ""
-        lines = [f"{self.what}; {self.chunks} chunks of {self.chunk:,} vocabulary rows{of_cache}", ""]
+        lines = [f"{self.what}; {self.chunks} chunks of {self.chunk:,} vocabulary rows{of_cache}"]
         counts = {**self.products, "together": sum(self.products.values())}
-        lines += [f"{kind:<32}{count:>17.2f}" for kind, count in [("products of N x V x D", 0.0), *counts.items()]]
-        lines[2] = f"{'products of N x V x D':<32}"
+        lines += ["", "products of N x V x D", *(f"{kind:<32}{count:>17.2f}" for kind, count in counts.items())]
         names = list(dict.fromkeys(term for terms in self.moments.values() for term in terms))
         table = [("MiB", *self.moments)]
         table += [
@@ -194,16 +203,21 @@ def of_head(
     product_dtype = torch.float32 if widened else dtype
     low_rank = rows.low_rank
     rank = 0 if low_rank is None else low_rank.shape[1]
+    adapts = low_rank is not None and low_rank.requires_grad
     sizes = Sizes(
         tokens, positions, rows.size[0], rows.columns, product_dtype, choose_backend(options.backend, device, dtype),
         device, default_cache_bytes(device.type) if options.cache_bytes is None else options.cache_bytes,
         chunk_size=options.chunk_size, low_rank=rank + -rank % ALIGNED, weight_dtype=rows.weight.dtype,
         low_rank_dtype=torch.float32 if low_rank is None else low_rank.dtype, codes=rows.codes, bias=bias is not None,
-        softcap=options.softcap is not None, needs_hidden=hidden_grad or (low_rank is not None and low_rank.requires_grad),
-        needs_weight=rows.weight.requires_grad, needs_low_rank=low_rank is not None and low_rank.requires_grad,
+        softcap=options.softcap is not None, needs_hidden=hidden_grad or adapts, needs_weight=rows.weight.requires_grad,
+        needs_low_rank=adapts,
         needs_bias=bias is not None and bias.requires_grad, wanted=wanted or Wanted(),
     )  # fmt: skip
-    found = moments(sizes)
+    found, by = moments(sizes), sizes.backend
+    if by == "triton":
+        tile, whole_form = tile_and_form(sizes)
+        of_head_gradient = f", dW rounded {'whole' if whole_form else 'in slices'}" if sizes.needs_weight else ""
+        by = f"triton by {tile} ({tile.why}){of_head_gradient}"
     M, D, item = positions, sizes.columns, product_dtype.itemsize
     whole = {GATHERED: rows.weight.numel() * rows.weight.itemsize * gathered}
     around = {moment: dict(whole) for moment in found}
@@ -211,8 +225,8 @@ def of_head(
         around = {moment: terms | {COPY: M * D * item} for moment, terms in around.items()}
     if low_rank is not None:
         columns = sizes.vocab * sizes.low_rank * low_rank.dtype.itemsize
-        cast = low_rank.dtype.itemsize if low_rank.dtype != dtype else 0  # what the adapter multiplies, for its gradient
-        kept = M * sizes.width * item + (M * D * cast if low_rank.requires_grad else 0) + widened * M * D * item
+        cast = low_rank.dtype.itemsize if low_rank.dtype != dtype else 0  # kept for its gradient
+        kept = M * sizes.width * item + M * D * cast * adapts + widened * M * D * item
         for moment, terms in around.items():
             terms |= {COPY: kept, ADAPTER: columns * (2 if moment.startswith("forward") else 1)}
         if sizes.needs_hidden:  # what it multiplied and the gradient of that; then both gradients' sum
@@ -224,5 +238,5 @@ def of_head(
         operations(sizes), 2 * tokens * sizes.vocab * sizes.columns, sizes.plan.chunk, len(sizes.plan.slices),
         sizes.plan.cached if sizes.needs_exps else 0,
         f"{tokens:,} tokens of {positions:,} positions, D {sizes.columns:,}, V {sizes.vocab:,}, "
-        f"{str(dtype).removeprefix('torch.')}, {sizes.backend} on {device.type}",
+        f"{str(dtype).removeprefix('torch.')}, {device.type}, {by}",
     )  # fmt: skip

@@ -255,7 +255,7 @@ def _triton(s: Sizes) -> dict[str, Terms]:
     N, D, chunk, chunks = s.tokens, s.width, s.plan.chunk, len(s.plan.slices)
     low = s.dtype.itemsize if s.dtype.itemsize < 4 else 0
     saved, grads = _saved(s, 4), _grads(s)
-    tile, whole = _tile_and_form(s)
+    tile, whole = tile_and_form(s)
     weighed_acc = 4 * N * D * (s.weighs and s.needs_hidden)
     gathered, buffer, assembling, taking = 0, 0, 0, 0
     if not s.is_plain:
@@ -315,7 +315,7 @@ def _triton(s: Sizes) -> dict[str, Terms]:
     return found
 
 
-def _tile_and_form(s: Sizes) -> tuple[Tile | Strips, bool]:
+def tile_and_form(s: Sizes) -> tuple[Tile | Strips, bool]:
     """What makes a chunk's exponentials, and whether dW is rounded whole. Without a GPU as on an H100."""
     from asft_kernels.kernels.tile_choice import Problem, assume_architecture, best_form, best_tile
 

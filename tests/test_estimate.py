@@ -77,7 +77,7 @@ class Run:
         of_head = getattr(torch, self.head_dtype) if self.head_dtype else dtype
         if self.lora:
             return with_lora(self.V, self.D, self.lora, of_head, self.lora_dtype == "float32")
-        weight = torch.randn(self.V, self.D).to(of_head).requires_grad_(self.head_grad)
+        weight = (torch.randn(self.V, self.D) / self.D**0.5).to(of_head).requires_grad_(self.head_grad)
         return (weight, torch.zeros(self.V, dtype=dtype, requires_grad=self.head_grad)) if self.bias else weight
 
 
@@ -93,10 +93,12 @@ def quantised(bits, V, D, dtype):
     bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, of the test extra")
     if bits == 4:
         head = bnb.nn.Linear4bit(D, V, bias=False, compute_dtype=dtype)
-        head.weight = bnb.nn.Params4bit(torch.randn(V, D, dtype=dtype), requires_grad=False, quant_type="nf4")
+        head.weight = bnb.nn.Params4bit(torch.randn(V, D, dtype=dtype) / D**0.5, requires_grad=False, quant_type="nf4")
     else:
         head = bnb.nn.Linear8bitLt(D, V, bias=False, has_fp16_weights=False)
-        head.weight = bnb.nn.Int8Params(torch.randn(V, D).half(), requires_grad=False, has_fp16_weights=False)
+        head.weight = bnb.nn.Int8Params(
+            (torch.randn(V, D) / D**0.5).half(), requires_grad=False, has_fp16_weights=False
+        )
     return head.to("cpu")
 
 
@@ -184,7 +186,7 @@ def resident(field):
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field))
 
 def measured(case):
-    Run(**{**case, "N": 8, "M": 16, "V": 64}).call()()  # imports and first-call work are not the call's memory
+    Run(**case).call()()  # imports, and the buffers that BLAS makes once, are not the call's memory
     run = Run(**case).call()
     before = resident("VmRSS")
     with open("/proc/self/clear_refs", "w") as f:
@@ -218,6 +220,9 @@ FRESH = {
 }
 
 
+BLAS = 2 * MIB  # packed operands, in memory of its own
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_fresh_processes_take_what_is_said():
     """Resident memory, within 10 %, and the pages that Linux counts in batches (test_cost.py says how)."""
@@ -230,9 +235,8 @@ def test_fresh_processes_take_what_is_said():
     arguments = json.dumps([asdict(Run(**case)) for case in FRESH.values()])
     out = subprocess.run([sys.executable, "-c", CHILD, arguments], capture_output=True, text=True, env=environment)
     assert out.returncode == 0, out.stderr
-    batch, page = max(32, 2 * (os.cpu_count() or 1)), os.sysconf("SC_PAGE_SIZE")
-    measured = [int(line) for line in out.stdout.split()]
-    for (name, case), extra in zip(FRESH.items(), measured, strict=True):
-        said = Run(**case).estimate()
-        print(f"{name}: {extra / MIB:.1f} MiB measured, {said.peak / MIB:.1f} said")
-        assert said.peak == pytest.approx(extra, rel=0.1, abs=4 * batch * page), (name, said)
+    said = [Run(**case).estimate().peak for case in FRESH.values()]
+    counted = 4 * max(32, 2 * (os.cpu_count() or 1)) * os.sysconf("SC_PAGE_SIZE")
+    table = [(name, int(line), peak) for (name, line, peak) in zip(FRESH, out.stdout.split(), said, strict=True)]
+    print("\n".join(f"{name}: {extra / MIB:.1f} MiB measured, {peak / MIB:.1f} said" for name, extra, peak in table))
+    assert [row for row in table if abs(row[1] - row[2]) > 0.1 * row[1] + counted + BLAS] == []
