@@ -11,17 +11,9 @@ from asft_kernels.backends.head_rows import EIGHT_BITS, FOUR_BITS, HeadRows, cod
 from asft_kernels.backends.plan import default_cache_bytes
 from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, Wanted
 from asft_kernels.heads import ALIGNED, ResolvedHead
-from asft_kernels.memory import (
-    ADVICE,
-    GRAD_LOW_RANK,
-    Sizes,
-    Terms,
-    in_units,
-    largest,
-    moments,
-    operations,
-    tile_and_form,
-)
+from asft_kernels.memory import Sizes, in_units, largest, moments, operations
+from asft_kernels.memory.terms import ADVICE, GRAD_LOW_RANK, Terms
+from asft_kernels.memory.triton_moments import tile_and_form
 from asft_kernels.options import Options
 
 COPY, GATHERED, ADAPTER = "copies of hidden", "gathered head", "columns of the adapter"

@@ -224,7 +224,10 @@ def _plan(hidden, weight: HeadRows, rows, backend, chunk_size, cache_bytes, *, k
     )  # fmt: skip
 
 
-def _sizes(hidden, head: HeadRows, bias, rows, backend, softcap, chunk_size, cache_bytes, needs, wanted) -> Sizes:
+def _sizes(
+    hidden, head: HeadRows, bias, rows, backend, softcap, chunk_size, cache_bytes,
+    needs: tuple[bool, bool, bool, bool], wanted,
+) -> Sizes:  # fmt: skip
     low_rank = head.low_rank
     return Sizes(
         len(rows), len(hidden), head.size[0], head.columns, hidden.dtype, backend, hidden.device, cache_bytes,

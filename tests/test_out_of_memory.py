@@ -10,7 +10,7 @@ from asft_kernels import fused_asft_loss, fused_linear_logps
 from asft_kernels.backends import torch_chunked
 from asft_kernels.cli import frame
 from asft_kernels.errors import is_out_of_memory
-from asft_kernels.memory import ADVICE
+from asft_kernels.memory.terms import ADVICE
 from cases import make_case
 
 GPU_TEXT = "CUDA out of memory. Tried to allocate 2.00 GiB."
