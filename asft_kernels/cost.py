@@ -83,7 +83,7 @@ class Estimate:
             for name in names
         ]
         table.append(("together", *(f"{sum(terms.values()) / 2**20:.1f}" for terms in self.moments.values())))
-        lines += ["", *(f"{name:<32}" + "".join(f"{cell:>18}" for cell in cells) for name, *cells in table)]
+        lines += ["", *((f"{name:<32}" + "".join(f"{cell:>18}" for cell in cells)).rstrip() for name, *cells in table)]
         return "\n".join([*lines, "", f"at most {in_units(self.peak)} ({largest(self.moments)[0]}), {self.advice}"])
 
 
@@ -161,8 +161,14 @@ def estimate(
         checks.refuse("bits", repr(bits), "4, 8 or None for a head that is not quantised")
     if bits and head_grad and not lora_rank:
         checks.refuse("head_grad", "True with a quantised head", "a lora_rank: codes get no gradient")
+    if bits == 4 and hidden_size % 2:
+        checks.refuse("hidden_size", f"{hidden_size} with 4 bits", "an even number: a byte holds two entries")
     if sharding not in SHARDINGS:
         checks.refuse("sharding", repr(sharding), f"one of {', '.join(map(repr, SHARDINGS))}")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        checks.refuse("device", repr(device), "a device of torch's, such as 'cpu' or 'cuda'")
     options = Options(softcap=softcap, backend=backend, cache_bytes=cache_bytes, chunk_size=chunk_size)
     names, grads = checks.stat_names(return_stats, differentiable, NAMES, DIFFERENTIABLE)
 
@@ -173,14 +179,14 @@ def estimate(
     weight = made(V, hidden_size, of=head_dtype or dtype, grad=head_grad and not lora_rank)
     rows = HeadRows(weight)
     if bits:
-        columns = -(-hidden_size // 2) if bits == 4 else hidden_size
+        columns = hidden_size // 2 if bits == 4 else hidden_size
         codes = codes_text(KINDS[bits], BLOCK, dtype if bits == 4 else torch.float32)
         rows = HeadRows(made(V, columns, of=torch.uint8, grad=False), None, codes)
     if lora_rank:
         rows = rows._replace(low_rank=made(V, lora_rank, of=lora_dtype, grad=head_grad))
     of_bias = made(V, of=dtype, grad=head_grad and not lora_rank) if bias else None
     return of_head(
-        ResolvedHead(rows, of_bias), tokens, positions or tokens, dtype, torch.device(device), options,
+        ResolvedHead(rows, of_bias), tokens, positions or tokens, dtype, place, options,
         hidden_grad=hidden_grad, wanted=Wanted(names, grads), gathered=ranks > 1 and sharding == "gathered",
     )  # fmt: skip
 

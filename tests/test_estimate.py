@@ -1,7 +1,13 @@
 """`estimate` beside measurements: bytes that the allocator is asked for, products that are counted."""
 
 import gc
-from dataclasses import dataclass
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -142,6 +148,52 @@ def test_bytes_and_products_are_those_of_a_call(name):
     assert sum(said.operations.values()) + 6 * case.M * case.D * case.lora == pytest.approx(operations, rel=1e-9)
 
 
+def test_a_head_on_several_ranks():
+    whole, split = estimate(64, 32, 1000, head_grad=True), estimate(64, 32, 250, head_grad=True)
+    shard = estimate(64, 32, 1000, head_grad=True, ranks=4, sharding="vocabulary")
+    assert (shard.moments, shard.operations) == (split.moments, split.operations)
+    gathered = estimate(64, 32, 1000, head_grad=True, ranks=4)
+    assert gathered.peak == whole.peak + 4 * 1000 * 32
+    assert gathered.operations == whole.operations
+
+
+def test_the_largest_term_and_what_shrinks_it():
+    said = estimate(1000, 64, 5000, head_grad=True)
+    assert said.advice.startswith("most of it cached exponentials, 19.1 MiB; what shrinks it: a smaller cache_bytes")
+    smaller = estimate(1000, 64, 5000, head_grad=True, cache_bytes=0)
+    assert smaller.peak < said.peak
+    assert sum(smaller.products.values()) == sum(said.products.values()) + 1 == 4
+    assert str(said).endswith(said.advice)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tokens": 0}, "tokens: got 0, need an integer >= 1"),
+        ({"positions": 3}, "positions: got 3, need an integer >= 8"),
+        ({"vocab_size": 2.5}, "vocab_size: got 2.5, need an integer >= 1"),
+        ({"dtype": torch.int8}, "dtype: got torch.int8, need one of torch.float32"),
+        ({"head_dtype": torch.bfloat16}, "head_dtype: got torch.bfloat16, need torch.float32, as hidden, or float32"),
+        ({"bits": 3}, "bits: got 3, need 4, 8 or None"),
+        ({"bits": 4, "head_grad": True}, "head_grad: got True with a quantised head, need a lora_rank"),
+        ({"bits": 4, "hidden_size": 7}, "hidden_size: got 7 with 4 bits, need an even number"),
+        ({"ranks": 2, "sharding": "rows"}, "sharding: got 'rows', need one of 'gathered', 'vocabulary'"),
+        ({"cache_bytes": -1}, "cache_bytes: got -1, need an integer >= 0"),
+        ({"device": "nowhere"}, "device: got 'nowhere', need a device of torch's"),
+    ],
+)
+def test_what_is_not_understood_is_refused(wrong, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        estimate(**{"tokens": 8, "hidden_size": 16, "vocab_size": 32, **wrong})
+
+
+def test_the_example_in_the_docs(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "cost.md").read_text()
+    code, shown = re.findall(r"```(?:python|text)\n(.*?)```", page.partition("## Before it runs")[2], flags=re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out.rstrip() == shown.rstrip()
+
+
 TRITON: dict[str, dict[str, Any]] = {
     "frozen": {},
     "cached": {"head_grad": True, "cache_bytes": BIG},
@@ -168,3 +220,59 @@ def test_bytes_of_the_triton_backend(name, monkeypatch):
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", collected)
     case = Run(**{"N": 32, "M": 32, "D": 32, "V": 150, "chunk_size": 64, "backend": "triton", **TRITON[name]})
     assert case.estimate().peak == pytest.approx(peak_and_operations(case.call())[0], rel=0.05), case.estimate()
+
+
+CHILD = """
+import json, os, sys
+from test_estimate import Run
+
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+def resident(field):
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field))
+
+for case in json.loads(sys.argv[1]):
+    Run(**case).call()()  # imports, and the buffers that BLAS makes once, are not the call's memory
+    run = Run(**case).call()
+    before = resident("VmRSS")
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # the kernel's own peak, VmHWM, counts from here
+    run()
+    print("measured", resident("VmHWM") - before, flush=True)
+    del run
+"""
+SHAPE = {"N": 2048, "M": 4096, "D": 512, "V": 1500, "chunk_size": None}
+LONG = {"N": 8192, "M": 8192, "D": 128, "V": 600, "chunk_size": None}
+FRESH = {
+    "frozen": SHAPE,
+    "trainable": {**SHAPE, "head_grad": True},
+    "cached": {**SHAPE, "head_grad": True, "cache_bytes": BIG},
+    "bf16": {**SHAPE, "dtype": "bfloat16"},
+    "bf16, trainable": {**SHAPE, "dtype": "bfloat16", "head_grad": True},
+    "softcap": {**SHAPE, "head_grad": True, "softcap": 30.0},
+    "long": {**LONG, "head_grad": True},
+    "long, bias, cached": {**LONG, "head_grad": True, "bias": True, "cache_bytes": BIG},
+    "entropy": {**LONG, **ENTROPY},
+    "LoRA": {**SHAPE, "lora": 32, "head_grad": True, "dtype": "bfloat16"},
+    "fp32 head": {**SHAPE, "dtype": "bfloat16", "head_dtype": "float32"},
+    "4 bits": {**SHAPE, "bits": 4, "dtype": "bfloat16"},
+}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_a_fresh_process_takes_what_is_said():
+    """Resident memory, within 10 % and the pages that Linux counts in batches (test_cost.py says how). malloc gives
+    back each block of 128 KiB or more when it is freed: by default it would keep some."""
+    pytest.importorskip("peft", reason="needs the train extra: peft")
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, of the test extra")
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    arguments = json.dumps([asdict(Run(**case)) for case in FRESH.values()])
+    out = subprocess.run([sys.executable, "-c", CHILD, arguments], capture_output=True, text=True, env=environment)
+    assert out.returncode == 0, out.stderr
+    measured = [int(line.split()[1]) for line in out.stdout.splitlines() if line.startswith("measured")]
+    counted = 4 * max(32, 2 * (os.cpu_count() or 1)) * os.sysconf("SC_PAGE_SIZE")
+    table = {name: (x, Run(**case).estimate().peak) for (name, case), x in zip(FRESH.items(), measured, strict=True)}
+    print(*(f"{name}: {x / 2**20:.1f} MiB measured, {y / 2**20:.1f} said" for name, (x, y) in table.items()), sep="\n")
+    assert {name: pair for name, pair in table.items() if abs(pair[0] - pair[1]) > 0.1 * pair[0] + counted} == {}

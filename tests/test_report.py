@@ -19,6 +19,12 @@ ABOUT = {
 }  # fmt: skip
 
 
+def documented(row) -> float:
+    said = growth.documented_bytes(row)
+    assert said is not None
+    return said
+
+
 def row(contestant="asft_kernels torch", package="asft_kernels", **changes):
     """A cost row of the schema, right and timed unless changed."""
     return {
@@ -225,16 +231,16 @@ def test_memory_is_fitted_beside_the_documented_formula():
 def test_documented_memory_is_what_estimate_says_of_the_row_s_machine():
     """dW and dH, accumulators, rows of hidden and their scaled ones, kept or recomputed chunks, numbers of tokens."""
     small = row(N=8, M=16, D=4, V=64, work="trainable head")
-    kept = growth.documented_bytes(small)
+    kept = documented(small)
     assert kept == estimate(8, 4, 64, positions=16, head_grad=True).peak
     assert kept > 64 * 4 * 4 + 16 * 4 * 4 + 3 * 4 * 8 * 4 + 4 * 8 * 64
     wide = small | {"V": 2000, "contestant": "asft_kernels torch, cache_bytes=0"}
-    on_intel = wide | {"about": wide["about"] | {"machine": "Intel Xeon"}}
+    on_intel = wide | {"about": {**ABOUT, "machine": "Intel Xeon"}}
     # D = 4 and N = 8 leave a chunk of E 1 MiB or 4 MiB, which hold the vocabulary.
-    assert growth.documented_bytes(wide) == growth.documented_bytes(on_intel)
+    assert documented(wide) == documented(on_intel)
     long = wide | {"N": 2048, "M": 2048}
-    on_intel = long | {"about": long["about"] | {"machine": "Intel Xeon"}}
-    assert growth.documented_bytes(on_intel) - growth.documented_bytes(long) == 4 * 2048 * (1024 - 512)
+    on_intel = long | {"about": {**ABOUT, "machine": "Intel Xeon"}}
+    assert documented(on_intel) - documented(long) == 4 * 2048 * (1024 - 512)
 
 
 def test_accuracy_table_has_the_single_rounding_and_marks_the_best():
