@@ -32,8 +32,9 @@ class Estimate:
     """What `estimate` says of one call: str() is a table.
 
     Attributes:
-        moments: For each moment of a call in order ("forward, labels", "forward, chunks", "backward, hidden",
-            "backward, head", "backward, adapter"), bytes by term, beside the inputs.
+        moments: For each moment of a call in order ("forward, labels", "forward, chunks", "backward, labels",
+            "backward, hidden", "backward, head", "backward, adapter"; those that the call has), bytes by term, beside
+            the inputs.
         operations: Floating-point operations of the products with the head, by kind.
         product: Those of one product, 2 N V D.
         chunk: Vocabulary rows that are worked on at a time.

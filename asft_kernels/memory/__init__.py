@@ -3,6 +3,7 @@
     moment             torch (backends/torch_chunked.py)            triton (backends/triton_fused.py)
     forward, labels    label rows of a block of tokens              label rows, unless the head is a plain tensor
     forward, chunks    exponentials of a chunk, upcast rows of W    the same, sums of tiles or strips of logits
+    backward, labels   label rows as they are assembled, slopes     label rows, unless the head is a plain tensor
     backward, hidden   label rows of all tokens, dH                 dH
     backward, head     dW, H with its factor, a chunk               dW and its rounding, H with its factor, a chunk
 
@@ -24,7 +25,7 @@ from asft_kernels.memory.triton_moments import triton_moments
 def moments(sizes: Sizes) -> dict[str, Terms]:
     """Bytes by term at each moment of both phases, in order; a call without gradients has no backward."""
     found = (torch_moments if sizes.backend == "torch" else triton_moments)(sizes)
-    return {name: {term: size for term, size in terms.items() if size} for name, terms in found.items()}
+    return {name: {term: size for term, size in terms.items() if size} for name, terms in found.items() if terms}
 
 
 def largest(found: dict[str, Terms]) -> tuple[str, Terms]:

@@ -38,12 +38,15 @@ def torch_moments(s: Sizes) -> dict[str, Terms]:
         },
     }
     grads = gradient_terms(s)
+    if s.softcap or not s.is_plain:  # slopes of the labels' logits; rows that are assembled
+        taken = max(labels(N)[LABELS] * s.needs_hidden, 2 * element * N * D * s.softcap)
+        found["backward, labels"] = {**saved, ROWS: rows, LABELS: taken} if s.needs_hidden or s.needs_exps else {}
     if s.needs_hidden:
         rounded = N * D * s.dtype.itemsize * (s.dtype.itemsize != element)
         found["backward, hidden"] = {
             **saved,
             ROWS: rows,
-            LABELS: max(labels(N)[LABELS], element * N * D + rounded),
+            LABELS: element * N * D + rounded,
             GRAD_HIDDEN: grads[GRAD_HIDDEN],
         }
     if s.needs_exps:

@@ -59,10 +59,12 @@ def triton_moments(s: Sizes) -> dict[str, Terms]:
             VECTORS: saved[VECTORS] + N * 16,  # references and sums
         },
     }
+    if not s.is_plain and (s.needs_hidden or s.needs_exps):
+        found["backward, labels"] = {**saved, LABELS: gathered + taking}
     if s.needs_hidden:
         found["backward, hidden"] = {
             **saved,
-            LABELS: gathered + taking,
+            LABELS: gathered,
             ACC: saved[ACC] + weighed_acc,
             GRAD_HIDDEN: grads[GRAD_HIDDEN],
         }
