@@ -189,8 +189,8 @@ def device_report(rows: list[Row], device: str) -> list[str]:
             lines += [*growth_table(case, set_name), ""]
             if set_name == "growth-n":
                 lines += [
-                    "Extra memory; the formula is what [`estimate`](../docs/cost.md#before-it-runs) says that torch's allocator is "
-                    "asked for, of which malloc keeps some when it is freed:",
+                    "Extra memory; the formula is what [`estimate`](../docs/cost.md#before-it-runs) says that torch's "
+                    "allocator is asked for; of what is freed malloc keeps some:",
                     "",
                 ]
                 lines += [*memory_table(case), ""]

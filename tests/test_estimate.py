@@ -67,7 +67,7 @@ class Run:
                 differentiable=list(self.differentiable) if self.names else ["lse"],
             )  # fmt: skip
             asked = self.differentiable if self.names else ()
-            loss = sum((getattr(out, x).sum() for x in asked), (out.logps if self.names else out).sum())
+            loss: Any = sum((getattr(out, x).sum() for x in asked), (out.logps if self.names else out).sum())
             if loss.requires_grad:
                 loss.backward()
 
