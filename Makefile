@@ -4,10 +4,13 @@
 # make bench  time, memory and accuracy beside the other packages: 20 minutes on a CPU; results in bench_results/,
 #             and README.md's figures are drawn from them
 # make lint   ruff and pyright
+# make dist   wheel and source distribution in dist/, checked, installed in a fresh environment and tested from there
+# make docs   the documentation as a site, into site/; a link or an anchor that leads nowhere is an error
 # Each first makes .venv with what it needs from the package index, once: again only when setup.py
 # or constraints.txt has changed. All share that folder, so the second one has little to install.
 # make oldest, make newest   at either end of the range of torch and Triton, the tests that need few other packages;
-#             by hand, not in CI: each makes an environment of its own, .venv-oldest or .venv-newest, of 5 GB
+#             each makes an environment of its own, .venv-oldest or .venv-newest, of 5 GB; weekly in CI
+# make oldest-trl            the trainer's tests with the oldest TRL, in an environment of their own
 #
 #   make test PYTHON=python3.12          another interpreter (after `make clean`)
 #   make test ARGS="plain compile"       some parts only; ARGS="slow": what is long; make demo ARGS="--help"
@@ -23,7 +26,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 KEY := $(shell { pwd; cat setup.py constraints.txt; } | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test bench lint oldest newest venv clean
+.PHONY: help demo check test bench lint docs dist oldest oldest-trl newest venv clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -53,6 +56,17 @@ lint: venv
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
 
+dist: venv
+	@$(call install,dev,test)
+	rm -rf dist
+	$(PY) -m build
+	$(PY) -m twine check --strict dist/*
+	$(PY) tests/dist.py
+
+docs: venv
+	@$(call install,docs)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+
 # Triton 3.6's interpreter does not go with NumPy 2.4. The other packages are those of constraints.txt.
 oldest: ENDS := torch==2.11.0 triton==3.6.0 'numpy<2.4'
 newest: ENDS := torch==2.15.0 triton==3.9.0 numpy
@@ -61,6 +75,14 @@ oldest newest:
 	@grep -vE '^(torch|triton|numpy)=' constraints.txt >.venv-$@/constraints.txt
 	.venv-$@/bin/python -m pip install -c .venv-$@/constraints.txt $(ENDS) hypothesis pytest pytest-xdist tqdm
 	.venv-$@/bin/python tests/run.py $(or $(ARGS),plain compile)
+
+# The trainer's tests with the oldest TRL that setup.py admits.
+oldest-trl:
+	@$(MAKE) --no-print-directory venv VENV=.venv-$@
+	@grep -vE '^trl=' constraints.txt >.venv-$@/constraints.txt
+	.venv-$@/bin/python -m pip install -c .venv-$@/constraints.txt -e ".[test]" trl==1.15.0
+	.venv-$@/bin/python -m pytest -n logical tests/test_patch_trl.py tests/test_parity_trl.py \
+	    tests/test_preference_trainer.py tests/test_trainer_objectives.py tests/test_train_command.py
 
 venv:
 	@if $(PY) -m pip --version >/dev/null 2>&1; then exit 0; fi; \

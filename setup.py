@@ -26,6 +26,7 @@ TRAIN = [
     "transformers>=5",
     "trl>=1.15,<2",  # the trainer; tried: 1.15.0, 1.16.0
 ]
+DOCS = ["mkdocs-material>=9.7,<10"]  # the last series: security updates until May 2027, then its successor Zensical
 PEERS = [  # measured beside ours, and their losses are compared with ours
     f"liger-kernel>=0.8.5; {HAS_TRITON}",
 ]
@@ -65,6 +66,7 @@ setup(
         "test": [
             *TRAIN,  # the trainer's tests
             *PEERS,
+            *DOCS,  # the site's links and anchors
             "bitsandbytes>=0.49; platform_system == 'Linux'",  # heads of 4 and 8 bits
             "hypothesis>=6.100",
             "pytest>=8.4",
@@ -72,8 +74,9 @@ setup(
             # Compiled kernels are executed with it; newer and older releases are untested.
             "tinygrad==0.14.0; python_version >= '3.11'",
         ],
+        "docs": DOCS,
         # Pinned here and nowhere else: pre-commit, `make lint` and editors use these.
-        "dev": ["pre-commit==4.7.0", "pyright[nodejs]==1.1.414", "ruff==0.17.6"],
+        "dev": ["build>=1.3", "pre-commit==4.7.0", "pyright[nodejs]==1.1.414", "ruff==0.17.6", "twine>=6.2"],
     },
     entry_points={
         "console_scripts": [

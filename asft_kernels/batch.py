@@ -4,6 +4,7 @@ One place for the shift, sequence borders, masks and compaction; padded and pack
 here and nowhere after.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,10 +59,12 @@ def pack(
     ignore_index: int,
     num_valid: int | None,
     extra_labels: Tensor | None = None,
+    read: Callable[[Tensor], list[int]] | None = None,
 ) -> TokenBatch:
     """Finds the valid tokens. Padded labels (R, T), or packed (M,) with cu_seqlens (R+1,).
 
     extra_labels: a second label set of the same shape; a token is valid if either set has it.
+    read: takes the facts to the host where ranks agree first; None for tolist().
     Reads the device once: count, label range, borders. num_valid (a bound on the count) spares the
     read, as does tracing by torch.compile, which takes every position; both check on the device.
     """
@@ -87,7 +90,7 @@ def pack(
     padded = True
     facts = _facts(flat, valid, running, borders, agree)
     if num_valid is None and not torch.compiler.is_compiling():
-        size, padded = _check_on_host(facts, vocab, positions), False
+        size, padded = _check_on_host(facts.tolist() if read is None else read(facts), vocab, positions), False
     else:
         size = positions if num_valid is None else min(num_valid, positions)
         _assert_on_device(facts, vocab, positions, size)
@@ -117,8 +120,8 @@ def _facts(flat: Tensor, valid: Tensor, running: Tensor, borders: Tensor, agree:
     return torch.stack([running[-1], low, high, ordered.long(), borders[-1], agree.long()])
 
 
-def _check_on_host(facts: Tensor, vocab: int, positions: int) -> int:
-    count, low, high, ordered, end, agree = facts.tolist()
+def _check_on_host(facts: list[int], vocab: int, positions: int) -> int:
+    count, low, high, ordered, end, agree = facts
     if count and not 0 <= low <= high < vocab:
         raise ValueError(
             f"labels: got values from {low} to {high}, need 0 to {vocab - 1} (the rows of lm_head) or ignore_index; "

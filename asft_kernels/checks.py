@@ -22,8 +22,14 @@ def refuse(name: str, got: object, need: str) -> NoReturn:
     raise ValueError(f"{name}: got {got}, need {need}")
 
 
+def own_class(x: object) -> type:
+    """The class of a module; under FSDP2, which derives one of its own, that from before."""
+    cls = type(x)
+    return cls.__mro__[2] if len(cls.__mro__) > 2 and cls.__mro__[1].__name__ == "FSDPModule" else cls
+
+
 def class_of(x: object) -> str:
-    return f"{type(x).__module__}.{type(x).__qualname__}"
+    return f"{own_class(x).__module__}.{own_class(x).__qualname__}"
 
 
 def _what(x: object) -> str:
@@ -78,7 +84,7 @@ def unpatched(module: nn.Module, name: str) -> None:
         forward = None
     replaced = forward is not None and not hasattr(module, "_hf_hook")  # accelerate's only moves tensors
     if replaced or hooked:
-        kind = "an nn.Linear" if type(module) is nn.Linear else class_of(module)
+        kind = "an nn.Linear" if own_class(module) is nn.Linear else class_of(module)
         got = f"{kind} with " + ("a forward of its own" if replaced else "forward hooks")
         refuse(name, got, "a plain one, as they would not run; remove them, or pass its weight if that is whole")
 

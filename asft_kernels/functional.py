@@ -8,11 +8,13 @@ from torch import Tensor
 
 from asft_kernels import checks
 from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, Wanted
+from asft_kernels.distributed import Agreement
 from asft_kernels.heads import Head
 from asft_kernels.objectives import ASFT, OBJECTIVES, Objective, get_objective
 from asft_kernels.options import NAMES as NAMES_OF_OPTIONS
 from asft_kernels.options import Keywords, Options, explained, make_options
 from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, TokenStats
+from asft_kernels.tensor_parallel import localised
 from asft_kernels.token_logps import token_logps
 from asft_kernels.token_loss import LossInputs, loss_of_tokens
 
@@ -78,20 +80,22 @@ def fused_linear_logps(
     >>> fused_linear_logps(hidden, head, torch.randint(32, (2, 5))).shape
     torch.Size([2, 5])
     """
-    options = Options(
-        cu_seqlens=cu_seqlens,
-        shift=shift,
-        ignore_index=ignore_index,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        backend=backend,
-        cache_bytes=cache_bytes,
-        chunk_size=chunk_size,
-        num_valid=num_valid,
-    )
-    names, grads = checks.stat_names(return_stats, differentiable, NAMES, DIFFERENTIABLE)
-    wanted = Wanted(names, grads) if return_stats is not False else None
-    logps, stats, batch, _ = token_logps(hidden, lm_head, labels, options, wanted=wanted)
+    hidden, lm_head = localised(hidden, lm_head)
+    with Agreement(lm_head) as ranks:
+        options = Options(
+            cu_seqlens=cu_seqlens,
+            shift=shift,
+            ignore_index=ignore_index,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            backend=backend,
+            cache_bytes=cache_bytes,
+            chunk_size=chunk_size,
+            num_valid=num_valid,
+        )
+        names, grads = checks.stat_names(return_stats, differentiable, NAMES, DIFFERENTIABLE)
+        wanted = Wanted(names, grads) if return_stats is not False else None
+        logps, stats, batch, _ = token_logps(hidden, lm_head, labels, options, wanted=wanted, ranks=ranks)
     if wanted is None:
         return batch.spread(logps)
     return TokenStats(batch.spread(logps), **{name: batch.spread(x) for name, x in stats.items()})
@@ -100,17 +104,18 @@ def fused_linear_logps(
 @overload
 def fused_asft_loss(
     hidden: Tensor, lm_head: Head, labels: Tensor, *, lam: float = ..., beta: float = ..., sft_weight: float = ...,
-    reduction: str = ..., return_outputs: Literal[False] = False, **options: "Unpack[Keywords]",
+    reduction: str = ..., sequence_group: Any = ..., return_outputs: Literal[False] = False,
+    **options: "Unpack[Keywords]",
 ) -> Tensor: ...  # fmt: skip
 @overload
 def fused_asft_loss(
     hidden: Tensor, lm_head: Head, labels: Tensor, *, lam: float = ..., beta: float = ..., sft_weight: float = ...,
-    reduction: str = ..., return_outputs: Literal[True], **options: "Unpack[Keywords]",
+    reduction: str = ..., sequence_group: Any = ..., return_outputs: Literal[True], **options: "Unpack[Keywords]",
 ) -> tuple[Tensor, PreferenceOutputs]: ...  # fmt: skip
 @overload
 def fused_asft_loss(
     hidden: Tensor, lm_head: Head, labels: Tensor, *, lam: float = ..., beta: float = ..., sft_weight: float = ...,
-    reduction: str = ..., return_outputs: bool, **options: "Unpack[Keywords]",
+    reduction: str = ..., sequence_group: Any = ..., return_outputs: bool, **options: "Unpack[Keywords]",
 ) -> Tensor | tuple[Tensor, PreferenceOutputs]: ...  # fmt: skip
 @explained
 def fused_asft_loss(
@@ -122,6 +127,7 @@ def fused_asft_loss(
     beta: float = 1.0,
     sft_weight: float = 1.0,
     reduction: str = "mean",
+    sequence_group: Any = None,
     return_outputs: bool = False,
     **options: "Unpack[Keywords]",
 ) -> Tensor | tuple[Tensor, PreferenceOutputs]:
@@ -142,6 +148,7 @@ def fused_asft_loss(
         beta: Temperature on the log-odds, > 0; default 1.0.
         sft_weight: Weight of the likelihood term, >= 0; default 1.0.
         reduction: Over the pairs that count: "mean" (default), "sum", or "none" for (B,).
+        sequence_group: As in `fused_preference_loss`.
         return_outputs: True: the loss and `PreferenceOutputs`; default False.
         {keywords}
 
@@ -156,8 +163,12 @@ def fused_asft_loss(
     >>> hidden, head = torch.randn(4, 7, 16, requires_grad=True), torch.nn.Linear(16, 50)
     >>> fused_asft_loss(hidden, head, torch.randint(50, (4, 7))).backward()
     """
-    shared = make_options("fused_asft_loss", options, ("lam", "beta", "sft_weight", "reduction", "return_outputs"))
-    return _preference_loss(hidden, lm_head, labels, ASFT(lam, beta, sft_weight), shared, reduction, return_outputs)
+    own = ("lam", "beta", "sft_weight", "reduction", "sequence_group", "return_outputs")
+    given = LossInputs(None, None, None, None, reduction, sequence_group)
+    return _preference_loss(
+        hidden, lm_head, labels, ASFT(lam, beta, sft_weight), make_options("fused_asft_loss", options, own), given,
+        return_outputs,
+    )  # fmt: skip
 
 
 @overload
@@ -165,21 +176,21 @@ def fused_preference_loss(
     hidden: Tensor, lm_head: Head, labels: Tensor, objective: str | Objective, *, ref_logps: Tensor | None = ...,
     token_weights: Tensor | None = ..., nll_labels: Tensor | None = ...,
     objective_inputs: Mapping[str, Tensor] | None = ..., reduction: str = ...,
-    return_outputs: Literal[False] = False, **options: "Unpack[Keywords]",
+    sequence_group: Any = ..., return_outputs: Literal[False] = False, **options: "Unpack[Keywords]",
 ) -> Tensor: ...  # fmt: skip
 @overload
 def fused_preference_loss(
     hidden: Tensor, lm_head: Head, labels: Tensor, objective: str | Objective, *, ref_logps: Tensor | None = ...,
     token_weights: Tensor | None = ..., nll_labels: Tensor | None = ...,
     objective_inputs: Mapping[str, Tensor] | None = ..., reduction: str = ...,
-    return_outputs: Literal[True], **options: "Unpack[Keywords]",
+    sequence_group: Any = ..., return_outputs: Literal[True], **options: "Unpack[Keywords]",
 ) -> tuple[Tensor, PreferenceOutputs | SequenceOutputs]: ...  # fmt: skip
 @overload
 def fused_preference_loss(
     hidden: Tensor, lm_head: Head, labels: Tensor, objective: str | Objective, *, ref_logps: Tensor | None = ...,
     token_weights: Tensor | None = ..., nll_labels: Tensor | None = ...,
     objective_inputs: Mapping[str, Tensor] | None = ..., reduction: str = ...,
-    return_outputs: bool, **options: "Unpack[Keywords]",
+    sequence_group: Any = ..., return_outputs: bool, **options: "Unpack[Keywords]",
 ) -> Tensor | tuple[Tensor, PreferenceOutputs | SequenceOutputs]: ...  # fmt: skip
 @explained
 def fused_preference_loss(
@@ -193,6 +204,7 @@ def fused_preference_loss(
     nll_labels: Tensor | None = None,
     objective_inputs: Mapping[str, Tensor] | None = None,
     reduction: str = "mean",
+    sequence_group: Any = None,
     return_outputs: bool = False,
     **options: "Unpack[Keywords]",
 ) -> Tensor | tuple[Tensor, PreferenceOutputs | SequenceOutputs]:
@@ -212,6 +224,11 @@ def fused_preference_loss(
             where both sets have a label it is the same one.
         objective_inputs: What else an objective needs, by name (kto: desirable; fpo: feature_distance; ...).
         reduction: Over the pairs or rows that count: "mean" (default), "sum", or "none" for (B,) or (R,).
+        sequence_group: A ProcessGroup or a DeviceMesh of one dimension whose ranks hold pieces of the same R sequences
+            (sequence or context parallelism), with shift=False; None (default): whole sequences. Sums are added over
+            it, so the loss is the same on its ranks, and the mean of their gradients is that of one process. Pieces
+            may be in any order and empty; cu_seqlens are the R + 1 borders of this rank's pieces. What is per token
+            comes in pieces, what is per sequence (ref_logps, inputs) whole.
         return_outputs: True: the loss and its figures; default False.
         {keywords}
 
@@ -227,7 +244,15 @@ def fused_preference_loss(
     if isinstance(objective, str):
         objective = get_objective(objective)
     checks.objective_object(objective)
-    own = ("ref_logps", "token_weights", "nll_labels", "objective_inputs", "reduction", "return_outputs")
+    own = (
+        "ref_logps",
+        "token_weights",
+        "nll_labels",
+        "objective_inputs",
+        "reduction",
+        "sequence_group",
+        "return_outputs",
+    )
     others = [name for name in options if name not in NAMES_OF_OPTIONS]
     parameters = inspect.signature(type(objective)).parameters if others else {}
     for parameter in (name for name in others if name in parameters):
@@ -237,18 +262,9 @@ def fused_preference_loss(
             f"get_objective({name!r}, {parameter}=...)"
         )
     return _preference_loss(
-        hidden,
-        lm_head,
-        labels,
-        objective,
-        make_options("fused_preference_loss", options, own),
-        reduction,
-        return_outputs,
-        ref_logps,
-        token_weights,
-        nll_labels,
-        objective_inputs,
-    )
+        hidden, lm_head, labels, objective, make_options("fused_preference_loss", options, own),
+        LossInputs(ref_logps, token_weights, nll_labels, objective_inputs, reduction, sequence_group), return_outputs,
+    )  # fmt: skip
 
 
 def _preference_loss(
@@ -257,22 +273,21 @@ def _preference_loss(
     labels: Tensor,
     objective: Objective,
     options: Options,
-    reduction: str,
+    given: LossInputs,
     return_outputs: bool,
-    ref_logps: Tensor | None = None,
-    token_weights: Tensor | None = None,
-    nll_labels: Tensor | None = None,
-    objective_inputs: Mapping[str, Tensor] | None = None,
 ) -> Any:  # what the overloads of the public calls say
+    hidden, lm_head = localised(hidden, lm_head)
     checks.hidden_layout(hidden)
-    checks.label_layout(hidden, labels, options.cu_seqlens)
-    rows = hidden.shape[0] if options.cu_seqlens is None else options.cu_seqlens.numel() - 1
-    given = LossInputs(ref_logps, token_weights, nll_labels, objective_inputs, reduction)
-    given = given.checked(objective, hidden, labels, rows, options)
-    names, with_grad = (frozenset(getattr(objective, key, ())) for key in ("stats", "stats_with_grad"))
-    logps, stats, batch, backend = token_logps(
-        hidden, lm_head, labels, options, wanted=Wanted(names, with_grad) if names else None, paired=objective.paired,
-        nll_labels=given.nll_labels,
-    )  # fmt: skip
+    given = given.on_group(objective, options.shift)
+    with given.together(options, hidden.device) as count, Agreement(lm_head) as ranks:
+        checks.label_layout(hidden, labels, options.cu_seqlens)
+        rows = hidden.shape[0] if options.cu_seqlens is None else options.cu_seqlens.numel() - 1
+        count.append(rows)
+        given = given.checked(objective, hidden, labels, rows, options)
+        names, with_grad = (frozenset(getattr(objective, key, ())) for key in ("stats", "stats_with_grad"))
+        logps, stats, batch, backend = token_logps(
+            hidden, lm_head, labels, options, wanted=Wanted(names, with_grad) if names else None,
+            paired=objective.paired, nll_labels=given.nll_labels, ranks=ranks,
+        )  # fmt: skip
     loss, outputs = loss_of_tokens(logps, stats, batch, objective, given, labels, options.ignore_index, backend)
     return (loss, outputs()) if return_outputs else loss

@@ -7,7 +7,8 @@
     PEFT modules_to_save                            the active copy, or the original      as ever
     PEFT trainable_token_indices                    W with the trained rows, whole        those of a trainable W
     bitsandbytes 4 and 8 bits, with LoRA or not     codes, read chunk by chunk            those of a frozen W
-    DTensor                                         gathered; gradients are averaged      as ever
+    VocabParallelHead, DTensor of tensor-parallel   this rank's                           1 / ranks of them
+    DTensor of data-parallel ranks, ShardedLinear   gathered or streamed; mean gradients  as ever
     ZeRO-3 in GatheredParameters                    W                                     as ever
 
 W is never merged or rounded anew. Below fp32, A h and B go into the product in hidden's dtype; B's gradient stays in
@@ -17,7 +18,7 @@ recognised by the modules that they make, and never imported before one is there
 
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,10 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asft_kernels import checks
-from asft_kernels.backends.head_rows import EIGHT_BITS, FOUR_BITS, HeadRows, codes_text
+from asft_kernels.backends.head_rows import EIGHT_BITS, FOUR_BITS, HeadRows, codes_text, stream_text
+from asft_kernels.backends.sharding import Placement
+from asft_kernels.distributed import Shard
 from asft_kernels.options import as_autocast
+from asft_kernels.sharded_linear import GATHERED_BYTES, ShardedLinear, gathered, is_dtensor
 
-Head = nn.Module | Tensor | tuple[Tensor, Tensor | None]
+Head = nn.Module | Tensor | tuple[Tensor, Tensor | None] | Shard
 ALIGNED = 16  # the fast products and loads want multiples of 16 columns
 
 
@@ -69,6 +73,8 @@ class ResolvedHead:
 
 def resolve_head(lm_head: Head, name: str = "lm_head") -> ResolvedHead:
     """Reads a head; ValueError that names it, says what is not understood and what to do."""
+    if isinstance(lm_head, Shard):
+        return _of_shard(lm_head, name)
     if isinstance(lm_head, nn.Module):
         return _of_module(lm_head, name)
     weight, bias = checks.head_pair(lm_head, name)
@@ -76,33 +82,65 @@ def resolve_head(lm_head: Head, name: str = "lm_head") -> ResolvedHead:
 
 
 def _of_module(module: Any, name: str) -> ResolvedHead:
-    package = type(module).__module__.partition(".")[0]
+    package = checks.own_class(module).__module__.partition(".")[0]
     if package == "peft":
         return _of_peft(module, name)
     if package == "bitsandbytes":
         return _of_bitsandbytes(module, name)
+    if isinstance(module, ShardedLinear):
+        return _plain(module.cast_weight(), module.bias, name, module.stream)
     checks.plain_module(module, name)
     return _plain(module.weight, getattr(module, "bias", None), name)
 
 
-def _plain(weight: Tensor, bias: Tensor | None, name: str) -> ResolvedHead:
-    weight, bias = gathered(weight), None if bias is None else gathered(bias)
+def _of_shard(shard: Shard, name: str) -> ResolvedHead:
+    """A local head with the place of its rows; those that do not count are cut off."""
+    weight, bias = shard.head if isinstance(shard.head, tuple) else (shard.head, None)
+    if isinstance(weight, Tensor) and not len(weight):
+        of_none = F.pad(weight, (0, 0, 0, 1))  # its gradient is cut off again
+        head = _plain(of_none, None if bias is None else F.pad(bias, (0, 1)), name)
+    else:
+        head = resolve_head(shard.head, name)
+    rows, bias, keep = head.rows, head.bias, max(shard.rows, 1)
+    if keep < rows.size[0]:
+        if rows.codes:
+            checks.refuse(name, "a quantised shard with rows that do not count", "one of its own rows; cut the padding")
+        low_rank = None if rows.low_rank is None else rows.low_rank[:keep]
+        rows, bias = rows._replace(weight=rows.weight[:keep], low_rank=low_rank), None if bias is None else bias[:keep]
+    placement = Placement(shard.first, shard.rows, shard.vocab, shard.group_name)
+    return replace(head, rows=rows._replace(placement=placement.text()), bias=bias)
+
+
+def _plain(weight: Tensor, bias: Tensor | None, name: str, stream: bool | None = None) -> ResolvedHead:
+    bias = None if bias is None else gathered(bias)
+    if is_dtensor(weight) and _streams(weight, stream, name):
+        return _streamed(weight, bias, name)
+    weight = gathered(weight)
     checks.head_tensors(weight, bias, name)
     return ResolvedHead(HeadRows(weight), bias)
 
 
-def gathered(tensor: Tensor) -> Tensor:
-    """A DTensor whole on each rank, its gradient averaged over the ranks as FSDP2 does; any other tensor as it is.
+def _streams(weight: Any, stream: bool | None, name: str) -> bool:
+    """Whether a DTensor is streamed: as its owner says, else as memory does."""
+    one_shard = weight.device_mesh.ndim == 1 and weight.placements[0].is_shard(0)
+    if stream and not one_shard:
+        got = (
+            f"stream=True with placements {tuple(weight.placements)} on a mesh of {weight.device_mesh.ndim} dimensions"
+        )
+        checks.refuse(name, got, "Shard(0) on a mesh of one; leave stream out, and the head is gathered")
+    if stream is not None or not one_shard:
+        return bool(stream)
+    return weight.numel() * as_autocast(weight.new_empty(())).element_size() > GATHERED_BYTES
 
-    Without grad_placements each rank would keep its own slice of its own gradient, and the others' would be lost.
-    """
-    if type(tensor) in checks.PLAIN_TENSORS or not torch.distributed.is_available():
-        return tensor
-    from torch.distributed.tensor import DTensor, Partial
 
-    if not isinstance(tensor, DTensor):
-        return tensor
-    return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
+def _streamed(weight: Any, bias: Tensor | None, name: str) -> ResolvedHead:
+    from torch.distributed.tensor import Shard
+
+    local = weight.to_local(grad_placements=[Shard(0)])
+    checks.head_tensors(local.new_empty(()).expand(weight.shape), bias, name)
+    return ResolvedHead(
+        HeadRows(local, placement=stream_text(weight.device_mesh.get_group().group_name, len(weight))), bias
+    )
 
 
 def _of_peft(module: Any, name: str) -> ResolvedHead:
@@ -172,6 +210,8 @@ def _with_dora(module: Any, base: ResolvedHead, adapter: str, name: str) -> Reso
     """m / |W + s B A| (W + s B A) as a weight of its own; the norm is a constant (arXiv 2402.09353, section 4.3)."""
     if base.rows.codes:
         checks.refuse(name, "DoRA on a quantised head", "LoRA there, or the head not quantised")
+    if base.rows.is_streamed:
+        checks.refuse(name, "DoRA on a streamed head", "LoRA there, or the head gathered: its norms are of whole rows")
     if module.training and isinstance(module.lora_dropout[adapter], nn.Dropout):
         checks.refuse(name, f"DoRA in {adapter!r} with dropout", "lora_dropout=0: a dropped h has no merged weight")
     A, B, scaling = module.lora_A[adapter].weight, module.lora_B[adapter].weight, module.scaling[adapter]
@@ -183,7 +223,7 @@ def _with_dora(module: Any, base: ResolvedHead, adapter: str, name: str) -> Reso
 
 def _of_bitsandbytes(module: Any, name: str) -> ResolvedHead:
     checks.unpatched(module, name)
-    kind = type(module).__name__
+    kind = checks.own_class(module).__name__
     if kind == "Linear4bit":
         return ResolvedHead(_four_bits(module.weight, name), module.bias)
     if kind == "Linear8bitLt":

@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from asft_kernels import checks
-from asft_kernels.backends import Logits, Saved, exp_columns, exp_dtype, load_backend
+from asft_kernels.backends import Logits, Saved, exp_columns, exp_dtype
 from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan, make_plan, traced_chunk
+from asft_kernels.backends.sharding import backend_for
+from asft_kernels.backends.streaming import agreed_tokens
 from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, Stats, StatsGrads, Wanted, stat_dtype
 from asft_kernels.kernels.configs import multiprocessors
 from asft_kernels.memory import Sizes, explained
@@ -50,6 +52,10 @@ def linear_logps(
     """
     tensors = (weight.weight, weight.low_rank)
     if torch.compiler.is_compiling():
+        if weight.is_streamed:
+            raise RuntimeError(
+                "lm_head: got a streamed head under torch.compile, need eager mode; compile the body alone"
+            )
         if chunk_size is None:
             exp_bytes = exp_dtype(backend, hidden.dtype).itemsize
             chunk_size = traced_chunk(hidden.shape[1], exp_bytes=exp_bytes, device_type=hidden.device.type)
@@ -82,12 +88,15 @@ def _phase1(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     wanted = Wanted.parse(names, differentiable)
     head = HeadRows(weight, low_rank, codes, tuple(scales), placement)
-    plan = _plan(hidden, head, rows, backend, chunk_size, cache_bytes, keeps=not wanted.recomputes(softcap))
+    plan = _plan(
+        hidden, head, rows, backend, chunk_size, cache_bytes, needs_acc, needs_exps, names, differentiable,
+        keeps=not wanted.recomputes(softcap),
+    )  # fmt: skip
     needs = (needs_acc, needs_exps and head.is_plain, needs_exps and low_rank is not None, False)
     sizes = partial(_sizes, hidden, head, bias, rows, backend, softcap, chunk_size, cache_bytes, needs, wanted)
     with exact_products(hidden.device.type), explained(sizes, phase="forward"):
         inputs = _without_padding(hidden, rows, labels) if padded else (hidden, rows, labels)
-        saved = load_backend(backend).forward(
+        saved = backend_for(backend, head).forward(
             inputs[0], head, bias, *inputs[1:], Logits(scale, softcap), plan,
             needs_acc=needs_acc, needs_exps=needs_exps, wanted=wanted if names else None,
         )  # fmt: skip
@@ -132,9 +141,12 @@ def _phase2(
     grad_lse: Tensor | None = None, grad_mean_logits: Tensor | None = None, grad_entropy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     head = HeadRows(weight, low_rank, codes, tuple(scales), placement)
-    plan = _plan(hidden, head, rows, backend, chunk_size, cache_bytes)
-    saved = Saved(logps, one_minus_p, inv_total, ref, acc, exps, Stats(*stats) if stats else None)
     of_stats = (grad_lse, grad_mean_logits, grad_entropy)
+    plan = _plan(
+        hidden, head, rows, backend, chunk_size, cache_bytes, needs_hidden, needs_weight, needs_low_rank, needs_bias,
+        *(g is None for g in of_stats), len(exps),
+    )  # fmt: skip
+    saved = Saved(logps, one_minus_p, inv_total, ref, acc, exps, Stats(*stats) if stats else None)
     needs = (needs_hidden, needs_weight, needs_low_rank, needs_bias)
     sizes = partial(_sizes, hidden, head, bias, rows, backend, softcap, chunk_size, cache_bytes, needs, Wanted())
     with exact_products(hidden.device.type), explained(sizes, phase="backward"):
@@ -143,7 +155,7 @@ def _phase2(
             inputs = _without_padding(*inputs)
             grad_logps = grad_logps.masked_fill(labels < 0, 0.0)
             of_stats = [None if g is None else g.masked_fill(labels < 0, 0.0) for g in of_stats]
-        grads = load_backend(backend).backward(
+        grads = backend_for(backend, head).backward(
             grad_logps.contiguous(), inputs[0], head, bias, *inputs[1:], saved, Logits(scale, softcap), plan,
             needs_hidden=needs_hidden, needs_weight=needs_weight, needs_low_rank=needs_low_rank, needs_bias=needs_bias,
             stats_grads=None if all(g is None for g in of_stats) else StatsGrads._make(of_stats),
@@ -216,9 +228,19 @@ torch.library.register_autograd(_phase1, _gradients, setup_context=_save_for_pha
 torch.library.register_autograd(_phase2, _refuse, setup_context=lambda ctx, inputs, output: None)
 
 
-def _plan(hidden, weight: HeadRows, rows, backend, chunk_size, cache_bytes, *, keeps: bool = True) -> Plan:
+def _plan(
+    hidden: Tensor, weight: HeadRows, rows: Tensor, backend: str, chunk_size: int | None, cache_bytes: int,
+    *same: object, keeps: bool = True,
+) -> Plan:  # fmt: skip
+    """same: what else must be the same on the ranks of a streamed head."""
+    n_tokens, exp_bytes = rows.shape[0], exp_dtype(backend, hidden.dtype).itemsize
+    if weight.is_streamed:
+        if chunk_size is None:
+            chunk_size = traced_chunk(hidden.shape[1], exp_bytes=exp_bytes, device_type=hidden.device.type)
+        shared = (backend, hidden.dtype, weight.weight.dtype, *weight.size, chunk_size, cache_bytes, *same)
+        n_tokens = agreed_tokens(weight, n_tokens, shared)
     return make_plan(
-        rows.shape[0], *weight.size, exp_bytes=exp_dtype(backend, hidden.dtype).itemsize,
+        n_tokens, *weight.size, exp_bytes=exp_bytes,
         chunk_size=chunk_size, cache_bytes=cache_bytes if keeps else 0, device_type=hidden.device.type,
         multiprocessors=multiprocessors(hidden.device) if chunk_size is None else 0,
     )  # fmt: skip
@@ -227,7 +249,9 @@ def _plan(hidden, weight: HeadRows, rows, backend, chunk_size, cache_bytes, *, k
 def _sizes(
     hidden, head: HeadRows, bias, rows, backend, softcap, chunk_size, cache_bytes,
     needs: tuple[bool, bool, bool, bool], wanted,
-) -> Sizes:  # fmt: skip
+) -> Sizes | None:  # fmt: skip
+    if head.is_streamed:  # its buffers are not in memory/ yet
+        return None
     low_rank = head.low_rank
     return Sizes(
         len(rows), len(hidden), head.size[0], head.columns, hidden.dtype, backend, hidden.device, cache_bytes,

@@ -1,6 +1,6 @@
 """The ASFT loss as a module that holds its keywords."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ class FusedASFTLoss(nn.Module):
 
     Args:
         lam, beta, sft_weight: As there.
-        reduction, return_outputs: As there.
+        reduction, sequence_group, return_outputs: As there.
         **options: The other keywords; cu_seqlens and num_valid come with each batch, to forward.
 
     >>> import torch
@@ -38,6 +38,7 @@ class FusedASFTLoss(nn.Module):
         sft_weight: float = 1.0,
         *,
         reduction: str = "mean",
+        sequence_group: Any = None,
         return_outputs: bool = False,
         **options: "Unpack[Keywords]",
     ) -> None:
@@ -45,11 +46,11 @@ class FusedASFTLoss(nn.Module):
         # A wrong keyword is an error here, not at the first batch.
         ASFT(lam, beta, sft_weight)
         checks.reduction(reduction)
-        own = ("lam", "beta", "sft_weight", "reduction", "return_outputs")
+        own = ("lam", "beta", "sft_weight", "reduction", "sequence_group", "return_outputs")
         make_options("FusedASFTLoss", options, own, without=OF_THE_BATCH)
         self.keywords = {
             "lam": lam, "beta": beta, "sft_weight": sft_weight, "reduction": reduction,
-            "return_outputs": return_outputs, **options,
+            "sequence_group": sequence_group, "return_outputs": return_outputs, **options,
         }  # fmt: skip
 
     def forward(

@@ -16,6 +16,7 @@ class Logps:
     sum: sum of logp over the valid tokens (token-weighted if weights were given), 0 for none.
     length: (R,) int64, valid tokens. nll_sum, nll_length: the same over nll_labels where given.
     terms: sums over each sequence of what the objective's `per_token` gave, by its names.
+    copies: ranks that hold these same sequences (sequence_group), for what an objective adds over all ranks.
     """
 
     sum: Tensor
@@ -23,6 +24,7 @@ class Logps:
     nll_sum: Tensor | None = None
     nll_length: Tensor | None = None
     terms: Mapping[str, Tensor] = field(default_factory=dict)
+    copies: int = 1
 
     @property
     def avg(self) -> Tensor:
@@ -52,7 +54,7 @@ class Logps:
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Logps":
         nll_sum, nll_length = (None if x is None else change(x) for x in (self.nll_sum, self.nll_length))
         terms = {name: change(x) for name, x in self.terms.items()}
-        return Logps(change(self.sum), change(self.length), nll_sum, nll_length, terms)
+        return Logps(change(self.sum), change(self.length), nll_sum, nll_length, terms, self.copies)
 
 
 def reduce(logps: Tensor, batch: TokenBatch, weights: Tensor | None = None) -> Tensor:

@@ -3,13 +3,16 @@
 Checks, autocast's dtype, choice of backend, packing, and the primitive: what all public calls begin with.
 """
 
+import torch
 from torch import Tensor
 
 from asft_kernels import checks
 from asft_kernels.backends import choose_backend
 from asft_kernels.backends.plan import default_cache_bytes
+from asft_kernels.backends.sharding import global_vocab
 from asft_kernels.backends.token_stats import Wanted
 from asft_kernels.batch import TokenBatch, pack
+from asft_kernels.distributed import Agreement
 from asft_kernels.heads import Head, resolve_head
 from asft_kernels.linear_logps import linear_logps
 from asft_kernels.options import Options
@@ -21,6 +24,7 @@ def token_logps(
     labels: Tensor,
     options: Options,
     *,
+    ranks: Agreement,
     wanted: Wanted | None = None,
     paired: bool = False,
     nll_labels: Tensor | None = None,
@@ -30,7 +34,8 @@ def token_logps(
     checks.no_transform()
     head = resolve_head(lm_head)
     checks.hidden_layout(hidden)
-    checks.hidden_size(hidden, head.rows.size[0], head.rows.columns)
+    vocab = global_vocab(head.rows)
+    checks.hidden_size(hidden, vocab, head.rows.columns)
     checks.label_layout(hidden, labels, o.cu_seqlens)
     checks.same_place(hidden=hidden, **head.tensors(), labels=labels, cu_seqlens=o.cu_seqlens)
     if paired:
@@ -38,9 +43,13 @@ def token_logps(
     hidden, rows, bias = head.for_product(hidden)
     backend = choose_backend(o.backend, hidden.device, hidden.dtype)
 
+    if ranks.shard is not None:
+        figures = [sorted(x) for x in (wanted.names, wanted.differentiable)] if wanted else []
+        grad = torch.is_grad_enabled() and hidden.requires_grad
+        ranks.compare(hidden, labels, (figures, o.logits, o.ignore_index, backend, hidden.dtype, grad))
     batch = pack(
-        labels, vocab=rows.size[0], cu_seqlens=o.cu_seqlens, shift=o.shift, ignore_index=o.ignore_index,
-        num_valid=o.num_valid, extra_labels=nll_labels,
+        labels, vocab=vocab, cu_seqlens=o.cu_seqlens, shift=o.shift, ignore_index=o.ignore_index,
+        num_valid=o.num_valid, extra_labels=nll_labels, read=None if ranks.shard is None else ranks.read,
     )  # fmt: skip
     logps, stats = linear_logps(
         hidden.reshape(-1, hidden.shape[-1]), rows, bias, batch.rows, batch.labels, backend=backend,

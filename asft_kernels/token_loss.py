@@ -1,6 +1,7 @@
 """Log-probabilities of the valid tokens -> sequences -> objective -> loss: what follows the primitive."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,13 @@ from asft_kernels.objectives.base import counting, counting_rows, reduce_loss
 from asft_kernels.options import Options
 from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, summarize
 from asft_kernels.sequence import Logps, reduce
+from asft_kernels.sequence_parallel import (
+    added,
+    failing_together,
+    of_whole_sequences,
+    process_group,
+    refuse_what_needs_whole_sequences,
+)
 
 ANY_VOCABULARY = 2**62  # labels were checked where the log-probabilities were made
 
@@ -29,6 +37,19 @@ class LossInputs:
     nll_labels: Tensor | None  # (B, T); once checked in the shape of labels
     objective_inputs: Mapping[str, Tensor] | None
     reduction: str
+    sequence_group: Any = None  # once `on_group` a ProcessGroup of several ranks, or None
+
+    def on_group(self, objective: Objective, shift: bool) -> "LossInputs":
+        """The same with its ProcessGroup, if the objective takes sequences in pieces."""
+        group = process_group(self.sequence_group)
+        if self.sequence_group is not None:
+            refuse_what_needs_whole_sequences(objective, shift)
+        return replace(self, sequence_group=group)
+
+    def together(self, options: Options, device: torch.device) -> Any:
+        """`failing_together` where the call reads the device anyway; a list for the number of rows."""
+        reads = options.num_valid is None and not torch.compiler.is_compiling()
+        return failing_together(self.sequence_group, device) if self.sequence_group and reads else nullcontext([])
 
     def checked(
         self, objective: Objective, values: Tensor, labels: Tensor, rows: int, options: Options
@@ -61,21 +82,26 @@ def preference_loss_from_logps(
     token_weights: Tensor | None = None,
     nll_labels: Tensor | None = None,
     objective_inputs: Mapping[str, Tensor] | None = None,
+    shift: bool = True,
     ignore_index: int = -100,
     reduction: str = "mean",
+    sequence_group: Any = None,
     return_outputs: bool = False,
 ) -> Tensor | tuple[Tensor, PreferenceOutputs | SequenceOutputs]:
     """Computes any objective from log-probabilities of the labels, such as a fused model's `log_probs`.
 
     Args:
-        logps: (R, T - 1) or (R, T), that of label t + 1 at t, as `fuse` and `fused_linear_logps` return them.
+        logps: (R, T - 1) or (R, T), that of label t + 1 at t, as `fuse` and `fused_linear_logps` return them; with
+            shift=False (R, T), that of label t at t.
         labels: (R, T) integers, aligned with input_ids; ignore_index where no loss is.
         objective: As in `fused_preference_loss`.
         stats: Figures per token in the shape of logps, by name, for objectives that read some (`Objective.stats`).
         ref_logps, token_weights, nll_labels, objective_inputs, reduction, return_outputs: As in
             `fused_preference_loss`; log-probabilities are then those of both label sets. ref_logps per token may have
             the shape of logps.
+        shift: False: labels are shifted already, as shift_labels of the model; default True.
         ignore_index: The label of positions without loss, default -100.
+        sequence_group: As in `fused_preference_loss`, with shift=False.
 
     Returns:
         The loss; with return_outputs=True (loss, `PreferenceOutputs`), or `SequenceOutputs` for unpaired objectives.
@@ -86,35 +112,44 @@ def preference_loss_from_logps(
     if isinstance(objective, str):
         objective = get_objective(objective)
     checks.objective_object(objective)
-    if labels.dim() != 2 or logps.dim() != 2 or logps.shape[0] != labels.shape[0] or (
-        logps.shape[1] not in (labels.shape[1], labels.shape[1] - 1)
-    ):  # fmt: skip
-        raise ValueError(
-            f"logps: got shape {tuple(logps.shape)} and labels {tuple(labels.shape)}, need labels (R, T) and logps "
-            "(R, T - 1) or (R, T)"
-        )
-    missing = [name for name in getattr(objective, "stats", ()) if name not in (stats or {})]
+    options = Options(ignore_index=ignore_index, shift=shift)
+    given = LossInputs(ref_logps, token_weights, nll_labels, objective_inputs, reduction, sequence_group)
+    given = given.on_group(objective, shift)
+    with given.together(options, logps.device) as rows:
+        rows.append(len(labels))
+        of_tokens, named, batch, given = _compacted(logps, labels, objective, stats or {}, given, options)
+    backend = choose_backend(None, logps.device, logps.dtype)
+    loss, outputs = loss_of_tokens(of_tokens, named, batch, objective, given, labels, ignore_index, backend)
+    return (loss, outputs()) if return_outputs else loss
+
+
+def _compacted(
+    logps: Tensor, labels: Tensor, objective: Objective, stats: Mapping[str, Tensor], given: LossInputs,
+    options: Options,
+) -> tuple[Tensor, dict[str, Tensor], TokenBatch, LossInputs]:  # fmt: skip
+    """Log-probabilities and figures of the valid tokens, where they stand, and the checked inputs."""
+    missing = [name for name in getattr(objective, "stats", ()) if name not in stats]
     if missing:
         raise ValueError(
             f"stats: got none called {missing[0]!r}, need it for {type(objective).__name__}; ask the model for it: "
             f"fuse(model, outputs=(..., {missing[0]!r}))"
         )
+    widths = (labels.shape[-1], labels.shape[-1] - options.shift) if labels.dim() else ()
+    if labels.dim() != 2 or logps.dim() != 2 or len(logps) != len(labels) or logps.shape[1] not in widths:
+        need = "labels (R, T) and logps (R, T - 1) or (R, T)" if options.shift else "both (R, T), as shift is False"
+        raise ValueError(f"logps: got shape {tuple(logps.shape)} and labels {tuple(labels.shape)}, need {need}")
     if objective.paired and labels.shape[0] % 2:
         raise ValueError(f"labels: got {labels.shape[0]} rows, need chosen and rejected of each pair: an even number")
     to_labels = (0, labels.shape[1] - logps.shape[1])
-    if ref_logps is not None and objective.ref_per_token and ref_logps.shape == logps.shape:
-        ref_logps = pad(ref_logps, to_labels)
-    given = LossInputs(ref_logps, token_weights, nll_labels, objective_inputs, reduction)
-    given = given.checked(objective, logps, labels, labels.shape[0], Options(ignore_index=ignore_index))
+    if given.ref_logps is not None and objective.ref_per_token and given.ref_logps.shape == logps.shape:
+        given = replace(given, ref_logps=pad(given.ref_logps, to_labels))
+    given = given.checked(objective, logps, labels, labels.shape[0], options)
     batch = pack(
-        labels, vocab=ANY_VOCABULARY, cu_seqlens=None, shift=True, ignore_index=ignore_index, num_valid=None,
-        extra_labels=given.nll_labels,
+        labels, vocab=ANY_VOCABULARY, cu_seqlens=None, shift=options.shift, ignore_index=options.ignore_index,
+        num_valid=None, extra_labels=given.nll_labels,
     )  # fmt: skip
-    of_tokens, *figures = (batch.take_at_rows(pad(x, to_labels)) for x in (logps, *(stats or {}).values()))
-    backend = choose_backend(None, logps.device, logps.dtype)
-    named = dict(zip(stats or {}, figures, strict=True))
-    loss, outputs = loss_of_tokens(of_tokens, named, batch, objective, given, labels, ignore_index, backend)
-    return (loss, outputs()) if return_outputs else loss
+    of_tokens, *figures = (batch.take_at_rows(pad(x, to_labels)) for x in (logps, *stats.values()))
+    return of_tokens, dict(zip(stats, figures, strict=True)), batch, given
 
 
 def loss_of_tokens(
@@ -128,10 +163,10 @@ def loss_of_tokens(
     backend: str,
 ) -> tuple[Tensor, Callable[[], Any]]:
     """(N,) log-probabilities and figures of the tokens of batch, checked inputs -> (loss, what makes its figures)."""
-    token_weights, nll_labels = given.token_weights, given.nll_labels
+    token_weights, nll_labels, group = given.token_weights, given.nll_labels, given.sequence_group
     weigh = getattr(objective, "weigh_tokens", None)
     from_tokens = getattr(objective, "from_tokens", None)
-    plain = token_weights is None and nll_labels is None
+    plain = token_weights is None and nll_labels is None and group is None
     at_once = from_tokens(logps, batch.offsets, backend) if from_tokens and plain else None
     if at_once is not None:
         policy, terms = at_once
@@ -146,6 +181,10 @@ def loss_of_tokens(
             own_weights, weights = (own.double() if x is None else x.where(own, 0) for x in (own_weights, weights))
             lengths, nll_lengths = (reduce(x, batch).long() for x in (own, nll))
             nll_sums = reduce(logps, batch, nll)
+        if group is not None:  # weights below are those of rows that count as a whole
+            of_both = [lengths] if nll_lengths is None else [lengths, nll_lengths]
+            lengths, *nll_length = added(torch.stack(of_both), group)
+            nll_lengths = nll_length[0] if nll_length else None
         # Masked in the loss alone, a NaN of a row that does not count would come back in its gradient, as 0 * NaN.
         rows = counting_rows(lengths, objective.paired)
         own_weights, weights = (_finite_weights(x, rows, batch) for x in (own_weights, weights))
@@ -153,8 +192,11 @@ def loss_of_tokens(
         terms_of_rows = {key: reduce(x, batch, own_weights) for key, x in per_token_terms.items()}
         policy = Logps(reduce(logps, batch, weights), lengths, nll_sums, nll_lengths, terms_of_rows)
         ref = None if given.ref_logps is None else given.ref_logps.detach()
+        pieces = None
         if ref is not None and getattr(objective, "ref_per_token", False):
-            ref = reduce(batch.take_at_rows(ref), batch, weights)
+            pieces = reduce(batch.take_at_rows(ref), batch, weights)
+        policy, pieces = of_whole_sequences(policy, pieces, group)
+        ref = ref if pieces is None else pieces.detach()
         ref = None if ref is None else ref.where(rows, 0)
         inputs = {
             key: x.where(rows, 0) if x.is_floating_point() and x.shape[-1:] == rows.shape else x

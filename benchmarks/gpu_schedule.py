@@ -26,6 +26,7 @@ class Call:
 
     form: how dW is rounded; the package's default for N where it is None. multiprocessors: 0 cuts by bytes alone.
     distinct: share of the tokens whose label is no other token's, too: 1 at most, and about that for random labels.
+    chunk_size: as in the public call.
     """
 
     N: int
@@ -36,12 +37,13 @@ class Call:
     form: str | None = None
     multiprocessors: int = 132
     distinct: float = 1.0
+    chunk_size: int | None = None
 
     @cached_property
     def plan(self) -> Plan:
         return make_plan(
-            self.N, self.V, self.D, exp_bytes=BF16, chunk_size=None, cache_bytes=self.cache_bytes, device_type="cuda",
-            multiprocessors=self.multiprocessors,
+            self.N, self.V, self.D, exp_bytes=BF16, chunk_size=self.chunk_size, cache_bytes=self.cache_bytes,
+            device_type="cuda", multiprocessors=self.multiprocessors if self.chunk_size is None else 0,
         )  # fmt: skip
 
     @property

@@ -120,9 +120,9 @@ def text(rows: list[dict[str, Any]]) -> str:
         "change. Accuracy: share of pairs whose chosen answer is likelier a token. Margin: difference of the mean "
         "log-probabilities a token. Memory: peak of the process, compared with that of sft. "
         "Each method ran once, on a machine that did other work meanwhile: tokens/s and memory are rough. dnpo takes "
-        "the same pairs in another order; rso-hinge_norm was trained by TRL's trainer, with prompts of more than 256 "
-        "tokens too, and on another processor, the others by this package's own trainer before it; fpo's autoencoder "
-        "is trained on the training pairs first, which is in none "
+        "the same pairs in another order; rso-hinge_norm and bridged-bmc were trained by TRL's trainer, with prompts "
+        "of more than 256 tokens too, and on another processor, the others by this package's own trainer before it; "
+        "fpo's autoencoder is trained on the training pairs first, which is in none "
         "of the figures. Of pairs that `asft data` made of the same lines, with the model itself as scorer, writer or "
         f"editor (`benchmarks/method_data.py`): {', '.join(made) or 'none'}; that shows that the commands run on real "
         "texts, not what the methods are worth.",

@@ -17,6 +17,7 @@ MODULES = {
     "asft_kernels": "The calls",
     "asft_kernels.models": "Models",
     "asft_kernels.training": "Training",
+    "asft_kernels.distributed": "Several ranks",
     "asft_kernels.methods.dnpo.noisy_logps": "DNPO",
     "asft_kernels.liger": "Liger's names",
 }

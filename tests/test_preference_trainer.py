@@ -1,8 +1,5 @@
 """`PreferenceTrainer` on TRL's DPOTrainer: equal to TRL where both can, and right where TRL has nothing."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -444,51 +441,6 @@ def test_objectives_may_be_given_as_objects(tmp_path, model):
     one = logs(made(tmp_path, model, objective_object=DPO(beta=0.5)))
     other = logs(made(tmp_path, model, objective="dpo", beta=0.5))
     assert [row["loss"] for row in one] == [row["loss"] for row in other]
-
-
-WORKER = """
-import os, sys, torch
-from datasets import Dataset
-from asft_kernels.training import PreferenceConfig, PreferenceTrainer
-from test_preference_trainer import options, rows_that_count_differently
-from tiny_lm import tiny_tokenizer
-
-folder, model, accumulation = sys.argv[1], sys.argv[2], int(sys.argv[3])
-config = PreferenceConfig(**options(folder, objective="asft", max_steps=1, optim="sgd", learning_rate=1.0,
-    max_grad_norm=0, per_device_train_batch_size=4 // accumulation, gradient_accumulation_steps=accumulation,
-    ddp_backend="gloo"))
-trainer = PreferenceTrainer(model, args=config, train_dataset=rows_that_count_differently(),
-    processing_class=tiny_tokenizer())
-trainer.train()
-row = next(row for row in trainer.state.log_history if "loss" in row)
-if config.process_index == 0:
-    torch.save((row, {n: p.detach() for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}),
-        folder + "/found.pt")
-torch.distributed.barrier()
-os._exit(0)  # gloo's threads now and then abort a process that ends in the ordinary way
-"""
-
-
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_processes_are_one(tmp_path, model, accumulation):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    alone = made(
-        tmp_path / "alone", model, rows=rows_that_count_differently(), objective="asft", max_steps=1, optim="sgd",
-        per_device_train_batch_size=8, gradient_accumulation_steps=1, learning_rate=1.0, max_grad_norm=0,
-    )  # fmt: skip
-    expected = logs(alone)[0]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        [*command, str(tmp_path), model, str(accumulation)], capture_output=True, text=True, timeout=240,
-        env={**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert (tmp_path / "found.pt").is_file(), done.stderr[-3000:]
-    row, weights = torch.load(tmp_path / "found.pt")
-    for name in ("loss", "pairs", "logps/chosen", "entropy"):
-        assert row[name] == pytest.approx(expected[name], rel=1e-5), name
-    for name, value in alone.model.named_parameters():
-        assert (value - weights[name]).abs().max() <= 64 * unit_roundoff(torch.float32), name
 
 
 def test_a_mixture_of_experts_has_its_load_balancing_loss(tmp_path):

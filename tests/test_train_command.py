@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -23,7 +24,7 @@ from asft_kernels.cli.train import parse
 from asft_kernels.errors import InputError
 from asft_kernels.training.callbacks import MetricsFile
 from asft_kernels.training.figures import Evaluation, change
-from asft_kernels.training.run_folder import command, require_same_settings
+from asft_kernels.training.run_folder import command, find_checkpoint, require_same_settings
 from asft_kernels.training.trainer import PreferenceTrainer
 from tiny_lm import pairs, saved_tiny_model, tiny_model, write_lines
 
@@ -338,6 +339,21 @@ def test_what_is_wrong_with_a_config_is_one_line(tmp_path, capsys, text):
     assert CONFIGS[text] in said.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    "names", [("optimizer.bin",), ("optimizer_0",), ("global_step7",), ("optimizer.pt", "scheduler.pt")]
+)
+def test_checkpoints_of_every_engine_are_complete(tmp_path, names):
+    """FSDP's whole and in shards, DeepSpeed's, and the Trainer's own."""
+    checkpoint = tmp_path / "checkpoint-7"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text("{}")
+    with pytest.raises(InputError, match="no complete checkpoint"):
+        find_checkpoint("last", tmp_path)
+    for name in names:
+        (checkpoint / name).touch()
+    assert find_checkpoint("last", tmp_path) == checkpoint
+
+
 def test_one_value_of_a_list_needs_no_brackets_in_yaml(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("dataset_name: a.jsonl\nobjective_args: lam=0.5\nobjective: orpo\nuse_cpu: true\n")
@@ -379,6 +395,10 @@ BAD = [
     (["--eval_every_nth", "500"], "leaves 30 pairs for training and 0 for evaluation"),
     (["--output_dir", __file__], "is a file, need a folder"),
 ]
+
+
+if find_spec("deepspeed") is None:
+    BAD.append((["--deepspeed", "zero3.json"], "deepspeed: not installed, need it for a DeepSpeed config; pip"))
 
 
 @pytest.mark.parametrize(("extra", "message"), BAD, ids=[" ".join(words)[:40] for words, _ in BAD])

@@ -38,6 +38,9 @@ class Saved(NamedTuple):
     acc: Tensor  # (N, D) fp32: O = sum_{v != y} exp(z_v - ref) * c_v * W_v, or (0,)
     exps: list[Tensor]  # plan.cached chunks (N, rows) of E' = exp(z - ref) * c; the label's entry is the backend's own
     stats: Stats | None = None  # where figures were asked for
+    # Of phase 1, for sharding.py alone:
+    label_logits: Tensor | None = None  # (N,) z_y, in the unit of ref
+    largest: Tensor | None = None  # (N,) or (0,): the largest logit, in a unit of its own, where is_top1 is wanted
 
 
 class Gradients(NamedTuple):
@@ -50,6 +53,8 @@ class Gradients(NamedTuple):
 
 
 class Backend(Protocol):
+    def logit_unit(self) -> float: ...  # nats in 1 of Saved.ref and Saved.label_logits
+
     def forward(
         self,
         hidden: Tensor,  # (M, D + r)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FOUR_BITS, EIGHT_BITS = "4bit", "8bit"
+STREAM = "stream"
 
 
 def codes_text(kind: str, block: int, dtype: torch.dtype) -> str:
@@ -23,8 +24,13 @@ def codes_text(kind: str, block: int, dtype: torch.dtype) -> str:
     return f"{kind}/{block}/{str(dtype).removeprefix('torch.')}"
 
 
+def stream_text(group_name: str, vocab: int) -> str:
+    """The placement of a head that is streamed (backends/streaming.py) over a process group."""
+    return f"{STREAM}/{group_name}/{vocab}"
+
+
 class HeadRows(NamedTuple):
-    weight: Tensor  # (V, D); of 4 bits (V, D / 2) uint8, of 8 bits (V, D) int8
+    weight: Tensor  # (V, D), streamed (V_r, D); of 4 bits (V, D / 2) uint8, of 8 bits (V, D) int8
     low_rank: Tensor | None = None  # (V, r)
     codes: str = ""  # codes_text of a quantised weight
     scales: tuple[Tensor, ...] = ()  # 4 bits: (blocks,) and the table (256, 2); 8 bits: (V,); fp32
@@ -32,7 +38,11 @@ class HeadRows(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        return self.low_rank is None and not self.codes
+        return self.low_rank is None and not self.codes and not self.is_streamed
+
+    @property
+    def is_streamed(self) -> bool:
+        return self.placement.startswith(STREAM)
 
     @property
     def columns(self) -> int:
@@ -42,7 +52,8 @@ class HeadRows(NamedTuple):
     @property
     def size(self) -> tuple[int, int]:
         """(V, D + r)."""
-        return self.weight.shape[0], self.columns + (0 if self.low_rank is None else self.low_rank.shape[1])
+        vocab = int(self.placement.split("/")[-1]) if self.is_streamed else self.weight.shape[0]
+        return vocab, self.columns + (0 if self.low_rank is None else self.low_rank.shape[1])
 
     def chunk(self, start: int, stop: int, out: Tensor) -> Tensor:
         """Rows start to stop, written to out (at least that many rows, D + r), in its dtype."""

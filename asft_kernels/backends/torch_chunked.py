@@ -34,7 +34,8 @@ from asft_kernels.backends import Gradients, Logits, Saved
 from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan, token_blocks
 from asft_kernels.backends.processor import INTEL
-from asft_kernels.backends.token_stats import Stats, StatsGrads, Wanted, close, row_factors
+from asft_kernels.backends.streaming import Shards, StreamedGradient, StreamedRows, reading
+from asft_kernels.backends.token_stats import RowFactors, Stats, StatsGrads, Wanted, close, row_factors
 from asft_kernels.backends.torch_products import accumulate
 from asft_kernels.backends.torch_stats import BlockStats, StatsRoom, Weighing
 
@@ -57,6 +58,10 @@ BIT = Unit(math.log(2.0), torch.exp2, Tensor.exp2_, torch.log2)
 UNIT = NAT if INTEL else BIT
 
 
+def logit_unit() -> float:
+    return UNIT.nats
+
+
 def forward(
     hidden: Tensor,
     weight: HeadRows,
@@ -70,35 +75,38 @@ def forward(
     needs_exps: bool,
     wanted: Wanted | None = None,
 ) -> Saved:
-    H = _rows(hidden, rows)
+    H = valid_rows(hidden, rows)
     acc = H.new_empty(H.shape if needs_acc else 0)
     exps = [H.new_empty(len(H), stop - start) for start, stop in plan.slices[: plan.cached if needs_exps else 0]]
-    head = _Head(weight, bias, logits, plan, H)
+    head = _Head(reading(weight, plan.slices), bias, logits, plan, H)
     workspace = H.new_empty(head.block_size * plan.chunk if len(exps) < len(plan.slices) else 0)
     room = None if wanted is None else StatsRoom(wanted, H, head.block_size * plan.chunk, logits, needs_acc=needs_acc)
     blocks = [
         _forward_block(head, H[b], labels[b], acc[b], [E[b] for E in exps], workspace, room, b, needs_acc=needs_acc)
         for b in head.blocks
     ]
-    logps, one_minus_p, inv_total, ref, *figures = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-    stats = None if room is None else Stats._make([*figures, room.log_acc, room.slope_acc])
-    return Saved(logps, one_minus_p, inv_total, ref, acc, exps, stats)
+    logps, one_minus_p, inv_total, ref, z_y, *figures = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    if room is None:
+        return Saved(logps, one_minus_p, inv_total, ref, acc, exps, None, z_y)
+    *figures, largest = figures
+    stats = Stats._make([*figures, room.log_acc, room.slope_acc])
+    return Saved(logps, one_minus_p, inv_total, ref, acc, exps, stats, z_y, largest)
 
 
 def _forward_block(
     head: "_Head", H: Tensor, labels: Tensor, acc: Tensor, exps: list[Tensor], workspace: Tensor,
     room: StatsRoom | None, tokens: slice, *, needs_acc: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """logps, one_minus_p, inv_total and ref of a block of tokens, then the figures wanted beside them.
+    """logps, one_minus_p, inv_total, ref and z_y of a block of tokens; figures wanted beside them, and largest.
 
     Writes the block's rows of acc, of the cached chunks and of room's accumulators.
     """
-    z_y, label_slope = _label_logits(H, head.weight, head.bias, labels, head.transform)
+    z_y, label_slope = label_logits(H, head.weight, head.bias, labels, head.transform)
     entries = _LabelEntries(labels, head.plan)
     stats = None if room is None else room.block(tokens, z_y, entries)
     block = _Block(H, [*exps, *head.views(workspace, len(H), len(exps))], entries, stats)
     acc_or_none = acc if needs_acc else None
-    ref, others = z_y, _exponentials(head, block, z_y, acc_or_none) if looking_is_free(z_y) else None
+    ref, others = z_y, _exponentials(head, block, z_y, acc_or_none) if head.looks(z_y) else None
     refs = [ref] * len(exps)
     if others is None:
         ref, others, refs = _exponentials_moving(head, block, z_y, acc_or_none)
@@ -113,12 +121,12 @@ def _forward_block(
         block.label_entries.set(E, k, label_entry)
     one_minus_p, inv_total = others / total, total.reciprocal()
     if room is None or stats is None:
-        return logps, one_minus_p, inv_total, ref
+        return logps, one_minus_p, inv_total, ref, z_y
     figures = close(
         room.wanted, stats.sums(ref, total, UNIT.nats), ref=ref * UNIT.nats, log_total=UNIT.log(total) * UNIT.nats,
         one_minus_p=one_minus_p, inv_total=inv_total, logps=logps,
     )  # fmt: skip
-    return logps, one_minus_p, inv_total, ref, *figures
+    return logps, one_minus_p, inv_total, ref, z_y, *figures, stats.largest(ref)
 
 
 class _Block(NamedTuple):
@@ -221,10 +229,12 @@ def backward(
     needs_bias: bool,
     stats_grads: StatsGrads | None = None,
 ) -> Gradients:
-    H = _rows(hidden, rows)
+    H = valid_rows(hidden, rows)
+    needs_head = needs_weight or needs_low_rank or needs_bias
+    source = reading(weight, plan.slices[len(saved.exps) :] if needs_head else [])
     label_slope = None
     if logits.softcap is not None:
-        _, label_slope = _label_logits(H, weight, bias, labels, logits)
+        _, label_slope = label_logits(H, source, bias, labels, logits)
     factors = row_factors(
         grad_logps, stats_grads, logps=saved.logps, one_minus_p=saved.one_minus_p, inv_total=saved.inv_total,
         entropy=None if saved.stats is None else saved.stats.entropy, label_slope=label_slope, scale=logits.scale,
@@ -232,34 +242,31 @@ def backward(
     )  # fmt: skip
     grad_hidden = None
     if needs_hidden:
-        grad_rows = _label_rows(weight, labels, H.dtype).mul_(factors.label[:, None])
-        grad_rows.addcmul_(saved.acc, factors.linear[:, None])
-        if saved.stats is not None and factors.log is not None:
-            grad_rows.addcmul_(saved.stats.log_acc, factors.log[:, None], value=UNIT.nats)
-        if saved.stats is not None and factors.uniform is not None:
-            grad_rows.addcmul_(saved.stats.slope_acc, factors.uniform[:, None])
+        grad_rows = grad_of_rows(source, labels, saved, factors, UNIT.nats)
         grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
         grad_hidden.index_copy_(0, rows, grad_rows.to(hidden.dtype))
         del grad_rows
-    if not (needs_weight or needs_low_rank or needs_bias):
+    if not needs_head:
         return Gradients(grad_hidden)
 
+    streamed = None
+    if needs_weight and weight.is_streamed:
+        streamed, needs_weight = StreamedGradient(weight, Shards.of(weight), plan.slices, H.dtype), False
     grad_weight, grad_low_rank = (
         torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and needed else None
         for x, needed in ((weight.weight, needs_weight), (weight.low_rank, needs_low_rank))
     )
     grad_bias = torch.empty_like(bias) if needs_bias and bias is not None else None
     rounds = needs_weight and weight.weight.dtype != H.dtype
-    head = _Head(weight, bias, logits, plan, H)
+    head = _Head(source, bias, logits, plan, H)
     if stats_grads is None:  # E's rows have one factor each: it is H's
         weighing, row_factor = None, factors.linear[:, None]
-        not_p = saved.one_minus_p if label_slope is None else saved.one_minus_p * label_slope
-        label_entry = -not_p / saved.inv_total
+        label_entry = _label_entry(saved, label_slope)
     else:
         scratch = H.new_empty(0 if factors.log is None else head.block_size * plan.chunk)
         weighing, row_factor = Weighing(factors, UNIT, scratch), None
         label_entry = factors.label_entry(label_slope)
-    scaled = H * row_factor if (needs_weight or needs_low_rank) and row_factor is not None else H
+    scaled = H * row_factor if (needs_weight or streamed or needs_low_rank) and row_factor is not None else H
     own, further = scaled[:, : weight.columns], scaled[:, weight.columns :]
     kept = 0 if weighing else len(saved.exps)
     workspace = H.new_empty(len(H) * plan.chunk if kept < len(plan.slices) else 0)
@@ -287,34 +294,75 @@ def backward(
             product = torch.mm(E.T, own, out=head.upcast[: E.shape[1], : own.shape[1]] if rounds else weight_parts[k])
             if rounds:
                 weight_parts[k].copy_(product)  # the one rounding
+        elif streamed is not None:
+            torch.mm(E.T, own, out=streamed.room(k))
+            streamed.send(k)
         if low_rank_parts is not None:
             low_rank_parts[k].copy_(E.T @ further)
         if bias_parts is not None:
             # A sum, not a matrix-vector product: BLAS adds the tokens one by one, sum() pairwise.
             sums = [(E[b] if row_factor is None else E[b] * row_factor[b]).sum(dim=0) for b in head.blocks]
             bias_parts[k].copy_(torch.stack(sums).sum(dim=0))
+    if streamed is not None:
+        grad_weight = streamed.finish()
     return Gradients(grad_hidden, grad_weight, grad_low_rank, grad_bias)
+
+
+def grad_of_rows(
+    weight: HeadRows | StreamedRows, labels: Tensor, saved: Saved, factors: RowFactors, unit: float
+) -> Tensor:
+    """dH of the valid tokens, (N, D + r), before it is rounded. unit: nats in 1 of what saved.stats.log_acc holds."""
+    grad = _label_rows(weight, labels, saved.acc.dtype).mul_(factors.label[:, None])
+    grad.addcmul_(saved.acc, factors.linear[:, None])
+    if saved.stats is not None and factors.log is not None:
+        grad.addcmul_(saved.stats.log_acc, factors.log[:, None], value=unit)
+    if saved.stats is not None and factors.uniform is not None:
+        grad.addcmul_(saved.stats.slope_acc, factors.uniform[:, None])
+    return grad
+
+
+def set_label_entries(saved: Saved, labels: Tensor, label_slope: Tensor | None, plan: Plan) -> None:
+    """Writes into the kept E' the labels' entries that go with saved.one_minus_p and saved.inv_total."""
+    entries = _LabelEntries(labels, plan)
+    value = _label_entry(saved, label_slope)
+    for k, E in enumerate(saved.exps):
+        entries.set(E, k, value)
+
+
+def _label_entry(saved: Saved, label_slope: Tensor | None) -> Tensor:
+    """(N,): times -1 / total it is (1 - p_y) c_y."""
+    not_p = saved.one_minus_p if label_slope is None else saved.one_minus_p * label_slope
+    return -not_p / saved.inv_total
 
 
 class _Head:
     """Logits of a block of tokens in one vocabulary chunk, with buffers that live for one phase."""
 
-    def __init__(self, weight: HeadRows, bias: Tensor | None, logits: Logits, plan: Plan, H: Tensor) -> None:
+    def __init__(
+        self, weight: HeadRows | StreamedRows, bias: Tensor | None, logits: Logits, plan: Plan, H: Tensor
+    ) -> None:
         self.weight, self.bias, self.transform, self.plan = weight, bias, logits, plan
+        self.as_it_is = weight.is_plain and weight.weight.dtype == H.dtype
         # Views are made here, all at once: between products each costs several times as much (docs/algorithm.md).
-        self.rows = weight.weight.split(plan.chunk)
+        self.rows = weight.weight.split(plan.chunk) if self.as_it_is else ()
         self.columns = [rows.T for rows in self.rows]
         self.biases = None if bias is None else bias.split(plan.chunk)
-        self.blocks = token_blocks(len(H), H.device.type)
+        # Rows that come from other ranks are read once, by all tokens together.
+        self.one_pass = isinstance(weight, StreamedRows)
+        self.blocks = [slice(0, len(H))] if self.one_pass else token_blocks(len(H), H.device.type)
         self.block_size = max(b.stop - b.start for b in self.blocks)
         self.slope = H.new_empty(self.block_size * plan.chunk if logits.softcap is not None else 0)
-        self.as_it_is = weight.is_plain and weight.weight.dtype == H.dtype
         self.upcast = H.new_empty(0 if self.as_it_is else plan.chunk, H.shape[1])
+
+    def looks(self, x: Tensor) -> bool:
+        """Whether sums are looked at on the way, and a second pass made where they are too high."""
+        return looking_is_free(x) and not self.one_pass
 
     def logits(self, H: Tensor, k: int, minus_ref: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
         """out (n, rows) becomes z - ref; returns (W_k (rows, D), c (n, rows) or None). H (n, D), minus_ref (n, 1)."""
-        weight_k, columns = self.rows[k], self.columns[k]
-        if not self.as_it_is:
+        if self.as_it_is:
+            weight_k, columns = self.rows[k], self.columns[k]
+        else:
             weight_k = self.weight.chunk(*self.plan.slices[k], out=self.upcast)
             columns = weight_k.T
         factor = _product_factor(self.transform)
@@ -332,7 +380,7 @@ class _Head:
 
     def views(self, workspace: Tensor, n: int, first: int) -> list[Tensor]:
         """The workspace as (n, rows) of each chunk from first on."""
-        rows = [len(weight_k) for weight_k in self.rows[first:]]
+        rows = [stop - start for start, stop in self.plan.slices[first:]]
         shapes = {width: _view(workspace, n, width) for width in set(rows)}
         return [shapes[width] for width in rows]
 
@@ -347,19 +395,19 @@ def looking_is_free(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _rows(hidden: Tensor, rows: Tensor) -> Tensor:
+def valid_rows(hidden: Tensor, rows: Tensor) -> Tensor:
     """The valid rows, in the dtype that everything is computed in."""
     H = hidden.index_select(0, rows)
     return H if H.dtype == torch.float64 else H.float()
 
 
-def _label_rows(weight: HeadRows, labels: Tensor, dtype: torch.dtype) -> Tensor:
+def _label_rows(weight: HeadRows | StreamedRows, labels: Tensor, dtype: torch.dtype) -> Tensor:
     """(N, D + r), a tensor of its own."""
     return weight.weight.index_select(0, labels).to(dtype) if weight.is_plain else weight.take(labels, dtype)
 
 
-def _label_logits(
-    H: Tensor, weight: HeadRows, bias: Tensor | None, labels: Tensor, logits: Logits
+def label_logits(
+    H: Tensor, weight: HeadRows | StreamedRows, bias: Tensor | None, labels: Tensor, logits: Logits
 ) -> tuple[Tensor, Tensor | None]:
     """(z_y, c_y or None without a softcap)."""
     z = torch.linalg.vecdot(H, _label_rows(weight, labels, H.dtype))

@@ -81,6 +81,8 @@ class BlockStats:
     def move(self, by: Tensor, shrink: Tensor, others: Tensor, acc: Tensor | None) -> None:
         """r becomes r + by, exp(-by) being shrink; others and acc (None before the first product) are still at r."""
         self.sum -= by * self.entries
+        self.top.sub_(by)
+        self.own.sub_(by)
         if "entropy" in self.names:
             self.logs.addcmul_(by, others, value=-1).mul_(shrink)
             self.exponents.sub_(by[:, None])
@@ -111,9 +113,12 @@ class BlockStats:
             mean_logits=(ref + self.sum / self.entries) * nats if "mean_logits" in self.names else None,
             logs=self.logs * nats if "entropy" in self.names else None,
             squares=self.squares / (total * SHRINK).square() if "log_sum_sq_probs" in self.names else None,
-            # Where r has moved, some logit stood above it, and so in top, which the label's never does.
             is_top1=self.own >= self.top if "is_top1" in self.names else None,
         )
+
+    def largest(self, ref: Tensor) -> Tensor:
+        """(n,) largest logit, or (0,) where nothing asks for it."""
+        return ref + self.top if "is_top1" in self.names else ref.new_empty(0)
 
 
 class Weighing:

@@ -26,6 +26,7 @@ from torch import Tensor
 from asft_kernels.backends import Gradients, Logits, Saved, exp_dtype
 from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan, weight_slice
+from asft_kernels.backends.streaming import Shards, StreamedGradient, StreamedRows, reading, take_part
 from asft_kernels.backends.token_stats import StatsGrads, Wanted
 from asft_kernels.backends.triton_stats import RunningStats, Weighing, close_stats, strips_for
 from asft_kernels.kernels.configs import SLICES, WHOLE, Strips, Tile
@@ -41,6 +42,10 @@ from asft_kernels.kernels.row_statistics import close_statistics, row_factors
 from asft_kernels.kernels.scaled_hidden import scaled_hidden
 from asft_kernels.kernels.settle import resettle, settle
 from asft_kernels.kernels.tile_choice import Problem, best_form, best_tile
+
+
+def logit_unit() -> float:
+    return 1.0
 
 
 def forward(
@@ -64,6 +69,8 @@ def forward(
     if wanted is not None and strips is not None:
         stats = RunningStats(wanted, hidden, N, plan, logits, needs_acc=needs_acc)
     if N == 0:
+        if weight.is_streamed:
+            take_part(weight, labels, plan.slices, 0)
         logps, one_minus_p, inv_total, ref = (hidden.new_empty(0, dtype=torch.float32) for _ in range(4))
         exps = [_exps(hidden, 0, b - a) for a, b in plan.slices[: plan.cached] if needs_exps]
         of_none = None
@@ -71,11 +78,11 @@ def forward(
             of_none = close_stats(
                 wanted, stats, z_y=ref, ref=ref, logps=logps, one_minus_p=one_minus_p, inv_total=inv_total
             )
-        return Saved(logps, one_minus_p, inv_total, ref, acc, exps, of_none)
+        return Saved(logps, one_minus_p, inv_total, ref, acc, exps, of_none, ref, ref)
 
     transform = {"scale": logits.scale, "softcap": logits.softcap}
     with torch.cuda.device_of(hidden):
-        head = _Head(weight, bias, labels, hidden, plan)
+        head = _Head(reading(weight, plan.slices), bias, labels, hidden, plan)
         z_y = label_logits(hidden, head.labels_weight, head.labels_bias, rows, head.labels, **transform)
         ref, others = z_y, torch.zeros_like(z_y)
         kept_refs: list[Tensor] = []
@@ -115,7 +122,8 @@ def forward(
             figures = close_stats(
                 wanted, stats, z_y=z_y, ref=ref, logps=logps, one_minus_p=one_minus_p, inv_total=inv_total
             )
-    return Saved(logps, one_minus_p, inv_total, ref, acc, exps, figures)
+    largest = None if stats is None else stats.largest
+    return Saved(logps, one_minus_p, inv_total, ref, acc, exps, figures, z_y, largest)
 
 
 def backward(
@@ -136,18 +144,24 @@ def backward(
     stats_grads: StatsGrads | None = None,
 ) -> Gradients:
     N = rows.shape[0]
+    needs_head = needs_weight or needs_low_rank or needs_bias
+    first_read = len(saved.exps) if needs_head else len(plan.slices)
     if N == 0:
         tensors = (hidden, weight.weight, weight.low_rank, bias)
         needs = (needs_hidden, needs_weight, needs_low_rank, needs_bias)
-        return Gradients(
+        grads = Gradients(
             *(_zeros_for(x) if x is not None and need else None for x, need in zip(tensors, needs, strict=True))
         )
+        if weight.is_streamed:
+            streamed = take_part(weight, labels, plan.slices, first_read, torch.float32 if needs_weight else None)
+            grads = grads._replace(weight=streamed)
+        return grads
     dH = db = None
 
     hidden, bias = _row_major(hidden), None if bias is None else bias.contiguous()
     transform = {"scale": logits.scale, "softcap": logits.softcap}
     with torch.cuda.device_of(hidden):
-        head = _Head(weight, bias, labels, hidden, plan)
+        head = _Head(reading(weight, plan.slices[first_read:]), bias, labels, hidden, plan)
         of_labels = head.labels_weight, head.labels_bias, rows, head.labels
         c_y, weighing, acc = None, None, saved.acc
         if logits.softcap is not None:
@@ -161,7 +175,7 @@ def backward(
             pull, push = row_factors(g, saved.one_minus_p, saved.inv_total, c_y, scale=logits.scale)
         if needs_hidden:
             dH = grad_hidden(hidden, acc, head.labels_weight, rows, head.labels, pull, push)
-        if not (needs_weight or needs_low_rank or needs_bias):
+        if not needs_head:
             return Gradients(dH)
 
         tile = _tile(hidden, head.aligned, rows, logits)
@@ -170,7 +184,10 @@ def backward(
             scaled = scaled_hidden(hidden, rows, push, dtype=exp_dtype("triton", hidden.dtype))
             form = best_form(hidden.device, _problem(hidden, rows, logits), aligned=_aligned(hidden))
             D = weight.columns
-            if needs_weight:
+            if needs_weight and weight.is_streamed:
+                sink = StreamedGradient(weight, Shards.of(weight), plan.slices, torch.float32)
+                dW = SlicedGradient(weight.weight, plan, hidden[:, :D], rows, labels, pull, scaled[:, :D], sink)
+            elif needs_weight:
                 dW = GRADIENTS[form](weight.weight, plan, hidden[:, :D], rows, labels, pull, scaled[:, :D])
             if needs_low_rank and weight.low_rank is not None:
                 further = scaled[:, D:].contiguous()
@@ -183,12 +200,13 @@ def backward(
             else:
                 workspace = _exps(hidden, N, plan.chunk) if workspace is None else workspace
                 E = workspace[:, : stop - start]
+            weight_k = head.rows(start, stop) if k >= first_read else None
             if weighing is not None:
-                weighing.chunk(k, head.rows(start, stop), E)
-            elif k >= len(saved.exps):
+                weighing.chunk(k, weight_k, E)
+            elif weight_k is not None:
                 tokens = operand_rows(hidden, rows, tile) if tokens is None else tokens
                 logits_exp(
-                    E, tokens, head.rows(start, stop),
+                    E, tokens, weight_k,
                     None if bias is None else bias[start:stop], rows, labels, saved.ref,
                     first=start, sums=False, tile=tile, **transform,
                 )  # fmt: skip
@@ -204,7 +222,9 @@ def backward(
 class _Head:
     """The head's rows in hidden's dtype: views of a plain weight; else a buffer a chunk, and a row for each label."""
 
-    def __init__(self, weight: HeadRows, bias: Tensor | None, labels: Tensor, hidden: Tensor, plan: Plan) -> None:
+    def __init__(
+        self, weight: HeadRows | StreamedRows, bias: Tensor | None, labels: Tensor, hidden: Tensor, plan: Plan
+    ) -> None:
         self.weight = weight
         if weight.is_plain:
             self.labels_weight, self.labels_bias, self.labels = weight.weight, bias, labels
@@ -244,15 +264,17 @@ class WholeGradient:
 
 
 class SlicedGradient:
-    """dW, chunk by chunk of E', in slices that are summed in fp32 and rounded once."""
+    """dW, chunk by chunk of E', in slices that are summed in fp32 and rounded once; a streamed head's by its sink."""
 
     def __init__(
-        self, weight: Tensor, plan: Plan, hidden: Tensor, rows: Tensor, labels: Tensor, pull: Tensor, scaled: Tensor
-    ) -> None:
-        self.out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        self, weight: Tensor, plan: Plan, hidden: Tensor, rows: Tensor, labels: Tensor, pull: Tensor, scaled: Tensor,
+        sink: StreamedGradient | None = None,
+    ) -> None:  # fmt: skip
+        self.sink, shape = sink, weight.shape if sink is None else (0,)
+        self.out = torch.empty(shape, dtype=weight.dtype, device=weight.device)
         self.hidden, self.rows, self.pull, self.scaled = hidden, rows, pull, scaled
         self.slices, D = plan.slices, weight.shape[1]
-        rounds = weight.dtype != torch.float32
+        rounds = sink is None and weight.dtype != torch.float32
         self.step = weight_slice(plan.chunk, D) if rounds else plan.chunk
         self.scratch = torch.empty((self.step, D), dtype=torch.float32, device=weight.device) if rounds else None
         # Where each slice's labels begin and end in sorted order, without a number from or to the host.
@@ -263,19 +285,22 @@ class SlicedGradient:
 
     def add(self, k: int, E: Tensor) -> None:
         first, last = self.slices[k]
+        room = self.out[first:last] if self.sink is None else self.sink.room(k)
         for part, start in enumerate(range(first, last, self.step)):
             stop = min(start + self.step, last)
-            dW = self.out[start:stop] if self.scratch is None else self.scratch[: stop - start]
+            dW = room[start - first : stop - first] if self.scratch is None else self.scratch[: stop - start]
             add_product(E[:, start - first : stop - first].t(), self.scaled, out=dW, fresh=True)
             label_rows(
                 dW, self.hidden, self.rows, self.sorted_labels, self.order, self.pull,
                 self.bounds[k, part : part + 2], first=start,
             )  # fmt: skip
             if self.scratch is not None:
-                self.out[start:stop].copy_(dW)  # the one rounding
+                room[start - first : stop - first].copy_(dW)  # the one rounding
+        if self.sink is not None:
+            self.sink.send(k)
 
     def finish(self) -> Tensor:
-        return self.out
+        return self.out if self.sink is None else self.sink.finish()
 
 
 GRADIENTS = {WHOLE: WholeGradient, SLICES: SlicedGradient}

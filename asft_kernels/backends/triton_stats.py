@@ -70,6 +70,11 @@ class RunningStats:
             self.slope_acc += weight_k.sum(dim=0, dtype=torch.float32)
         return sums
 
+    @property
+    def largest(self) -> Tensor:
+        """(N,) largest of all u; meaningless where is_top1 is not wanted."""
+        return torch.maximum(self.own, self.running[TOPS.bit_length() - 1])
+
 
 def close_stats(
     wanted: Wanted, stats: RunningStats | None, *, z_y: Tensor, ref: Tensor, logps: Tensor, one_minus_p: Tensor,
@@ -127,12 +132,13 @@ class Weighing:
             acc.addcmul_(self.saved.stats.slope_acc, self.factors.uniform[:, None])
         return acc
 
-    def chunk(self, k: int, weight_k: Tensor, out: Tensor) -> None:
-        """Fills out (N, width)."""
+    def chunk(self, k: int, weight_k: Tensor | None, out: Tensor) -> None:
+        """Fills out (N, width). weight_k: None for a kept chunk."""
         _, linear, log, uniform = self.factors
         if k < len(self.saved.exps):
             weigh_exps(out, self.saved.exps[k], linear, log, uniform)
             return
+        assert weight_k is not None, "backend bug: a chunk that is not kept needs its rows"
         first = self.plan.slices[k][0]
         if self.tokens is None:
             self.tokens = self.hidden.index_select(0, self.rows)

@@ -128,10 +128,17 @@ def run(command: str, body: Callable[[], int | None], *, stopped: str = "the sam
     except KeyboardInterrupt:
         return _fail(command, f"stopped; {stopped}", 130)
     except RuntimeError as error:
+        if _is_of_another_rank(error):
+            return _fail(command, "another rank ended, which says why")
         if not is_out_of_memory(error):
             raise
         advice = str(error).partition(SHORTAGE)[2] or "try a smaller batch"
         return _fail(command, f"the device has too little memory ({first_line(error)}); {advice}")
+
+
+def _is_of_another_rank(error: RuntimeError) -> bool:
+    """gloo's error where a rank that it waits for has ended."""
+    return "gloo" in str(error) and "by peer" in str(error)
 
 
 def first_line(error: Exception) -> str:
@@ -140,7 +147,8 @@ def first_line(error: Exception) -> str:
 
 
 def _fail(command: str, text: str, code: int = 2) -> int:
-    print(f"{command}: {text}", file=sys.stderr)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # as torchrun and accelerate say
+    print(f"{command}{' [rank ' + os.environ.get('RANK', '?') + ']' if several else ''}: {text}", file=sys.stderr)
     return code
 
 

@@ -26,12 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         # TRL asks for names that transformers renamed: nothing that a user could mend.
         warnings.filterwarnings("ignore", "`.*` is deprecated and will be removed in v6", FutureWarning)
+        from accelerate import PartialState
+
         from asft_kernels.training.hooks import installed
         from asft_kernels.training.run import run
 
         arguments = {name: kind.Arguments for name, kind in installed().items() if kind.Arguments is not None}
         data, config, model, *of_methods = parse(argv, arguments)
         result = run(data, config, model, dict(zip(arguments, of_methods, strict=True)))
+        PartialState().destroy_process_group()  # threads of gloo may abort a process that ends without
         return 130 if result.stopped else 0
 
     goes_on = "--resume goes on from the last checkpoint in --output_dir; without one start the same command again"

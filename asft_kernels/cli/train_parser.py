@@ -4,6 +4,7 @@ import argparse
 import difflib
 from collections.abc import Iterable
 from dataclasses import fields
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -63,6 +64,11 @@ class TrainParser(TrlParser):
             return self.parse_args_and_config(words)
         except InputError:
             raise
+        except PackageNotFoundError as error:
+            if "deepspeed" not in str(error):
+                raise
+            need = "it for a DeepSpeed config; pip install deepspeed, or shard with --fsdp true"
+            raise InputError(f"deepspeed: not installed, need {need}") from error
         except (OSError, ValueError) as error:  # of TRL's and transformers' own checks of arguments
             raise InputError(_in_one_line(error)) from error
 

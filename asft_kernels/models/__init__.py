@@ -1,6 +1,7 @@
 """Hugging Face models: exact log-probabilities and preference losses from their own forward, without logits.
 
-`fuse` gives a model a fused output head, `PreferenceModel` a preference loss for its forward.
+`fuse` gives a model a fused output head, `PreferenceModel` a preference loss for its forward; `shard_head` shards the
+head over data-parallel ranks so that it can be streamed.
 """
 
 import importlib
@@ -11,10 +12,11 @@ if TYPE_CHECKING:
     from asft_kernels.models.output import FusedOutput
     from asft_kernels.models.preference import PreferenceModel
     from asft_kernels.models.seam import UnsupportedHead
+    from asft_kernels.models.shard import shard_head
 
-__all__ = ["FusedOutput", "PreferenceModel", "UnsupportedHead", "fuse", "unfuse"]
+__all__ = ["FusedOutput", "PreferenceModel", "UnsupportedHead", "fuse", "shard_head", "unfuse"]
 
-_MODULES = {"FusedOutput": "output", "PreferenceModel": "preference", "UnsupportedHead": "seam"}
+_MODULES = {"FusedOutput": "output", "PreferenceModel": "preference", "UnsupportedHead": "seam", "shard_head": "shard"}
 
 
 def __getattr__(name: str) -> Any:

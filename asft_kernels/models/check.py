@@ -18,6 +18,7 @@ from asft_kernels.functional import fused_linear_logps
 from asft_kernels.models.exact import exact_output
 from asft_kernels.models.positions import last_positions
 from asft_kernels.models.seam import UnsupportedHead, causal_lm, own_forward, run_to_head
+from asft_kernels.sharded_linear import ShardedLinear
 
 CHECKED_TOKENS = 8  # (9, V) logits in float64: 11 MB at V = 151936
 # Powers of two, so that their scaled values are exact. A cap bends the small one by some 10^-13; the large one is past
@@ -123,7 +124,9 @@ class _AtHead:
             if not str(error).startswith("lm_head"):
                 raise
             raise UnsupportedHead(f"{self.name}: its output head cannot be fused: {error}") from error
-        if not self.exact.quantised:  # bitsandbytes' own rounds hidden states to 8 bits, or repacks the codes
+        # bitsandbytes' own rounds hidden states to 8 bits, or repacks the codes. A sharded head's is a plain layer's
+        # (tensor_parallel.py), between changes of layout, or ours, and gathers.
+        if not (self.exact.quantised or self.exact.is_sharded or isinstance(head, ShardedLinear)):
             self._like_its_own(own_forward(head)(_as_wide(self.hidden, head))[0])
         # In float64 the model's own arithmetic after the head adds no rounding of its own.
         self.output = self.exact.values[None]

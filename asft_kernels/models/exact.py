@@ -3,15 +3,21 @@
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from asft_kernels.backends.streaming import reading
+from asft_kernels.checks import own_class
+from asft_kernels.distributed import Shard
 from asft_kernels.heads import resolve_head
+from asft_kernels.tensor_parallel import localised
 
 ROWS = 1024  # of the head at a time: 33 MB in float64 at D = 4096
 
 
 class ExactOutput(NamedTuple):
     """values: (N, V) float64. sizes: (N,), |h| times the longest row of the weight. is_adapted: a head of PEFT's.
+    is_sharded: one whose rows stand on several ranks.
 
     product_rounding: (N,), how far a product in fp32 may lie from them.
     """
@@ -21,6 +27,7 @@ class ExactOutput(NamedTuple):
     product_rounding: Tensor
     quantised: bool
     is_adapted: bool
+    is_sharded: bool
 
 
 def exact_output(head: Any, hidden: Tensor) -> ExactOutput:
@@ -29,23 +36,34 @@ def exact_output(head: Any, hidden: Tensor) -> ExactOutput:
     A product in fp32 rounds sqrt(D) accumulated terms (TF32 inputs where the user allows it), of size |h| |w|. Rows
     that are assembled from codes or adapters are rounded into hidden's dtype on a GPU: once more |h| |w|.
     """
+    is_adapted = own_class(head).__module__.partition(".")[0] == "peft"
+    hidden, head = localised(hidden, head)
     wide, rows, bias = resolve_head(head).for_product(hidden)
     V, columns = rows.size
     assembled = 0.0 if rows.is_plain else torch.finfo(wide.dtype).eps / 2
     wide = wide.double()
     buffer = wide.new_empty(min(V, ROWS), columns)
     values, longest = wide.new_empty(len(wide), V), wide.new_zeros(())
-    for start in range(0, V, ROWS):
-        stop = min(start + ROWS, V)
-        weight = rows.chunk(start, stop, buffer)
+    slices = [(start, min(start + ROWS, V)) for start in range(0, V, ROWS)]
+    source = reading(rows, slices)
+    for start, stop in slices:
+        weight = source.chunk(start, stop, buffer)
         values[:, start:stop] = wide @ weight.T
         longest = torch.maximum(longest, torch.linalg.vector_norm(weight, dim=-1).nan_to_num(0).max())
     sizes = torch.linalg.vector_norm(wide, dim=-1) * longest
     if bias is not None:
         values += bias.double()
     rounding = (product_unit(wide.is_cuda) * columns**0.5 + assembled) * sizes
-    is_adapted = type(head).__module__.partition(".")[0] == "peft"
-    return ExactOutput(values, sizes, rounding, bool(rows.codes), is_adapted)
+    is_sharded = isinstance(head, Shard)
+    if is_sharded:
+        # A few tokens' values from all ranks: the one time that logits of a sharded head meet.
+        whole = values.new_zeros(len(wide), head.vocab)
+        whole[:, head.first : head.first + head.rows] = values[:, : head.rows]
+        dist.all_reduce(whole, group=head.group)
+        of_ranks = torch.stack([sizes, rounding])
+        dist.all_reduce(of_ranks, op=dist.ReduceOp.MAX, group=head.group)
+        values, (sizes, rounding) = whole, of_ranks
+    return ExactOutput(values, sizes, rounding, bool(rows.codes), is_adapted, is_sharded)
 
 
 def product_unit(on_gpu: bool) -> float:

@@ -214,7 +214,8 @@ class FusedForward:
         columns |= {x: After.apply(columns[x], result) for x in self.head.differentiable}
         mask = targets.to(result.device) != -100
         if shift:
-            columns, mask = {x: value[:, :-1] for x, value in columns.items()}, mask[:, 1:]
+            # No views: FSDP2 warns of hooks on those, which an operation in place would drop.
+            columns, mask = {x: value[:, :-1].clone() for x, value in columns.items()}, mask[:, 1:]
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         loss, aux_loss = -columns["log_probs"].sum() / count, None
         of_model = output if isinstance(output, Mapping) else {}

@@ -37,6 +37,8 @@ class PreferenceModel(nn.Module):
             buffers move and are saved with it.
         logit_scale, softcap, check, backend, cache_bytes, chunk_size: as in `fuse`; the same in check, loss and
             scoring.
+        sequence_group: as in `fused_preference_loss`: the ranks whose batches are pieces of the same sequences; default
+            None. Batches then have shift_labels, and position_ids where the model needs them.
 
     Raises:
         UnsupportedHead: for encoder-decoders, masked language models and models without an output head.
@@ -58,6 +60,7 @@ class PreferenceModel(nn.Module):
         backend: str | None = None,
         cache_bytes: int | None = None,
         chunk_size: int | None = None,
+        sequence_group: Any = None,
         **unknown: Any,
     ):
         super().__init__()
@@ -78,6 +81,7 @@ class PreferenceModel(nn.Module):
         # Its own, so that a later fuse() or unfuse() of the model changes no loss.
         self.fused_head: FusedHead = vars(causal_lm(model))["forward"].head
         self.objective: Any = made
+        self.sequence_group = sequence_group
         self._known = argument_names(model)
         self.register_state_dict_post_hook(_without_tied)
         self.register_load_state_dict_pre_hook(_with_tied)
@@ -92,7 +96,8 @@ class PreferenceModel(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         labels: Tensor | None = None,
-        num_pairs: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        num_pairs: Tensor | float | None = None,
         objective_inputs: Mapping[str, Tensor] | None = None,
         **batch: Any,
     ) -> dict[str, Any]:
@@ -101,10 +106,12 @@ class PreferenceModel(nn.Module):
         Args:
             input_ids: (2B, T), chosen rows first; (R, T) for unpaired objectives. inputs_embeds may take its place.
             attention_mask: (2B, T).
-            labels: (2B, T), -100 at prompts and padding; needed.
+            labels: (2B, T), -100 at prompts and padding; needed, unless there are shift_labels.
+            shift_labels: (2B, T), that of position t + 1 at t, in the place of labels; so are all entries per label.
             num_pairs: None (default): the loss is the mean over the pairs (rows, of unpaired objectives) of this batch
                 that count. A number: their sum divided by it, so that micro-batches and ranks whose number is the total
-                of all add up to the mean over all, whatever their sizes.
+                of all add up to the mean over all, whatever their sizes. DDP and FSDP average gradients: there it is
+                the total divided by the number of their ranks.
             objective_inputs: as in `fused_preference_loss`; its entries may also be given by their own names.
             batch: ref_logps, token_weights, nll_labels go to the loss, all else (pixel_values, position_ids, ...) to
                 the model; names that nobody knows are refused.
@@ -124,7 +131,17 @@ class PreferenceModel(nn.Module):
             )
         if input_ids is None and batch.get("inputs_embeds") is None:
             raise ValueError("input_ids: got None, need (R, T) token ids, chosen rows first; give them")
-        labels = check_labels(labels, {"input_ids": input_ids, **batch}, "labels")
+        shift = shift_labels is None
+        if labels is not None and not shift:
+            raise ValueError("shift_labels: got labels as well, need one of the two; leave one out")
+        if self.sequence_group is not None and shift:
+            raise ValueError(
+                "labels: got labels with sequence_group, need shift_labels: that of a piece's last position stands on "
+                "another rank; shift them before they are cut"
+            )
+        targets = check_labels(
+            labels if shift else shift_labels, {"input_ids": input_ids, **batch}, "labels" if shift else "shift_labels"
+        )
         of_loss = {name: batch.pop(name) for name in LOSS_ENTRIES if name in batch}
         known = {**self.objective.inputs, **self.objective.optional_inputs}
         inputs = {**(objective_inputs or {}), **{name: batch.pop(name) for name in known if name in batch}}
@@ -135,14 +152,15 @@ class PreferenceModel(nn.Module):
 
         def compute(hidden: Tensor, lm_head: Any) -> Tensor:
             nonlocal out
-            hidden = last_positions(hidden, labels, name)
+            hidden = last_positions(hidden, targets, name)
             losses, out = fused_preference_loss(
-                hidden, lm_head, labels.to(hidden.device), self.objective, objective_inputs=inputs,
-                reduction="none", return_outputs=True, **of_loss, **self.fused_head.keywords,
+                hidden, lm_head, targets.to(hidden.device), self.objective, objective_inputs=inputs,
+                reduction="none", sequence_group=self.sequence_group, return_outputs=True, shift=shift, **of_loss,
+                **self.fused_head.keywords,
             )  # fmt: skip
             return losses[:, None, None]
 
-        result, output = self.fused_head.run(self.model, self.model, compute, labels, batch)
+        result, output = self.fused_head.run(self.model, self.model, compute, targets, batch, shift=shift)
         losses = result[:, 0, 0]
         count = out.num_pairs if self.objective.paired else out.num_sequences
         total = losses.sum()
@@ -151,7 +169,8 @@ class PreferenceModel(nn.Module):
             aux_loss = output["aux_loss"].to(losses.device)
             figures["aux_loss"] = aux_loss.detach()
             total = total + count * aux_loss_coefficient(causal_lm(self.model)) * aux_loss
-        loss = total / torch.as_tensor(count if num_pairs is None else num_pairs, device=losses.device).clamp(min=1)
+        of = torch.as_tensor(count if num_pairs is None else num_pairs, dtype=losses.dtype, device=losses.device)
+        loss = total / of.where(of > 0, 1)  # a share of a rank may be below 1
         return {"loss": loss, "pair_losses" if self.objective.paired else "row_losses": losses.detach(), **figures}
 
     def token_logps(self, labels: Tensor, **inputs: Any) -> Tensor:

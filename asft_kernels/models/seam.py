@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 from asft_kernels.errors import InputError
+from asft_kernels.tensor_parallel import is_colwise, is_layout, localised
 
 ComputeAtHead = Callable[[Tensor, nn.Module], Tensor]
 
@@ -114,7 +115,7 @@ def run_to_head(
 
 
 # FSDP, accelerate and the like gather, move and cast; what anyone else's hook returns would not reach the loss.
-HOOKS_OF = ("torch", "accelerate", "deepspeed", "peft", "transformers")
+HOOKS_OF = ("torch", "accelerate", "deepspeed", "peft", "transformers", "asft_kernels")
 
 
 def _refuse_hooks(head: nn.Module, name: str) -> None:
@@ -135,15 +136,37 @@ class _Run:
 
     def __init__(self, name: str, compute: ComputeAtHead):
         self.name, self.compute = name, compute
+        self.thread = 0
         self.result: Tensor | None = None
 
     def __call__(self, head: nn.Module, hidden: Any) -> Tensor:
+        if is_colwise(head):
+            hidden, _ = localised(hidden, head)
         if self.result is not None:
             raise UnsupportedHead(f"{self.name}: its output head is called more than once, need one call a forward")
         # Copies: the model may change its logits in place, and the hooks of FSDP must be on no view.
         placeholder = self.compute(hidden, head).clone()
         self.result = placeholder.clone()
         return placeholder
+
+    @torch.compiler.disable
+    def after_hooks(self, head: nn.Module, args: Any, output: Tensor) -> None:
+        """A forward hook after all others: the gradient must pass what they have put behind the placeholder, for there
+        DeepSpeed gathers the weight before backward."""
+        if get_ident() == self.thread:
+            self.result = output.clone()
+
+
+class _Layout:
+    """A head's forward hook that leaves the output alone while this thread is in `run_to_head`."""
+
+    is_seam = True
+
+    def __init__(self, own: Callable[..., Any], runs: Mapping[int, _Run]):
+        self.own, self.runs = own, runs
+
+    def __call__(self, head: nn.Module, inputs: Any, output: Any) -> Any:
+        return output if get_ident() in self.runs else self.own(head, inputs, output)
 
 
 class _HeadForward:
@@ -157,6 +180,13 @@ class _HeadForward:
     def __init__(self, head: nn.Module, own: Callable[..., Any] | None):
         self.head, self.own = head, own
         self.runs: dict[int, _Run] = {}
+        # ColwiseParallel's lay out logits, which our result is not.
+        self.layouts = {key: hook for key, hook in head._forward_hooks.items() if is_layout(hook)}
+        for key, hook in self.layouts.items():
+            head._forward_hooks[key] = _Layout(hook, self.runs)
+
+    def give_back(self) -> None:
+        self.head._forward_hooks.update(self.layouts)
 
     @torch.compiler.disable
     def __call__(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
@@ -196,12 +226,18 @@ def _replaced_forward(head: nn.Module, run: _Run) -> Iterator[None]:
         if not isinstance(forward, _HeadForward):
             forward = vars(head)[name] = _HeadForward(head, forward)
         forward.runs[get_ident()] = run
+    run.thread = get_ident()
+    after: Any = run.after_hooks
+    hook = head.register_forward_hook(after) if head._forward_hooks else None
     try:
         yield
     finally:
+        if hook is not None:
+            hook.remove()
         with _lock:
             del forward.runs[get_ident()]
             if not forward.runs:
+                forward.give_back()
                 if forward.own is None:
                     del vars(head)[name]
                 else:

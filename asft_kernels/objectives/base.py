@@ -45,6 +45,8 @@ class Objective:
     An objective may also have `weigh_tokens(logps, token_weights, offsets)`: (N,) detached log-probabilities of
     the valid tokens, the caller's (N,) token_weights or None, and the (R+1,) borders of the sequences among the N ->
     the (N,) weights of the sums, the policy's and, where ref_per_token, the reference's.
+    weighs_each_token: whether `weigh_tokens` reads of each token that token alone, so that pieces of a sequence may
+        stand on several ranks (sequence_group).
     needs_token_weights: the call must give token_weights.
     stats, stats_with_grad: names of figures per token that `per_token` reads ("lse", "mean_logits", "entropy",
         "is_top1", "log_sum_sq_probs"), and those of them that its terms are differentiated in. An instance may have
@@ -57,6 +59,7 @@ class Objective:
     several_references: ClassVar[bool] = False
     uses_nll_labels: ClassVar[bool] = False
     ref_per_token: bool = False
+    weighs_each_token: ClassVar[bool] = False
     needs_token_weights: ClassVar[bool] = False
     stats: tuple[str, ...] = ()
     stats_with_grad: tuple[str, ...] = ()

@@ -26,6 +26,7 @@ class BMC(Around):
 
     fields = ("base", "delta", "ref_weighting")
     needs_token_weights = True
+    weighs_each_token = True
 
     def __init__(self, base: str | Objective | None = None, delta: float = 2.0, ref_weighting: str = "own") -> None:
         super().__init__("bmc", base)

@@ -73,18 +73,19 @@ class LMPO(nn.Module, Objective):
         if self.running_mean.device != values.device:
             self.to(values.device)
         if self.training:
-            self._update(values, counting(policy, paired=True))
+            self._update(values, counting(policy, paired=True), policy.copies)
         started = self.steps > 0
         corrected = torch.where(started, 1 - DECAY ** self.steps.double(), 1)
         mean, std = self.running_mean.double() / corrected, self.running_std.double() / corrected
         return torch.where(started, (values - mean) / (std + TINY), 0)
 
     @torch.no_grad()
-    def _update(self, values: Tensor, counts: Tensor) -> None:
+    def _update(self, values: Tensor, counts: Tensor, copies: int) -> None:
         """By the mean and the unbiased deviation over all ranks. Reads nothing on the host."""
-        pairs, total = sum_over_ranks(torch.stack([counts.sum().double(), torch.where(counts, values, 0).sum()]))
+        sums = torch.stack([counts.sum().double(), torch.where(counts, values, 0).sum()])
+        pairs, total = sum_over_ranks(sums) / copies
         mean = total / pairs.clamp(min=1)
-        squares = sum_over_ranks(torch.where(counts, (values - mean).square(), 0).sum())
+        squares = sum_over_ranks(torch.where(counts, (values - mean).square(), 0).sum()) / copies
         std = (squares / (pairs - 1).clamp(min=1)).sqrt()
         weight = (1 - DECAY) * (pairs >= 2).to(self.running_mean)
         # Not lerp_: by a tensor it changes nothing under torch.compile (AOTAutograd in torch 2.13).

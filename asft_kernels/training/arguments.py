@@ -44,7 +44,8 @@ class DataArguments:
     resume: str | None = field(
         default=None,
         metadata={
-            "help": "Go on from a checkpoint; alone, from the newest complete one in --output_dir.",
+            "help": "Go on from a checkpoint; alone, from the newest complete one in --output_dir; auto: from that one "
+            "if there is one, else begin, for launchers that restart a command.",
             "nargs": "?",
             "const": "last",
         },

@@ -42,6 +42,8 @@ class PreferenceConfig(DPOConfig):
         nll_on_prompt: True: the likelihood term is over prompt and answer, as TRL's ORPO; default False.
         logit_scale, softcap: what the model does to its head's output; None (default): found out.
         backend, cache_bytes, chunk_size: as in `asft_kernels.fused_linear_logps`.
+        sharded_head: under FSDP2 "gather" (the output head whole on each rank, once a step), "stream" (chunk by chunk,
+            never whole on one), None (default): streamed where it takes more than 2 GiB and is not tied.
 
     Raises:
         InputError: for an objective or a parameter that is none, and for TRL's loss_type, with our name for it.
@@ -85,6 +87,14 @@ class PreferenceConfig(DPOConfig):
         default=None, metadata={"help": "Memory for exponentials that the head keeps for the backward pass."}
     )
     chunk_size: int | None = field(default=None, metadata={"help": "Rows of the vocabulary that are computed at once."})
+    sharded_head: str | None = field(
+        default=None,
+        metadata={
+            "help": "Under FSDP2: 'gather' has the output head whole on each rank once a step, 'stream' never; by size "
+            "if not given.",
+            "choices": ["gather", "stream"],
+        },
+    )
 
     # Of TRL's loss: None, so that it shows whether they were given.
     loss_type: list[str] | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -131,6 +141,8 @@ class PreferenceConfig(DPOConfig):
 
     def _check_numbers(self) -> None:
         """What would otherwise fail far away."""
+        if self.sharded_head not in (None, "gather", "stream"):
+            raise InputError(f"sharded_head: got {self.sharded_head!r}, need 'gather', 'stream' or None")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: got {getattr(self, name)}, need at least 1")

@@ -74,14 +74,15 @@ def _measured(trainer: PreferenceTrainer, tokens_a_pair: float, steps: int) -> s
 
 
 def _of_head(trainer: PreferenceTrainer, batch: dict[str, torch.Tensor]) -> str:
-    """What of that the head takes; nothing under autocast, whose copies `estimate` does not know."""
+    """What of that the head takes; nothing under autocast or where it is streamed, which `estimate` does not know."""
     args, model = trainer.args, causal_lm(trainer.model)
-    if args.bf16 or args.fp16:
+    head = resolve_head(output_head(model))
+    if args.bf16 or args.fp16 or head.rows.is_streamed:
         return ""
     options = Options(backend=args.backend, cache_bytes=args.cache_bytes, chunk_size=args.chunk_size)
     mask = batch["completion_mask"]
     said = of_head(
-        resolve_head(output_head(model)), int(mask[:, 1:].sum()), mask.numel(), model.dtype, args.device, options,
+        head, int(mask[:, 1:].sum()), mask.numel(), model.dtype, args.device, options,
         hidden_grad=True,
     )  # fmt: skip
     return f"\nhead and loss: {in_units(said.peak)} of it, {said.advice}"

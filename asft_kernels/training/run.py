@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import IntervalStrategy, ProgressCallback, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import get_peft_config, get_quantization_config
@@ -98,9 +99,7 @@ def _run(
     _check_lora(model)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir: {folder} is a file, need a folder; name another")
-    checkpoint = (
-        None if data.dry_run else run_folder.find_checkpoint(data.resume or config.resume_from_checkpoint, folder)
-    )
+    checkpoint = None if data.dry_run else _checkpoint(data.resume or config.resume_from_checkpoint, config, folder)
     name = _model_name(model)
     processor, model_config = load_processor(
         name, trust_remote_code=config.trust_remote_code, revision=model.model_revision
@@ -195,6 +194,21 @@ def _run(
         saved = f"model:   {folder}\n" if saves(config) and not stop.stopped else ""
         say(f"{saved}metrics: {metrics.path}\ncurves:  {plot}")
     return Result(folder, trainer.state.global_step, stop.stopped, plot, changes, pairs, read.report)
+
+
+def _checkpoint(wanted: str | None, config: PreferenceConfig, folder: Path) -> Path | None:
+    """What the first rank finds, on all of them: others may look when it has begun to write."""
+    answer: list[Any] = [None, None]
+    if config.process_index == 0:
+        try:
+            ranks = 1 if config.save_on_each_node else config.world_size
+            answer[0] = run_folder.find_checkpoint(wanted, folder, ranks)
+        except InputError as error:
+            answer[1] = str(error)
+    found, refused = broadcast_object_list(answer)
+    if refused:
+        raise InputError(refused)
+    return found
 
 
 def _check_lora(model: ModelArguments) -> None:

@@ -29,11 +29,17 @@ FREE_ON_RESUME = (
     "precompute_ref_batch_size", "skip_memory_metrics", "ddp_", "use_cpu", "deepspeed", "fsdp", "accelerator_config",
 )  # fmt: skip
 DIGESTS = ("training_pairs", "evaluation_pairs", "tokenizer", "files")
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 RESUME = ("--resume", "--resume_from_checkpoint")
 
 
-def find_checkpoint(wanted: str | None, folder: Path) -> Path | None:
-    """Returns the checkpoint to go on from; the newest complete one in folder for "last".
+def find_checkpoint(wanted: str | None, folder: Path, ranks: int = 1) -> Path | None:
+    """Returns the checkpoint to go on from; None to begin.
+
+    Args:
+        wanted: its folder; "last" for the newest complete one in folder; "auto" for the same, and to begin where there
+            is none, so that one command begins a run and goes on with it; None to begin.
+        ranks: how many processes write a checkpoint.
 
     Raises:
         InputError: where there is none, or folder holds another run.
@@ -44,10 +50,10 @@ def find_checkpoint(wanted: str | None, folder: Path) -> Path | None:
                 f"output_dir: {folder} holds a run already; add --resume to go on with it, or name another folder"
             )
         return None
-    if wanted != "last":
+    if wanted not in ("last", "auto"):
         checkpoint = Path(wanted)
-        if not _complete(checkpoint):
-            raise InputError(f"resume: {wanted} is no complete checkpoint ({_lacks(checkpoint)} is missing)")
+        if _lacks(checkpoint, ranks):
+            raise InputError(f"resume: {wanted} is no complete checkpoint ({_lacks(checkpoint, ranks)} is missing)")
         if checkpoint.resolve().parent != folder.resolve():
             raise InputError(
                 f"output_dir: got {folder}, need {checkpoint.parent}, the folder of the run that {wanted} is of"
@@ -57,9 +63,11 @@ def find_checkpoint(wanted: str | None, folder: Path) -> Path | None:
         (path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()),
         key=lambda path: int(path.name.split("-")[-1]),
     )
-    complete = [path for path in found if _complete(path)]
+    complete = [path for path in found if not _lacks(path, ranks)]
+    if not complete and wanted == "auto" and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        return None
     if not complete:
-        why = f"; {found[-1]} has no {_lacks(found[-1])} (save_only_model keeps none)" if found else ""
+        why = f"; {found[-1]} has no {_lacks(found[-1], ranks)} (save_only_model keeps none)" if found else ""
         raise InputError(
             f"resume: no complete checkpoint in {folder}{why}; leave --resume out and name a fresh --output_dir"
         )
@@ -70,22 +78,22 @@ def _holds_run(folder: Path) -> bool:
     """Anything that a new run would overwrite; run.json alone is of one that had not begun."""
     if MetricsFile(folder / METRICS).rows():
         return True
-    left = ("checkpoint-*", "*.safetensors", "pytorch_model*.bin")
-    return (folder / SETTINGS).is_file() and any(any(folder.glob(pattern)) for pattern in left)
+    return (folder / SETTINGS).is_file() and any(any(folder.glob(x)) for x in ("checkpoint-*", *WEIGHTS))
 
 
-def _complete(checkpoint: Path) -> bool:
-    return not _lacks(checkpoint)
+def _lacks(checkpoint: Path, ranks: int) -> str:
+    """The first rank writes trainer_state.json last: a killed save lacks it or leaves half of it.
 
-
-def _lacks(checkpoint: Path) -> str:
-    """The Trainer writes trainer_state.json last: a killed save lacks it or leaves half of it."""
+    Other ranks may not have written the state of their generators by then.
+    """
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, json.JSONDecodeError):
         return "trainer_state.json"
-    sharded = any(checkpoint.glob("optimizer_*")) or any(checkpoint.glob("global_step*"))  # FSDP, DeepSpeed
+    # FSDP's in shards and whole, DeepSpeed's
+    sharded = any(any(checkpoint.glob(name)) for name in ("optimizer_*", "optimizer.bin", "global_step*"))
     names = () if sharded else ("optimizer.pt", "scheduler.pt")
+    names = (*names, *(f"rng_state_{rank}.pth" for rank in range(ranks) if ranks > 1))
     return next((name for name in names if not (checkpoint / name).is_file()), "")
 
 

@@ -32,6 +32,7 @@ from asft_kernels.training.hooks import Method, find_method
 from asft_kernels.training.on_pairs import on_pairs
 from asft_kernels.training.reference import SIDES, TOKENS, given_columns, require_whole, with_scores
 from asft_kernels.training.seams import exchanged
+from asft_kernels.training.sharded import stream_head
 
 # In checkpoints, where there is any.
 OBJECTIVE_STATE, REFERENCE_STATE = "objective.pt", "ref_model.pt"
@@ -157,6 +158,7 @@ class PreferenceTrainer(DPOTrainer):
                 eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
                 optimizers=optimizers, quantization_config=quantization_config, peft_config=peft_config,
             )  # fmt: skip
+        _refuse_pieces(self.accelerator.parallelism_config)
         if args.disable_dropout:
             models: list[Any] = [self.model, self.ref_model]
             for of_trl in filter(None, models):
@@ -166,6 +168,7 @@ class PreferenceTrainer(DPOTrainer):
         self.data_collator = self.collator
         if isinstance(self.objective, nn.Module):
             self.objective.to(self.args.device)
+        stream_head(self)
         self.method.start(self)
         self._change_datasets(self._with_columns)
 
@@ -399,13 +402,18 @@ class PreferenceTrainer(DPOTrainer):
                 "gradients (max_grad_norm)"
             )
 
+    def _loss_since_log(self) -> float:
+        """Its sum over all ranks: a loss that is not finite on one ends all of them, none waits for the others."""
+        own = torch.tensor(self.windows["train"].sum_of("loss"), device=self.args.device)
+        return self.accelerator.reduce(own, "sum").item()  # pyright: ignore[reportAttributeAccessIssue]
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._refuse_not_finite(self.windows["train"].sum_of("loss"))
+        self._refuse_not_finite(self._loss_since_log())
         super()._save_checkpoint(model, trial)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         result = super().train(*args, **kwargs)
-        self._refuse_not_finite(self.windows["train"].sum_of("loss"))
+        self._refuse_not_finite(self._loss_since_log())
         return result
 
     # Evaluation: figures of each pair, so that two evaluations can be compared pair by pair
@@ -492,6 +500,17 @@ class PreferenceTrainer(DPOTrainer):
                 f"resume_from_checkpoint: got a checkpoint of another model: {', '.join(wrong[:3])} ... do not match"
             )
         inner.tie_weights()
+
+
+def _refuse_pieces(parallelism: Any) -> None:
+    """InputError for an accelerate ParallelismConfig that cuts sequences: the collator's entries are of whole ones."""
+    for name in ("cp_size", "sp_size"):
+        size = getattr(parallelism, name, 1)
+        if size > 1:
+            raise InputError(
+                f"parallelism_config: got {name} {size}, need 1: PreferenceTrainer takes whole sequences; train "
+                "PreferenceModel(..., sequence_group=mesh) on pieces (docs/distributed.md has the loop)"
+            )
 
 
 def _without_functional_dropout(model: nn.Module) -> None:

@@ -124,6 +124,8 @@ def _noise_tensors(noise_head: Head, lm_weight: Tensor) -> tuple[Tensor, Tensor 
 
 def _tensors(head: Head, name: str) -> tuple[Tensor, Tensor | None]:
     resolved = resolve_head(head, name)
+    if resolved.rows.placement:
+        checks.refuse(name, "rows of a head that stands on several ranks", "all of them: DNPO draws noise for each row")
     if not resolved.rows.is_plain:
         checks.refuse(name, "a head with an adapter or of few bits", "a plain one: merge the adapter, dequantise it")
     return resolved.rows.weight, resolved.bias

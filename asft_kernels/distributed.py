@@ -1,0 +1,157 @@
+"""A head's rows on several ranks: `VocabParallelHead`, and the one exchange by which ranks agree on their arguments."""
+
+from typing import Any
+from zlib import crc32
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from asft_kernels import checks
+from asft_kernels.errors import InputError
+
+__all__ = ["VocabParallelHead"]
+COLUMNS = 8  # of hidden states, that the ranks compare
+FACTS = 3 + COLUMNS
+APART = 0.05  # of a column's norm: one from other data is nearer about once in 20, and 8 are once in 10^10
+
+
+class Shard:
+    """Rows [first, first + rows) of a head over `vocab` labels: what the local `head` begins with; group: whose."""
+
+    def __init__(self, head: Any, group: Any, first: int, rows: int, vocab: int) -> None:
+        self.head, self.group, self.first, self.rows, self.vocab = head, group, first, rows, vocab
+        self.group_name: str = group.group_name  # here, as torch.compile traces no process group
+
+    @property
+    def device(self) -> torch.device:
+        tensor = self.head[0] if isinstance(self.head, (tuple, list)) else self.head
+        return (next(tensor.parameters()) if isinstance(tensor, nn.Module) else tensor).device
+
+
+class VocabParallelHead(Shard):
+    """Says that this rank's head is some rows of one whose vocabulary is sharded over a group.
+
+    Goes wherever a call takes an lm_head. Each rank passes the same hidden states and labels (of the whole
+    vocabulary), and has the same results; the gradient of hidden is whole on each, those of the rows stay with them.
+    Shards may be of any lengths, 0 too, in the order of the group's ranks.
+
+    Args:
+        weight: (V_r, D) tensor, or a local head that the calls take: nn.Linear, also with PEFT's LoRA (the same A and
+            dropout on all ranks), or a quantised one.
+        bias: (V_r,) tensor; None (default) for none, or a module's own.
+        group: The ranks' torch.distributed.ProcessGroup.
+        vocab: V of the labels where the rows are padded (Megatron's multiple of 128): rows from it on have no
+            probability and gradient 0. Default: all rows count.
+
+    Raises:
+        ValueError: For arguments that are none of these.
+
+    The constructor is a collective: one all-gather of the lengths.
+    """
+
+    def __init__(
+        self, weight: Tensor | nn.Module, bias: Tensor | None = None, *, group: Any, vocab: int | None = None
+    ) -> None:
+        if not isinstance(group, dist.ProcessGroup):
+            need = "a torch.distributed.ProcessGroup that this rank is in: mesh.get_group('tp'), or dist.group.WORLD"
+            checks.refuse("group", type(group).__name__, need)
+        own = _length(weight)
+        super().__init__(weight if bias is None else (weight, bias), group, 0, own, 0)
+        gathered = torch.zeros(dist.get_world_size(group), 1, dtype=torch.int64, device=self.device)
+        dist.all_gather(list(gathered), gathered.new_tensor([own]), group=group)
+        lengths: list[int] = gathered[:, 0].tolist()
+        total = sum(lengths)
+        if vocab is not None and not 1 <= vocab <= total:
+            checks.refuse("vocab", vocab, f"1 to {total}, the rows of all ranks together")
+        self.vocab = total if vocab is None else vocab
+        self.first = sum(lengths[: dist.get_rank(group)])
+        self.rows = max(0, min(own, self.vocab - self.first))
+
+
+def _length(weight: Tensor | nn.Module) -> int:
+    if isinstance(weight, Tensor) and weight.dim() == 2:
+        return weight.shape[0]
+    for name in ("out_features", "num_embeddings"):
+        if isinstance(weight, nn.Module) and isinstance(getattr(weight, name, None), int):
+            return getattr(weight, name)
+    return checks.refuse("weight", type(weight).__name__, "this rank's rows (V_r, D), or an nn.Linear of them")
+
+
+class Agreement:
+    """What the ranks of a sharded head tell each other once in a call, with its one read of the device.
+
+    A rank that refuses its arguments tells it in place of that, so that none waits for it; what is not the same on all
+    ranks is refused on all. Other heads than sharded ones need no exchange. Nor is there one while torch.compile
+    traces, nor after `num_valid`, which spares the read: ranks are then taken at their word.
+    """
+
+    def __init__(self, lm_head: object) -> None:
+        tells = not torch.compiler.is_compiling()
+        self.shard = lm_head if isinstance(lm_head, Shard) and tells else None
+        self.told = False
+        self.facts: list[tuple[str, Tensor]] = []
+
+    def __enter__(self) -> "Agreement":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            self.refuse(error)
+
+    def compare(self, hidden: Tensor, labels: Tensor, options: object) -> None:
+        """Has the next read compare them; options by their text."""
+        flat = labels.reshape(-1).long()
+        places = torch.arange(len(flat), device=flat.device)
+        mixed = ((flat + 1) * (places * 2 + 1) * 0x9E3779B1).sum() & 2**50 - 1
+        sizes = flat.new_tensor([flat.numel(), crc32(repr(options).encode())])
+        columns = hidden.detach().reshape(-1, hidden.shape[-1])[:, :COLUMNS].double()
+        sums = (columns * places.double().cos()[:, None]).sum(dim=0) / columns.norm(dim=0)
+        sums = torch.nn.functional.pad(sums, (0, COLUMNS - len(sums)))
+        self.facts = [("labels", torch.stack([sizes[0], mixed])), ("options", sizes[1]), ("hidden", sums)]
+
+    def read(self, own: Tensor) -> list[int]:
+        """own.tolist(), once the ranks have agreed.
+
+        Raises:
+            ValueError: Naming what differs, or the rank that has refused and its reason.
+        """
+        if self.shard is None or self.told:
+            return own.tolist()
+        values = torch.cat([x.reshape(-1).double() for _, x in self.facts]).nan_to_num(0)
+        told = self._tell(torch.cat([values.new_zeros(1), values, -values]))
+        read = torch.cat([told, own.double()]).tolist()
+        if read[0]:
+            self._hear(None)
+        highest, lowest = read[1 : FACTS + 1], read[FACTS + 1 : 2 * FACTS + 1]
+        apart = [high + low > APART for high, low in zip(highest, lowest, strict=True)]
+        for name, x in self.facts:
+            of_name, apart = apart[: x.numel()], apart[x.numel() :]
+            if any(of_name):
+                need = "the same on all ranks of lm_head's group; the vocabulary is sharded over it, not the batch"
+                checks.refuse(name, "what differs between ranks", need)
+        return [int(x) for x in read[2 * FACTS + 1 :]]
+
+    def refuse(self, error: Exception) -> None:
+        """Tells the others that this rank raises an error, unless it has read already."""
+        if self.shard is not None and not self.told:
+            told = torch.zeros(1 + 2 * FACTS, dtype=torch.float64, device=self.shard.device)
+            told[0] = 1
+            self._tell(told)
+            self._hear(error)
+
+    def _tell(self, told: Tensor) -> Tensor:
+        assert self.shard is not None, "bug: nobody to tell"
+        self.told = True
+        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.shard.group)
+        return told
+
+    def _hear(self, own: Exception | None) -> None:
+        """After a refusal somewhere: every rank hears all reasons; one with none of its own raises the first."""
+        assert self.shard is not None, "bug: nobody to hear"
+        reasons: list[Any] = [None] * dist.get_world_size(self.shard.group)
+        text = None if own is None else f"{type(own).__name__}: {own}"
+        dist.all_gather_object(reasons, text, group=self.shard.group)
+        if own is None:
+            rank, reason = next((i, x) for i, x in enumerate(reasons) if x is not None)
+            raise InputError(f"rank {rank} of lm_head's group refuses its arguments: {reason}")

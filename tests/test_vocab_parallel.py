@@ -1,0 +1,123 @@
+"""A head whose vocabulary is sharded over processes gives the values and gradients of one that is whole.
+
+Each launch of processes runs many cases (vocab_parallel_cases.py has them) and writes what each rank got.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+
+from asft_kernels import fused_linear_logps, fused_preference_loss
+from bounds import fp32_bound, unit_roundoff
+from rank_processes import launch as launch_script
+from vocab_parallel_cases import CASES, DIFFERENTIABLE, FIGURES, cut, loss_of, loss_of_logps, made, objective_loss
+
+launch = partial(launch_script, "vocab_parallel_cases.py")
+
+
+def assert_gradients(got: list[dict], name: str, world: int) -> None:
+    """Values and gradients of a case on all ranks beside one process in float64 on the same numbers.
+
+    float64: 100 roundings. float32: issue's 2e-6 of the largest entry, more for larger logits as everywhere
+    (bounds.py). bf16 gradients are rounded once more. An entropy is the difference of ln total and sum E L / total,
+    both up to the distance of the largest logit from the reference, 2 largest: two roundings of that.
+    """
+    options = CASES[name]
+    case = made(name)
+    exact = case.to(torch.float64)
+    truth = fused_linear_logps(exact.hidden, exact.head, exact.labels, **options.call, **FIGURES)
+    grads = torch.autograd.grad(loss_of(truth), exact.leaves, retain_graph=True)
+    of_logps = torch.autograd.grad(loss_of_logps(truth.logps), exact.leaves)
+    bound = 2e-14 if options.dtype == torch.float64 else fp32_bound(options.largest)
+    once = torch.finfo(torch.bfloat16).eps / 2 if options.dtype == torch.bfloat16 else 0.0
+    for rank, found in enumerate(x[name] for x in got):
+        for figure in ("logps", *DIFFERENTIABLE, "log_sum_sq_probs"):
+            error = (found[figure].double() - getattr(truth, figure)).abs().max()
+            of_difference = 4 * options.largest * unit_roundoff(found["logps"].dtype) if figure == "entropy" else 0.0
+            assert error <= bound * max(1, getattr(truth, figure).abs().max()) + of_difference, (name, rank, figure)
+        assert torch.equal(found["is_top1"], truth.is_top1), rank
+        own = cut(options, rank, world)
+        pairs = [*zip(found["grads"], grads, strict=True), *zip(found["of logps"], of_logps, strict=True)]
+        names = ["hidden", "weight", "bias"][: len(grads)] * 2
+        for (grad, right), what in zip(pairs, names, strict=True):
+            here = right if what == "hidden" else right[own]
+            error = (grad.double() - here).abs()
+            allowed = bound * right.abs().max() + once * here.abs()
+            assert (error <= allowed).all(), (name, rank, what, error.max() / right.abs().max())
+
+
+@pytest.mark.parametrize("world", [3, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+def test_values_and_gradients(tmp_path, world):
+    got = launch(tmp_path, world, "gradients")
+    for name in CASES:
+        assert_gradients(got, name, world)
+
+
+def test_objectives(tmp_path):
+    """Every objective, its value and the gradient of hidden: 100 roundings of float64 of the largest entry."""
+    got = launch(tmp_path, 2, "objectives")
+    case = made("float64")
+    for name in got[0]:
+        loss = objective_loss(name, case.hidden, case.head, case.labels)
+        (grad,) = torch.autograd.grad(loss, case.hidden)
+        for found in got:
+            assert abs(found[name]["loss"] - loss.detach()) <= 2e-14 * max(1, abs(loss.detach())), name
+            assert (found[name]["grad"] - grad).abs().max() <= 2e-14 * grad.abs().max(), name
+
+
+def test_triton(tmp_path):
+    """The kernels, interpreted: a small case with and without figures."""
+    pytest.importorskip("triton")
+    got = launch(tmp_path, 2, "triton", TRITON_INTERPRET="1")
+    case = made("triton").to(torch.float64)
+    for name in got[0]:
+        options = CASES["triton"].call
+        if name == "figures":
+            loss = loss_of(fused_linear_logps(case.hidden, case.head, case.labels, **options, **FIGURES))
+        else:
+            loss = fused_preference_loss(case.hidden, case.head, case.labels, "asft", **options)
+        grads = torch.autograd.grad(loss, case.leaves)
+        for rank, found in enumerate(got):
+            own = cut(CASES["triton"], rank, 2)
+            for grad, right in zip(found[name]["grads"], (grads[0], *(x[own] for x in grads[1:])), strict=True):
+                assert (grad - right).abs().max() <= fp32_bound(32) * right.abs().max(), (name, rank)
+
+
+def test_adapters_and_torch_compile(tmp_path):
+    """A local LoRA on each rank: gradients of A whole, of B its rows. Traced: the numbers of the eager call."""
+    pytest.importorskip("peft")
+    got = launch(tmp_path, 2, "further")
+    for rank, found in enumerate(got):
+        for what, (grad, right) in found["lora"].items():
+            assert (grad - right).abs().max() <= 2e-14 * right.abs().max(), (rank, what)
+        for grad, right in found["traced"]:
+            assert (grad - right).abs().max() <= 2e-14 * right.abs().max(), rank
+
+
+def test_refusals_reach_all_ranks(tmp_path):
+    """What one rank refuses, and what is not the same on all: an error on each, and then a call that goes through."""
+    got = launch(tmp_path, 3, "refusals")
+    said = [x["said"] for x in got]
+    assert said[0]["shape"] == said[2]["shape"]
+    assert said[0]["shape"].startswith("rank 1 of lm_head's group refuses its arguments: ValueError: labels: got shape")
+    assert said[1]["shape"].startswith("labels: got shape")
+    assert said[0]["keyword"].startswith("rank 2 of lm_head's group refuses its arguments: ValueError: softcap: got -1")
+    for rank in range(3):
+        assert said[rank]["labels"].startswith("labels: got what differs between ranks, need the same on all")
+        assert said[rank]["hidden"].startswith("hidden: got what differs between ranks")
+        assert said[rank]["options"].startswith("options: got what differs between ranks")
+        assert said[rank]["range"].startswith("labels: got values from")
+        assert said[rank]["fine"] == ""
+
+
+def test_products_and_bytes(tmp_path):
+    """A rank multiplies its rows alone, and sends what docs/distributed.md counts: never logits."""
+    got = launch(tmp_path, 2, "cost")
+    for found in got:
+        N, D = found["N"], found["D"]
+        assert found["products"] == pytest.approx(3 / 2, rel=1e-9)
+        facts = 8 * (1 + 2 * 11)
+        assert found["bytes"] == [facts, 8 * N, 8 * 2 * N, 4 * N * D]
+        assert found["with figures"] == [facts, 8 * 2 * N, 8 * 6 * N, 4 * N * D]
+        assert found["evaluation"] == [facts, 8 * N, 8 * 2 * N]
