@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from asft_kernels.cost import Estimate, estimate
     from asft_kernels.functional import fused_asft_loss, fused_linear_logps, fused_preference_loss
     from asft_kernels.nn import FusedASFTLoss
     from asft_kernels.objectives import get_objective
@@ -16,10 +17,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Estimate",
     "FusedASFTLoss",
     "PreferenceOutputs",
     "SequenceOutputs",
     "TokenStats",
+    "estimate",
     "fused_asft_loss",
     "fused_linear_logps",
     "fused_preference_loss",
@@ -28,10 +31,12 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Estimate": "cost",
     "FusedASFTLoss": "nn",
     "PreferenceOutputs": "outputs",
     "SequenceOutputs": "outputs",
     "TokenStats": "outputs",
+    "estimate": "cost",
     "get_objective": "objectives",
     "preference_loss_from_logps": "token_loss",
 }

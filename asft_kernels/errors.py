@@ -1,8 +1,10 @@
 """The one error for what a user got wrong."""
 
 import os
+import sys
 
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
+SHORTAGE = "\nasft_kernels: "  # between an allocator's own text and what we add to it
 
 
 class InputError(ValueError):
@@ -19,3 +21,11 @@ def of_a_library(error: BaseException) -> bool:
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     return frame is not None and not frame.tb_frame.f_code.co_filename.startswith(PACKAGE + os.sep)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator of torch's has no memory left: a GPU's has a class for that, the CPU's a RuntimeError."""
+    torch = sys.modules.get("torch")  # if nothing has imported it, the error is not its own
+    if torch is None or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

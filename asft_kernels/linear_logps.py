@@ -7,6 +7,7 @@ double backward return a wrong partial result in silence; this one refuses.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from threading import Lock
 
@@ -22,6 +23,7 @@ from asft_kernels.backends.sharding import backend_for
 from asft_kernels.backends.streaming import agreed_tokens
 from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, Stats, StatsGrads, Wanted, stat_dtype
 from asft_kernels.kernels.configs import multiprocessors
+from asft_kernels.memory import Sizes, explained
 
 
 def linear_logps(
@@ -90,7 +92,9 @@ def _phase1(
         hidden, head, rows, backend, chunk_size, cache_bytes, needs_acc, needs_exps, names, differentiable,
         keeps=not wanted.recomputes(softcap),
     )  # fmt: skip
-    with exact_products(hidden.device.type):
+    needs = (needs_acc, needs_exps and head.is_plain, needs_exps and low_rank is not None, False)
+    sizes = partial(_sizes, hidden, head, bias, rows, backend, softcap, chunk_size, cache_bytes, needs, wanted)
+    with exact_products(hidden.device.type), explained(sizes, phase="forward"):
         inputs = _without_padding(hidden, rows, labels) if padded else (hidden, rows, labels)
         saved = backend_for(backend, head).forward(
             inputs[0], head, bias, *inputs[1:], Logits(scale, softcap), plan,
@@ -143,7 +147,9 @@ def _phase2(
         *(g is None for g in of_stats), len(exps),
     )  # fmt: skip
     saved = Saved(logps, one_minus_p, inv_total, ref, acc, exps, Stats(*stats) if stats else None)
-    with exact_products(hidden.device.type):
+    needs = (needs_hidden, needs_weight, needs_low_rank, needs_bias)
+    sizes = partial(_sizes, hidden, head, bias, rows, backend, softcap, chunk_size, cache_bytes, needs, Wanted())
+    with exact_products(hidden.device.type), explained(sizes, phase="backward"):
         inputs = (hidden, rows, labels)
         if padded:
             inputs = _without_padding(*inputs)
@@ -237,6 +243,21 @@ def _plan(
         n_tokens, *weight.size, exp_bytes=exp_bytes,
         chunk_size=chunk_size, cache_bytes=cache_bytes if keeps else 0, device_type=hidden.device.type,
         multiprocessors=multiprocessors(hidden.device) if chunk_size is None else 0,
+    )  # fmt: skip
+
+
+def _sizes(
+    hidden, head: HeadRows, bias, rows, backend, softcap, chunk_size, cache_bytes,
+    needs: tuple[bool, bool, bool, bool], wanted,
+) -> Sizes | None:  # fmt: skip
+    if head.is_streamed:  # its buffers are not in memory/ yet
+        return None
+    low_rank = head.low_rank
+    return Sizes(
+        len(rows), len(hidden), head.size[0], head.columns, hidden.dtype, backend, hidden.device, cache_bytes,
+        chunk_size, 0 if low_rank is None else low_rank.shape[1], head.weight.dtype,
+        torch.float32 if low_rank is None else low_rank.dtype, head.codes, bias is not None, softcap is not None,
+        *needs, wanted,
     )  # fmt: skip
 
 

@@ -3,8 +3,10 @@
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
-from asft_kernels.backends.plan import default_cache_bytes, default_chunk, token_blocks
+from asft_kernels import estimate
+from asft_kernels.backends.plan import default_chunk
 from benchmarks.tables import MIB, OURS, Row, by_work, groups, in_style, markdown, once
 
 # What grows in each growth set.
@@ -65,7 +67,7 @@ def log_slope(points: list[tuple[float, float]]) -> float | None:
 
 
 def memory_table(rows: list[Row]) -> list[str]:
-    """Extra memory against N: a straight line through the measurements, beside that of docs/algorithm.md's formula."""
+    """Extra memory against N: a straight line through the measurements, beside that of `estimate`."""
     lines = []
     for (work, contestant), line in groups(by_work(once(rows)), "work", "contestant").items():
         right = sorted((r for r in line if r["status"] == "ok" and r["extra_bytes"] is not None), key=lambda r: r["N"])
@@ -91,18 +93,16 @@ def linear_fit(rows: list[Row], values: list[float]) -> str:
 
 
 def documented_bytes(row: Row) -> float | None:
-    """What docs/algorithm.md says of the torch backend on a CPU, gradients included; None for other contestants."""
-    cache = {f"{OURS} torch": default_cache_bytes("cpu"), f"{OURS} torch, cache_bytes=0": 0}.get(row["contestant"])
-    if cache is None or row["device"] != "cpu":
+    """What `estimate` says of the torch backend on a CPU, gradients included; None for other contestants."""
+    cache = {f"{OURS} torch": None, f"{OURS} torch, cache_bytes=0": 0}
+    if row["contestant"] not in cache or row["device"] != "cpu":
         return None
-    N, D, V = row["N"], row["D"], row["V"]
-    itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}[row["dtype"]]
+    N, D = row["N"], row["D"]
     intel = "Intel" in row["about"]["machine"]  # the chunk of the machine that measured, not of this one
-    chunk = min(default_chunk(N, D, exp_bytes=4, device_type="cpu", intel=intel), V)
-    block = max(b.stop - b.start for b in token_blocks(N, "cpu"))
-    total = 16 * N * D + 2 * 4 * block * chunk + (0 if itemsize == 4 else 4 * chunk * D)  # upcast rows of W
-    if row["work"] != "no gradient":
-        total += row["M"] * D * itemsize
-    if row["work"] == "trainable head":
-        total += V * D * itemsize + min(4 * N * V, cache) + (4 * N * chunk if cache < 4 * N * V else 0)
-    return total
+    said = estimate(
+        N, D, row["V"], positions=row["M"], dtype=getattr(torch, row["dtype"]), backend="torch",
+        hidden_grad=row["work"] != "no gradient", head_grad=row["work"] == "trainable head",
+        chunk_size=default_chunk(N, D, exp_bytes=4, device_type="cpu", intel=intel),
+        cache_bytes=cache[row["contestant"]],
+    )  # fmt: skip
+    return said.peak

@@ -188,7 +188,11 @@ def device_report(rows: list[Row], device: str) -> list[str]:
             lines += ["", f"{fixed_sizes(case[0], set_name)}. Seconds, and the slope of log time:", ""]
             lines += [*growth_table(case, set_name), ""]
             if set_name == "growth-n":
-                lines += ["Extra memory; the formula is that of [docs/algorithm.md](../docs/algorithm.md#memory):", ""]
+                lines += [
+                    "Extra memory; the formula is what [`estimate`](../docs/cost.md#before-it-runs) says that torch's "
+                    "allocator is asked for; of what is freed malloc keeps some:",
+                    "",
+                ]
                 lines += [*memory_table(case), ""]
             lines.append(sources(case))
     if cost and absent(rows):

@@ -29,6 +29,11 @@ def test_the_machine_and_a_model(tmp_path, capsys, torch_only):
     assert "tokenizer              259 of 300 embeddings" in said
     assert "scale, cap             1, none" in said
     assert "log-probabilities      differ from its own by at most" in said
+    assert "typical batch          4,096 tokens of 8,192 positions, D 16, V 300, float32, " in said
+    assert "  frozen head          2.00 products, " in said
+    assert "  LoRA of rank 16 on it " in said
+    assert "  trainable head       3.00 products, " in said
+    assert "accumulators of dH " in said
     assert said.endswith("all is well\n")
     assert "FAILED" not in said
 

@@ -8,10 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("trl", reason="needs the train extra: trl")
 pytest.importorskip("datasets", reason="needs the train extra: datasets")
 pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
+
+from safetensors.torch import save_file
 
 from asft_kernels.errors import InputError
 from asft_kernels.training.checkpoints import find_checkpoint
@@ -132,8 +135,9 @@ def checkpoint(folder, step, ranks):
     path = folder / f"checkpoint-{step}"
     path.mkdir()
     for name in ("optimizer.pt", "scheduler.pt", *(f"rng_state_{rank}.pth" for rank in range(ranks))):
-        (path / name).touch()
-    (path / "trainer_state.json").write_text("{}")
+        torch.save({}, path / name)
+    save_file({}, path / "model.safetensors")
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     return path
 
 

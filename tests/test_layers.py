@@ -15,7 +15,7 @@ LAYERS = [  # each may import those before it
     "batch",
     "kernels reference",
     "backends",
-    "machine_code",
+    "machine_code memory",
     "linear_logps sequence",
     "sequence_parallel",
     "autotune",
@@ -23,7 +23,7 @@ LAYERS = [  # each may import those before it
     "distributed",
     "tensor_parallel",
     "heads",
-    "token_logps",
+    "token_logps cost",
     "objectives",
     "outputs",
     "token_loss",
@@ -104,7 +104,7 @@ def test_works_from_a_bare_checkout(tmp_path):
     assert out.returncode == 0, out.stderr
 
 
-@pytest.mark.parametrize("module", ["functional", "nn"])
+@pytest.mark.parametrize("module", ["functional", "nn", "cost"])
 def test_docstring_examples(module):
     import doctest
     import importlib

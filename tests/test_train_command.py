@@ -299,6 +299,7 @@ def test_dry_run_says_what_would_be_and_does_nothing(job, tmp_path, capsys):
     assert "steps: 8 of 2 pairs" in said
     assert "tokens a second" in said
     assert "GiB" in said
+    assert "head and loss: 0.1 MiB of it, most of it " in said
     assert "Say red 0: ⟦red<eos>⟧" in said
     assert not (tmp_path / "out").exists()
 

@@ -3,7 +3,8 @@
 asft doctor --model_name_or_path FOLDER
 
 Prints versions, device and backend, compares a small fused loss and its gradients with plain float64, and, for a
-model, its head and whether fused log-probabilities are those of its own logits. Exit code 1 if a line says FAILED.
+model, its head, whether fused log-probabilities are those of its own logits, and what a batch takes. Exit code 1 if a
+line says FAILED.
 """
 
 import os
@@ -171,6 +172,7 @@ def _model(name: str, dtype: str) -> Iterator[Line]:
     """Head, scale and cap of a model, and its log-probabilities beside its own."""
     import torch
 
+    from asft_kernels.cli.head_lines import head_lines
     from asft_kernels.errors import InputError
     from asft_kernels.heads import resolve_head
     from asft_kernels.models import PreferenceModel
@@ -203,6 +205,7 @@ def _model(name: str, dtype: str) -> Iterator[Line]:
         assert fused.fused_head.logits is not None, "the check found scale and cap"
         scale, cap = fused.fused_head.logits
         yield "scale, cap", f"{scale:g}, {'none' if cap is None else f'{cap:g}'}", True
+        yield from head_lines(resolve_head(head), inner.dtype, torch.device(device), cap)
         checked = fused.fused_head.checked
         finding = f"differ from its own by at most {worst:.1e}" if checked else "none is finite: damaged weights"
         yield "log-probabilities", finding, checked

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from asft_kernels.errors import InputError
+from asft_kernels.errors import SHORTAGE, InputError, is_out_of_memory
 
 # What `pip install "asft_kernels[train]"` brings. Any other module that is missing is a bug.
 OF_TRAIN = (
@@ -134,8 +134,9 @@ def run(command: str, body: Callable[[], int | None], *, stopped: str = "the sam
     except KeyboardInterrupt:
         return _fail(command, f"stopped; {stopped}", 130)
     except Exception as error:
-        if _is_out_of_memory(error):
-            return _fail(command, f"the device has too little memory ({first_line(error)}); try a smaller batch")
+        if is_out_of_memory(error):
+            advice = str(error).partition(SHORTAGE)[2] or "try a smaller batch"
+            return _fail(command, f"the device has too little memory ({first_line(error)}); {advice}")
         if _is_of_another_rank(error):
             return _fail(command, "another rank ended, which says why")
         if disk := _of_disk(error):
@@ -156,11 +157,6 @@ def _of_disk(error: Exception) -> str:
         writing = isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "unexpected pos" in text)
         number = errno.ENOSPC if writing else None
     return f"the disk {DISK[number]} ({text})" if number in DISK else ""
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    torch = sys.modules.get("torch")  # if nothing has imported it, the error is not its own
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def _is_of_another_rank(error: Exception) -> bool:

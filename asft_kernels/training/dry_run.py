@@ -7,6 +7,11 @@ from typing import Any
 
 import torch
 
+from asft_kernels.cost import of_head
+from asft_kernels.heads import resolve_head
+from asft_kernels.memory import in_units
+from asft_kernels.models.seam import causal_lm, output_head
+from asft_kernels.options import Options
 from asft_kernels.training.collator import longest_first
 from asft_kernels.training.trainer import PreferenceTrainer
 
@@ -64,8 +69,23 @@ def _measured(trainer: PreferenceTrainer, tokens_a_pair: float, steps: int) -> s
     return (
         f"time: {rate:,.0f} tokens a second on the longest pairs, about {_duration(total)} for {steps} steps\n"
         f"memory: {(peak + ADAM_BYTES * own) / 2**30:.1f} GiB ({peak / 2**30:.1f} measured with the longest pairs, "
-        f"{ADAM_BYTES * own / 2**30:.1f} for AdamW of {own:,} trainable parameters)"
+        f"{ADAM_BYTES * own / 2**30:.1f} for AdamW of {own:,} trainable parameters)" + _of_head(trainer, batch)
     )
+
+
+def _of_head(trainer: PreferenceTrainer, batch: dict[str, torch.Tensor]) -> str:
+    """What of that the head takes; nothing under autocast or where it is streamed, which `estimate` does not know."""
+    args, model = trainer.args, causal_lm(trainer.model)
+    head = resolve_head(output_head(model))
+    if args.bf16 or args.fp16 or head.rows.is_streamed:
+        return ""
+    options = Options(backend=args.backend, cache_bytes=args.cache_bytes, chunk_size=args.chunk_size)
+    mask = batch["completion_mask"]
+    said = of_head(
+        head, int(mask[:, 1:].sum()), mask.numel(), model.dtype, args.device, options,
+        hidden_grad=True,
+    )  # fmt: skip
+    return f"\nhead and loss: {in_units(said.peak)} of it, {said.advice}"
 
 
 def _resident() -> int:

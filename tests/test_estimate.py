@@ -1,0 +1,278 @@
+"""`estimate` beside measurements: bytes that the allocator is asked for, products that are counted."""
+
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from asft_kernels import estimate, fused_linear_logps
+from memory_trace import peak_and_operations
+
+BIG = 2**30
+
+
+@dataclass
+class Run:
+    """A call, and the same as `estimate` takes it."""
+
+    N: int = 48
+    M: int = 96
+    D: int = 32
+    V: int = 700
+    dtype: str = "float32"
+    hidden_grad: bool = True
+    head_grad: bool = False
+    head_dtype: str | None = None
+    lora: int = 0
+    lora_dtype: str = "float32"
+    bits: int | None = None
+    bias: bool = False
+    names: tuple = ()
+    differentiable: tuple = ("lse",)
+    softcap: float | None = None
+    cache_bytes: int | None = 0
+    chunk_size: int | None = 128
+    backend: str = "torch"
+
+    def estimate(self, **others):
+        named = {x: getattr(torch, getattr(self, x) or "float32") for x in ("dtype", "lora_dtype", "head_dtype")}
+        options = {x: getattr(self, x) for x in ("hidden_grad", "head_grad", "bits", "bias", "softcap", "backend")}
+        return estimate(
+            self.N, self.D, self.V, positions=self.M, **options, dtype=named["dtype"], lora_rank=self.lora,
+            lora_dtype=named["lora_dtype"], head_dtype=named["head_dtype"] if self.head_dtype else None,
+            return_stats=list(self.names), differentiable=list(self.differentiable) if self.names else [],
+            cache_bytes=self.cache_bytes, chunk_size=self.chunk_size, **others,
+        )  # fmt: skip
+
+    def call(self):
+        """What does it once, gradients and all; inputs stand outside of it."""
+        dtype = getattr(torch, self.dtype)
+        hidden = torch.randn(4, self.M // 4, self.D).to(dtype).requires_grad_(self.hidden_grad)
+        labels = torch.full((self.M,), -100)
+        labels[:: self.M // self.N] = torch.randint(self.V, (self.N,))
+        head, labels = self.head(dtype), labels.view(4, -1)
+
+        def run():
+            out: Any = fused_linear_logps(
+                hidden, head, labels, shift=False, cache_bytes=self.cache_bytes, chunk_size=self.chunk_size,
+                softcap=self.softcap, backend=self.backend, return_stats=list(self.names) or False,
+                differentiable=list(self.differentiable) if self.names else ["lse"],
+            )  # fmt: skip
+            asked = self.differentiable if self.names else ()
+            loss: Any = sum((getattr(out, x).sum() for x in asked), (out.logps if self.names else out).sum())
+            if loss.requires_grad:
+                loss.backward()
+
+        return run
+
+    def head(self, dtype):
+        if self.bits:
+            return quantised(self.bits, self.V, self.D, dtype)
+        of_head = getattr(torch, self.head_dtype) if self.head_dtype else dtype
+        if self.lora:
+            return with_lora(self.V, self.D, self.lora, of_head, self.lora_dtype == "float32")
+        weight = (torch.randn(self.V, self.D) / self.D**0.5).to(of_head).requires_grad_(self.head_grad)
+        return (weight, torch.zeros(self.V, dtype=dtype, requires_grad=self.head_grad)) if self.bias else weight
+
+
+def with_lora(V, D, rank, dtype, fp32):
+    peft = pytest.importorskip("peft", reason="needs the train extra: peft")
+    model = torch.nn.Sequential()
+    model.add_module("lm_head", torch.nn.Linear(D, V, bias=False, dtype=dtype))
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["lm_head"])
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=fp32).base_model.model.lm_head
+
+
+def quantised(bits, V, D, dtype):
+    bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, of the test extra")
+    if bits == 4:
+        head = bnb.nn.Linear4bit(D, V, bias=False, compute_dtype=dtype)
+        head.weight = bnb.nn.Params4bit(torch.randn(V, D, dtype=dtype) / D**0.5, requires_grad=False, quant_type="nf4")
+    else:
+        head = bnb.nn.Linear8bitLt(D, V, bias=False, has_fp16_weights=False)
+        head.weight = bnb.nn.Int8Params(
+            (torch.randn(V, D) / D**0.5).half(), requires_grad=False, has_fp16_weights=False
+        )
+    return head.to("cpu")
+
+
+ENTROPY: dict[str, Any] = {"names": ("entropy",), "differentiable": ("entropy",)}
+MEAN: dict[str, Any] = {"names": ("mean_logits",), "differentiable": ("mean_logits",)}
+ALL = ("lse", "mean_logits", "entropy", "is_top1", "log_sum_sq_probs")
+GRID = {
+    "frozen": Run(),
+    "no gradient": Run(hidden_grad=False),
+    "trainable": Run(head_grad=True),
+    "cached": Run(head_grad=True, cache_bytes=BIG),
+    "partly cached": Run(head_grad=True, cache_bytes=4 * 48 * 300),
+    "frozen body": Run(hidden_grad=False, head_grad=True),
+    "bf16": Run(dtype="bfloat16"),
+    "bf16, trainable": Run(dtype="bfloat16", head_grad=True),
+    "fp16, cached": Run(dtype="float16", head_grad=True, cache_bytes=BIG),
+    "float64": Run(dtype="float64", head_grad=True),
+    "softcap": Run(softcap=20.0),
+    "softcap, trainable": Run(softcap=20.0, head_grad=True),
+    "bias": Run(bias=True, head_grad=True),
+    "blocks of tokens": Run(N=2100, M=2100, V=300, head_grad=True),
+    "figures": Run(names=ALL, head_grad=True, cache_bytes=BIG),
+    "entropy": Run(**ENTROPY),
+    "entropy, cached": Run(**ENTROPY, head_grad=True, cache_bytes=BIG),
+    "entropy, softcap": Run(**ENTROPY, head_grad=True, softcap=20.0, cache_bytes=BIG),
+    "mean": Run(**MEAN, head_grad=True, cache_bytes=BIG),
+    "mean, softcap": Run(**MEAN, softcap=20.0),
+    "fp32 head": Run(D=64, V=1000, dtype="bfloat16", head_dtype="float32", head_grad=True),
+    "LoRA": Run(N=64, M=64, D=64, V=1000, lora=8, head_grad=True),
+    "LoRA, few tokens": Run(N=16, M=512, D=64, V=300, lora=8, head_grad=True, dtype="bfloat16"),
+    "LoRA, bf16": Run(D=64, V=1000, lora=8, head_grad=True, dtype="bfloat16", lora_dtype="bfloat16"),
+    "4 bits": Run(D=64, V=1000, bits=4, dtype="bfloat16"),
+    "4 bits, all labels at once": Run(N=2048, M=2048, D=32, V=300, bits=4),
+    "4 bits, blocks over rows": Run(N=256, M=512, D=96, V=1000, bits=4),
+    "8 bits": Run(N=256, M=512, D=64, V=1000, bits=8),
+}
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_bytes_and_products_are_those_of_a_call(name):
+    """What each term's formula leaves out is some numbers a token, and buffers of bytes: below 5 %. LoRA's own A h
+    and its two gradients take 6 M D r operations beside those of the head."""
+    case = GRID[name]
+    said, (bytes_, operations) = case.estimate(), peak_and_operations(case.call())
+    assert said.peak == pytest.approx(bytes_, rel=0.05), said
+    assert sum(said.operations.values()) + 6 * case.M * case.D * case.lora == pytest.approx(operations, rel=1e-9)
+
+
+def test_a_head_on_several_ranks():
+    whole, split = estimate(64, 32, 1000, head_grad=True), estimate(64, 32, 250, head_grad=True)
+    shard = estimate(64, 32, 1000, head_grad=True, ranks=4, sharding="vocabulary")
+    assert (shard.moments, shard.operations) == (split.moments, split.operations)
+    gathered = estimate(64, 32, 1000, head_grad=True, ranks=4)
+    assert gathered.peak == whole.peak + 4 * 1000 * 32
+    assert gathered.operations == whole.operations
+
+
+def test_the_largest_term_and_what_shrinks_it():
+    said = estimate(1000, 64, 5000, head_grad=True)
+    assert said.advice.startswith("most of it cached exponentials, 19.1 MiB; what shrinks it: a smaller cache_bytes")
+    smaller = estimate(1000, 64, 5000, head_grad=True, cache_bytes=0)
+    assert smaller.peak < said.peak
+    assert sum(smaller.products.values()) == sum(said.products.values()) + 1 == 4
+    assert str(said).endswith(said.advice)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tokens": 0}, "tokens: got 0, need an integer >= 1"),
+        ({"positions": 3}, "positions: got 3, need an integer >= 8"),
+        ({"vocab_size": 2.5}, "vocab_size: got 2.5, need an integer >= 1"),
+        ({"dtype": torch.int8}, "dtype: got torch.int8, need one of torch.float32"),
+        ({"head_dtype": torch.bfloat16}, "head_dtype: got torch.bfloat16, need torch.float32, as hidden, or float32"),
+        ({"bits": 3}, "bits: got 3, need 4, 8 or None"),
+        ({"bits": 4, "head_grad": True}, "head_grad: got True with a quantised head, need a lora_rank"),
+        ({"bits": 4, "hidden_size": 7}, "hidden_size: got 7 with 4 bits, need an even number"),
+        ({"ranks": 2, "sharding": "rows"}, "sharding: got 'rows', need one of 'gathered', 'vocabulary'"),
+        ({"cache_bytes": -1}, "cache_bytes: got -1, need an integer >= 0"),
+        ({"device": "nowhere"}, "device: got 'nowhere', need a device of torch's"),
+    ],
+)
+def test_what_is_not_understood_is_refused(wrong, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        estimate(**{"tokens": 8, "hidden_size": 16, "vocab_size": 32, **wrong})
+
+
+def test_the_example_in_the_docs(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "cost.md").read_text()
+    code, shown = re.findall(r"```(?:python|text)\n(.*?)```", page.partition("## Before it runs")[2], flags=re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out.rstrip() == shown.rstrip()
+
+
+TRITON: dict[str, dict[str, Any]] = {
+    "frozen": {},
+    "cached": {"head_grad": True, "cache_bytes": BIG},
+    "bf16, whole": {"head_grad": True, "dtype": "bfloat16", "D": 64},
+    "fp16, slices": {"head_grad": True, "dtype": "float16", "D": 64},
+    "entropy": {**ENTROPY, "head_grad": True},
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", TRITON)
+def test_bytes_of_the_triton_backend(name, monkeypatch):
+    """In the interpreter, whose closures keep tensors until they are collected: after each launch."""
+    from triton.runtime import interpreter
+
+    launch = interpreter.GridExecutor.__call__
+
+    def collected(self, *args, **kwargs):
+        try:
+            return launch(self, *args, **kwargs)
+        finally:
+            gc.collect(0)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", collected)
+    case = Run(**{"N": 32, "M": 32, "D": 32, "V": 150, "chunk_size": 64, "backend": "triton", **TRITON[name]})
+    assert case.estimate().peak == pytest.approx(peak_and_operations(case.call())[0], rel=0.05), case.estimate()
+
+
+CHILD = """
+import json, os, sys
+from test_estimate import Run
+
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+def resident(field):
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field))
+
+for case in json.loads(sys.argv[1]):
+    Run(**case).call()()  # imports, and the buffers that BLAS makes once, are not the call's memory
+    run = Run(**case).call()
+    before = resident("VmRSS")
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # the kernel's own peak, VmHWM, counts from here
+    run()
+    print("measured", resident("VmHWM") - before, Run(**case).estimate().peak, flush=True)
+    del run
+"""
+SHAPE = {"N": 2048, "M": 4096, "D": 512, "V": 1500, "chunk_size": None}
+LONG = {"N": 8192, "M": 8192, "D": 128, "V": 600, "chunk_size": None}
+FRESH = {
+    "frozen": SHAPE,
+    "trainable": {**SHAPE, "head_grad": True},
+    "cached": {**SHAPE, "head_grad": True, "cache_bytes": BIG},
+    "bf16": {**SHAPE, "dtype": "bfloat16"},
+    "bf16, trainable": {**SHAPE, "dtype": "bfloat16", "head_grad": True},
+    "softcap": {**SHAPE, "head_grad": True, "softcap": 30.0},
+    "long": {**LONG, "head_grad": True},
+    "long, bias, cached": {**LONG, "head_grad": True, "bias": True, "cache_bytes": BIG},
+    "entropy": {**LONG, **ENTROPY},
+    "LoRA": {**SHAPE, "lora": 32, "head_grad": True, "dtype": "bfloat16"},
+    "fp32 head": {**SHAPE, "dtype": "bfloat16", "head_dtype": "float32"},
+    "frozen body": {**SHAPE, "hidden_grad": False, "head_grad": True},
+}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_a_fresh_process_takes_what_is_said():
+    """Resident memory, within 10 % and the pages that Linux counts in batches (test_cost.py says how). malloc gives
+    back each block of 128 KiB or more when it is freed: by default it would keep some."""
+    pytest.importorskip("peft", reason="needs the train extra: peft")
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    arguments = json.dumps([asdict(Run(**case)) for case in FRESH.values()])
+    out = subprocess.run([sys.executable, "-c", CHILD, arguments], capture_output=True, text=True, env=environment)
+    assert out.returncode == 0, out.stderr
+    counted = 4 * max(32, 2 * (os.cpu_count() or 1)) * os.sysconf("SC_PAGE_SIZE")
+    lines = [line.split()[1:] for line in out.stdout.splitlines() if line.startswith("measured")]
+    table = {name: (int(x), int(said)) for name, (x, said) in zip(FRESH, lines, strict=True)}
+    print(*(f"{name}: {x / 2**20:.1f} MiB measured, {y / 2**20:.1f} said" for name, (x, y) in table.items()), sep="\n")
+    assert {name: pair for name, pair in table.items() if abs(pair[0] - pair[1]) > 0.1 * pair[0] + counted} == {}
