@@ -2,48 +2,38 @@
 
 import copy
 import itertools
-import pickle
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction
-from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from asft_kernels.errors import InputError
 from asft_kernels.models.check import evaluating
 from asft_kernels.models.fused import DIFFERENTIABLE
-from asft_kernels.models.seam import causal_lm
 from asft_kernels.objectives import Objective
 from asft_kernels.token_loss import preference_loss_from_logps
-from asft_kernels.training.checkpoints import write_digests
 from asft_kernels.training.collator import ENTRIES, Collator, counting_pairs
 from asft_kernels.training.config import PreferenceConfig
-from asft_kernels.training.figures import BEFORE, Evaluation, Window, pair_figures, pair_table, token_figures
 from asft_kernels.training.hooks import Method, find_method
 from asft_kernels.training.on_pairs import on_pairs
+from asft_kernels.training.pair_trainer import PairTrainer
 from asft_kernels.training.reference import SIDES, TOKENS, given_columns, require_whole, with_scores
 from asft_kernels.training.seams import exchanged
 from asft_kernels.training.sharded import stream_head
 
-# In checkpoints, where there is any.
-OBJECTIVE_STATE, REFERENCE_STATE = "objective.pt", "ref_model.pt"
-METHOD_STATE, RANKS_STATE = "method.pt", "method_{rank}.pt"
 OF_BATCH = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", ENTRIES}  # no keywords of the model
 TRL_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(PairTrainer):
     """Trains with any objective on preference pairs, as TRL's DPOTrainer does with its own losses.
 
     Data, chat templates, tokenising, truncation, PEFT (LoRA on lm_head too), quantisation, loggers, model cards,
@@ -70,8 +60,6 @@ class PreferenceTrainer(DPOTrainer):
     _tag_names: ClassVar[list[str]] = ["trl", "asft_kernels"]
     _name = "Preference"
     _paper: ClassVar[dict[str, str]] = {}
-    args: PreferenceConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    model: Any
     _signature_columns: Any
     loss_is_scaled_for_ga = True  # `_compute_loss` divides by the pairs of the whole step
 
@@ -105,7 +93,7 @@ class PreferenceTrainer(DPOTrainer):
         if compute_metrics is not None:
             raise InputError("compute_metrics: got a function, need None: there are no logits to compute them from")
         given = args.build_objective(objective)
-        self.objective: Any = on_pairs(given)
+        self.objective = on_pairs(given)
         self.method = method or find_method(args.method, given)
         self.method.check(args, self.objective)
         _refuse_missing_inputs(self.objective, self.method)
@@ -128,14 +116,7 @@ class PreferenceTrainer(DPOTrainer):
         if args.sync_ref_model and (with_data or not self.objective.needs_reference):
             what = "it comes with the data" if with_data else "the objective has no reference"
             raise InputError(f"sync_ref_model: got True, need False: {what}, and moves nowhere")
-        self.windows = {"train": Window(), "eval": Window()}
-        self.window_start: float | None = None
         self._pairs_of_step: Tensor | int | None = None
-        self.paused = 0.0  # seconds of evaluation since the window began
-        self.first_evaluation: Evaluation | None = None  # of the model as it came
-        self.evaluation: Evaluation | None = None  # the last one, after evaluated_step steps
-        self.evaluated_step = -1
-
         live = self.objective.needs_reference and not self.brings_reference
         if not live and ref_model is not None and not self.method.own_reference:
             what = "it comes with the data" if self.objective.needs_reference else "the objective has no reference"
@@ -365,147 +346,6 @@ class PreferenceTrainer(DPOTrainer):
         chosen, rejected = sums.chunk(2)
         return chosen, rejected
 
-    # What is logged
-
-    def _count(self, losses: Tensor, out: Any, outputs: Any, inputs: Any) -> None:
-        mode = "train" if self.model.training else "eval"
-        mask = inputs["completion_mask"][:, 1:].bool()
-        figures = {**pair_figures(out, losses), **token_figures(outputs, mask), **self.method.figures()}
-        if self.aux_loss_enabled:
-            figures["aux_loss"] = (outputs.aux_loss * out.num_pairs, out.num_pairs)
-        one = torch.ones((), device=losses.device)
-        figures["tokens"] = (inputs["attention_mask"].sum(), one * 0)  # sums: a count of 0 is taken for 1
-        figures["pairs"] = (out.num_pairs, one * 0)
-        self.windows[mode].add(figures)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        figures = self.windows[mode].take(lambda sums: self.accelerator.reduce(sums, "sum"))
-        loss, tokens = figures.pop("loss", None), figures.pop("tokens", 0.0)
-        if mode == "train" and "loss" in logs and loss is not None and self.window_start is not None:
-            logs["loss"] = loss  # the Trainer's is a mean of the steps' means, ours are all per pair
-            seconds = time.perf_counter() - self.window_start - self.paused
-            figures["tokens_per_second"] = tokens / seconds if seconds > 0 else 0.0
-            if not self._total_train_tokens:  # of the steps before a checkpoint
-                rows = (row["num_tokens"] for row in reversed(self.state.log_history) if "num_tokens" in row)
-                self._total_train_tokens = next(rows, 0)
-            self._total_train_tokens += int(tokens)
-            figures["num_tokens"] = self._total_train_tokens
-            self.window_start = None
-        self._metrics[mode].update({name: [value] for name, value in figures.items()})
-        super().log(logs, start_time)
-        if mode == "train" and loss is not None:  # at the last log of all, too, which tells no loss
-            self._refuse_not_finite(loss)
-
-    def _refuse_not_finite(self, loss: float) -> None:
-        if not np.isfinite(loss):
-            raise InputError(
-                f"learning_rate: the loss is {loss} after step {self.state.global_step}; lower it, warm up, or clip "
-                "gradients (max_grad_norm)"
-            )
-
-    def _loss_since_log(self) -> float:
-        """Its sum over all ranks: a loss that is not finite on one ends all of them, none waits for the others."""
-        own = torch.tensor(self.windows["train"].sum_of("loss"), device=self.args.device)
-        return self.accelerator.reduce(own, "sum").item()  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._refuse_not_finite(self._loss_since_log())
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # files of every rank are there
-        if self.args.should_save:
-            write_digests(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().train(*args, **kwargs)
-        self._refuse_not_finite(self._loss_since_log())
-        return result
-
-    # Evaluation: figures of each pair, so that two evaluations can be compared pair by pair
-
-    def prediction_step(
-        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[None, Tensor, Tensor]:
-        inputs = self._prepare_inputs(inputs)
-        state, rows = self.accelerator.gradient_state, len(inputs["completion_mask"]) // 2
-        if state.end_of_dataloader and state.remainder > 0:  # pairs that fill the last batch count nowhere
-            own = self.args.process_index * rows + torch.arange(rows, device=inputs["completion_mask"].device)
-            inputs["completion_mask"] = inputs["completion_mask"] * (own < state.remainder).repeat(2)[:, None]
-        with torch.no_grad(), self.compute_loss_context_manager():
-            losses, out, _ = self._losses(model, inputs)
-        return None, *pair_table(out, losses)
-
-    def _evaluation_figures(self, prediction: EvalPrediction) -> dict[str, float]:
-        self.evaluation = Evaluation(np.asarray(prediction.predictions))
-        self.evaluated_step = self.state.global_step
-        if self.evaluated_step == 0 and not isinstance(self.eval_dataset, dict):
-            self.first_evaluation = self.evaluation
-            if self.args.should_save:
-                Path(str(self.args.output_dir)).mkdir(parents=True, exist_ok=True)
-                self.evaluation.save(Path(str(self.args.output_dir)) / BEFORE)
-        return self.evaluation.mean_loss()
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        start = time.perf_counter()
-        self.windows["eval"] = Window()
-        figures = super().evaluate(*args, **kwargs)
-        self.paused += time.perf_counter() - start
-        return figures
-
-    # State beside the model's
-
-    def _state_of_objective(self) -> dict[str, Any]:
-        return self.objective.state_dict() if isinstance(self.objective, nn.Module) else {}
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.args.should_save and self._state_of_objective():
-            torch.save(self._state_of_objective(), folder / OBJECTIVE_STATE)
-        if self.args.should_save and self.args.sync_ref_model:  # it moves
-            torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), folder / REFERENCE_STATE)
-        if not self.method.has_state:
-            return
-        state = self.method.state_dict()
-        own = {name: state.pop(name) for name in self.method.of_rank}
-        if self.args.should_save:
-            torch.save(state, folder / METHOD_STATE)
-        if own:
-            torch.save(own, folder / RANKS_STATE.format(rank=self.args.process_index))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.load_own_state(checkpoint)
-
-    def load_own_state(self, checkpoint: str) -> None:
-        """Takes the state of objective and method from a checkpoint.
-
-        Raises:
-            InputError: if it has none.
-        """
-        if self._state_of_objective():
-            self.objective.load_state_dict(_state(checkpoint, OBJECTIVE_STATE))
-        if self.args.sync_ref_model:
-            self.accelerator.unwrap_model(self.ref_model).load_state_dict(_state(checkpoint, REFERENCE_STATE))
-        if self.method.has_state:
-            state = _state(checkpoint, METHOD_STATE)
-            if self.method.of_rank:
-                state |= _state(checkpoint, RANKS_STATE.format(rank=self.args.process_index))
-            self.method.load_state_dict(state)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Tied weights are stored once; anything else that does not match is another model's."""
-        inner = causal_lm(self.model)
-        tied = set(getattr(inner, "all_tied_weights_keys", None) or {})
-        wrong = sorted({*load_result.missing_keys, *load_result.unexpected_keys} - tied)
-        if wrong:
-            raise InputError(
-                f"resume_from_checkpoint: got a checkpoint of another model: {', '.join(wrong[:3])} ... do not match"
-            )
-        inner.tie_weights()
-
 
 def _refuse_pieces(parallelism: Any) -> None:
     """InputError for an accelerate ParallelismConfig that cuts sequences: the collator's entries are of whole ones."""
@@ -524,22 +364,6 @@ def _without_functional_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def _state(checkpoint: str, name: str) -> dict[str, Any]:
-    file = Path(checkpoint) / name
-    if not file.is_file():
-        raise InputError(
-            f"resume_from_checkpoint: {checkpoint} has no {name}, need a checkpoint of the same objective and method, "
-            "saved without save_only_model"
-        )
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise InputError(
-            f"resume_from_checkpoint: {file} cannot be read as tensors and plain values ({type(error).__name__}); "
-            "need it as it was saved"
-        ) from error
 
 
 def _refuse_missing_inputs(objective: Any, method: Method) -> None:
