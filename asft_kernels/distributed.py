@@ -1,5 +1,6 @@
 """A head's rows on several ranks: `VocabParallelHead`, and the one exchange by which ranks agree on their arguments."""
 
+from collections.abc import Sequence
 from typing import Any
 from zlib import crc32
 
@@ -78,6 +79,12 @@ def _length(weight: Tensor | nn.Module) -> int:
     return checks.refuse("weight", type(weight).__name__, "this rank's rows (V_r, D), or an nn.Linear of them")
 
 
+def _mixed(x: Tensor, salt: int) -> Tensor:
+    """A checksum of (n,) integers and their order."""
+    places = torch.arange(len(x), device=x.device) + salt * 2**20
+    return ((x + 1) * (places * 2 + 1) * 0x9E3779B1).sum()
+
+
 class Agreement:
     """What the ranks of a sharded head tell each other once in a call, with its one read of the device.
 
@@ -90,6 +97,7 @@ class Agreement:
         tells = not torch.compiler.is_compiling()
         self.shard = lm_head if isinstance(lm_head, Shard) and tells else None
         self.told = False
+        self.about = ""  # what else is compared: the objective's text
         self.facts: list[tuple[str, Tensor]] = []
 
     def __enter__(self) -> "Agreement":
@@ -99,12 +107,13 @@ class Agreement:
         if isinstance(error, Exception):
             self.refuse(error)
 
-    def compare(self, hidden: Tensor, labels: Tensor, options: object) -> None:
-        """Has the next read compare them; options by their text."""
-        flat = labels.reshape(-1).long()
-        places = torch.arange(len(flat), device=flat.device)
-        mixed = ((flat + 1) * (places * 2 + 1) * 0x9E3779B1).sum() & 2**50 - 1
-        sizes = flat.new_tensor([flat.numel(), crc32(repr(options).encode())])
+    def compare(self, hidden: Tensor, labels: Tensor, others: Sequence[Tensor | None], options: object) -> None:
+        """Has the next read compare them; others (borders, a second label set) beside labels, options by their text."""
+        given = [None if x is None else x.reshape(-1).long() for x in (labels, *others)]
+        mixed = torch.stack([_mixed(x, salt) for salt, x in enumerate(given) if x is not None]).sum() & 2**50 - 1
+        text = repr((self.about, [None if x is None else len(x) for x in given], options))
+        sizes = labels.new_tensor([labels.numel(), crc32(text.encode())], dtype=torch.int64)
+        places = torch.arange(labels.numel(), device=labels.device)
         columns = hidden.detach().reshape(-1, hidden.shape[-1])[:, :COLUMNS].double()
         sums = (columns * places.double().cos()[:, None]).sum(dim=0) / columns.norm(dim=0)
         sums = torch.nn.functional.pad(sums, (0, COLUMNS - len(sums)))

@@ -1,7 +1,7 @@
 """The public calls: log-probabilities, objective, reduction."""
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from asft_kernels.options import Keywords, Options, explained, make_options
 from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, TokenStats
 from asft_kernels.tensor_parallel import localised
 from asft_kernels.token_logps import token_logps
-from asft_kernels.token_loss import LossInputs, loss_of_tokens
+from asft_kernels.token_loss import LossInputs, loss_of_tokens, text_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -165,10 +165,11 @@ def fused_asft_loss(
     """
     own = ("lam", "beta", "sft_weight", "reduction", "sequence_group", "return_outputs")
     given = LossInputs(None, None, None, None, reduction, sequence_group)
-    return _preference_loss(
-        hidden, lm_head, labels, ASFT(lam, beta, sft_weight), make_options("fused_asft_loss", options, own), given,
-        return_outputs,
-    )  # fmt: skip
+
+    def made() -> tuple[Objective, Options]:
+        return ASFT(lam, beta, sft_weight), make_options("fused_asft_loss", options, own)
+
+    return _preference_loss(hidden, lm_head, labels, made, given, options.get("num_valid") is None, return_outputs)
 
 
 @overload
@@ -241,48 +242,56 @@ def fused_preference_loss(
         TypeError: A keyword that does not exist, with the one that was probably meant.
         RuntimeError: On double backward.
     """
-    if isinstance(objective, str):
-        objective = get_objective(objective)
-    checks.objective_object(objective)
-    own = (
-        "ref_logps",
-        "token_weights",
-        "nll_labels",
-        "objective_inputs",
-        "reduction",
-        "sequence_group",
-        "return_outputs",
-    )
+    given = LossInputs(ref_logps, token_weights, nll_labels, objective_inputs, reduction, sequence_group)
+
+    def made() -> tuple[Objective, Options]:
+        return _objective(objective, options), make_options("fused_preference_loss", options, OF_PREFERENCE_LOSS)
+
+    return _preference_loss(hidden, lm_head, labels, made, given, options.get("num_valid") is None, return_outputs)
+
+
+OF_PREFERENCE_LOSS = (
+    "ref_logps", "token_weights", "nll_labels", "objective_inputs", "reduction", "sequence_group", "return_outputs",
+)  # fmt: skip
+
+
+def _objective(objective: str | Objective, options: Mapping[str, Any]) -> Objective:
+    """The objective of a name or an object; TypeError for its own parameters among the call's options."""
+    made = get_objective(objective) if isinstance(objective, str) else objective
+    checks.objective_object(made)
     others = [name for name in options if name not in NAMES_OF_OPTIONS]
-    parameters = inspect.signature(type(objective)).parameters if others else {}
+    parameters = inspect.signature(type(made)).parameters if others else {}
     for parameter in (name for name in others if name in parameters):
-        name = next((x for x, made in OBJECTIVES.items() if type(objective) is made), "dpo")
+        name = next((x for x, kind in OBJECTIVES.items() if type(made) is kind), "dpo")
         raise TypeError(
             f"fused_preference_loss() got {parameter!r}, which is the objective's own parameter; need it there: "
             f"get_objective({name!r}, {parameter}=...)"
         )
-    return _preference_loss(
-        hidden, lm_head, labels, objective, make_options("fused_preference_loss", options, own),
-        LossInputs(ref_logps, token_weights, nll_labels, objective_inputs, reduction, sequence_group), return_outputs,
-    )  # fmt: skip
+    return made
 
 
 def _preference_loss(
     hidden: Tensor,
     lm_head: Head,
     labels: Tensor,
-    objective: Objective,
-    options: Options,
+    made: Callable[[], tuple[Objective, Options]],
     given: LossInputs,
+    reads: bool,
     return_outputs: bool,
 ) -> Any:  # what the overloads of the public calls say
+    """made: the objective and the options. All that a rank may refuse is refused where the others hear of it.
+
+    reads: whether the call reads the device, and ranks may tell each other something.
+    """
     hidden, lm_head = localised(hidden, lm_head)
-    checks.hidden_layout(hidden)
-    given = given.on_group(objective, options.shift)
-    with given.together(options, hidden.device) as count, Agreement(lm_head) as ranks:
+    with given.together(hidden, reads=reads) as facts, Agreement(lm_head) as ranks:
+        objective, options = made()
+        ranks.about = facts.about = text_of(objective)
+        checks.hidden_layout(hidden)
+        given = given.on_group(objective, options.shift)
         checks.label_layout(hidden, labels, options.cu_seqlens)
         rows = hidden.shape[0] if options.cu_seqlens is None else options.cu_seqlens.numel() - 1
-        count.append(rows)
+        facts.rows, facts.ref_logps = rows, None if getattr(objective, "ref_per_token", False) else given.ref_logps
         given = given.checked(objective, hidden, labels, rows, options)
         names, with_grad = (frozenset(getattr(objective, key, ())) for key in ("stats", "stats_with_grad"))
         logps, stats, batch, backend = token_logps(

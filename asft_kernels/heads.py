@@ -96,19 +96,24 @@ def _of_module(module: Any, name: str) -> ResolvedHead:
 def _of_shard(shard: Shard, name: str) -> ResolvedHead:
     """A local head with the place of its rows; those that do not count are cut off."""
     weight, bias = shard.head if isinstance(shard.head, tuple) else (shard.head, None)
-    if isinstance(weight, Tensor) and not len(weight):
-        of_none = F.pad(weight, (0, 0, 0, 1))  # its gradient is cut off again
-        head = _plain(of_none, None if bias is None else F.pad(bias, (0, 1)), name)
+    if isinstance(weight, Tensor):
+        head = _plain(_first(weight, shard.rows), None if bias is None else _first(bias, shard.rows), name)
     else:
         head = resolve_head(shard.head, name)
-    rows, bias, keep = head.rows, head.bias, max(shard.rows, 1)
-    if keep < rows.size[0]:
+    rows, bias = head.rows, head.bias
+    if max(shard.rows, 1) < rows.size[0] or not shard.rows:
         if rows.codes:
             checks.refuse(name, "a quantised shard with rows that do not count", "one of its own rows; cut the padding")
-        low_rank = None if rows.low_rank is None else rows.low_rank[:keep]
-        rows, bias = rows._replace(weight=rows.weight[:keep], low_rank=low_rank), None if bias is None else bias[:keep]
+        low_rank = None if rows.low_rank is None else _first(rows.low_rank, shard.rows)
+        rows = rows._replace(weight=_first(rows.weight, shard.rows), low_rank=low_rank)
+        bias = None if bias is None else _first(bias, shard.rows)
     placement = Placement(shard.first, shard.rows, shard.vocab, shard.group_name)
     return replace(head, rows=rows._replace(placement=placement.text()), bias=bias)
+
+
+def _first(tensor: Tensor, rows: int) -> Tensor:
+    """So many first rows; of none a row of zeros, whose gradient goes nowhere."""
+    return tensor[:rows] if rows else F.pad(tensor[:0], (0, 0) * (tensor.dim() - 1) + (0, 1))
 
 
 def _plain(weight: Tensor, bias: Tensor | None, name: str, stream: bool | None = None) -> ResolvedHead:

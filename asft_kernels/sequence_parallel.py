@@ -11,8 +11,9 @@ take over all ranks anyway, is that of one process; their sum is the size of the
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -49,32 +50,55 @@ def process_group(group: Any) -> Any:
     return group if group.size() > 1 else None
 
 
+@dataclass
+class Facts:
+    """What must be the same on all ranks of a group.
+
+    Attributes:
+        rows: the number of sequences.
+        about: the objective's text.
+        ref_logps: the reference's sums of whole sequences; None where it has none, or pieces.
+    """
+
+    rows: int = 0
+    about: str = ""
+    ref_logps: Tensor | None = None
+
+
 @contextmanager
-def failing_together(group: Any, device: torch.device) -> Iterator[list[int]]:
+def failing_together(group: Any, device: torch.device) -> Iterator[Facts]:
     """Makes an error of one rank an error on all of the group: the others would wait for its sums for ever.
 
-    Yields a list that takes the number of sequences, which must be the same on all ranks. Reads the device once.
+    Yields what takes the facts that must be the same on all ranks. Reads the device once.
     """
-    rows: list[int] = []
+    facts = Facts()
     error: Exception | None = None
     try:
-        yield rows
+        yield facts
     except Exception as caught:  # told to the others first
         error = caught
     failed = 0 if error is None else dist.get_rank() + 1
-    count = rows[0] if rows else 0
-    facts = torch.tensor([failed, count, -count], dtype=torch.int64, device=device)
-    dist.all_reduce(facts, op=dist.ReduceOp.MAX, group=group)
+    own = torch.tensor([facts.rows, crc32(facts.about.encode())], dtype=torch.int64, device=device)
+    sums = own.new_zeros(1)
+    if error is None and facts.ref_logps is not None:
+        bits = facts.ref_logps.detach().double().reshape(-1).view(torch.int64)
+        sums = ((bits >> 24) * torch.arange(1, 1 + len(bits), device=device)).sum().view(1) >> 1
+    told = torch.cat([own.new_tensor([failed]), own, sums, -own, -sums])
+    dist.all_reduce(told, op=dist.ReduceOp.MAX, group=group)
     if error is not None:
         raise error
-    other, most, least = facts.tolist()
+    other, *both = told.tolist()
     if other:
         raise InputError(f"sequence_group: got an error on rank {other - 1}, need none; that rank says what it is")
-    if most != -least:
+    most, least = both[:3], [-x for x in both[3:]]
+    if most[0] != least[0]:
         raise InputError(
-            f"sequence_group: got {-least} to {most} sequences on its ranks, need a piece of each sequence on every "
-            "rank; pieces may be empty"
+            f"sequence_group: got {least[0]} to {most[0]} sequences on its ranks, need a piece of each sequence on "
+            "every rank; pieces may be empty"
         )
+    for name, high, low in zip(("objective", "ref_logps"), most[1:], least[1:], strict=True):
+        if high != low:
+            raise InputError(f"{name}: got another on some ranks of sequence_group, need the same on all of them")
 
 
 def refuse_what_needs_whole_sequences(objective: Any, shift: bool) -> None:

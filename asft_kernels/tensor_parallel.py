@@ -121,6 +121,8 @@ def _shard(weight: Any, bias: Any, dim: int) -> Shard:
     _, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
     rows = local(weight)
     first = min(offset[0], vocab)
+    if bias is not None and not isinstance(bias, DTensor):
+        bias = DTensor.from_local(bias, mesh, [Replicate()] * mesh.ndim, run_check=False)
     if isinstance(bias, DTensor):
         bias = local(bias)
     elif bias is not None:

@@ -46,7 +46,8 @@ def token_logps(
     if ranks.shard is not None:
         figures = [sorted(x) for x in (wanted.names, wanted.differentiable)] if wanted else []
         grad = torch.is_grad_enabled() and hidden.requires_grad
-        ranks.compare(hidden, labels, (figures, o.logits, o.ignore_index, backend, hidden.dtype, grad))
+        compared = (figures, o.logits, o.ignore_index, o.shift, backend, hidden.dtype, grad)
+        ranks.compare(hidden, labels, (o.cu_seqlens, nll_labels), compared)
     batch = pack(
         labels, vocab=vocab, cu_seqlens=o.cu_seqlens, shift=o.shift, ignore_index=o.ignore_index,
         num_valid=o.num_valid, extra_labels=nll_labels, read=None if ranks.shard is None else ranks.read,

@@ -1,5 +1,6 @@
 """Log-probabilities of the valid tokens -> sequences -> objective -> loss: what follows the primitive."""
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -18,12 +19,19 @@ from asft_kernels.options import Options
 from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, summarize
 from asft_kernels.sequence import Logps, reduce
 from asft_kernels.sequence_parallel import (
+    Facts,
     added,
     failing_together,
     of_whole_sequences,
     process_group,
     refuse_what_needs_whole_sequences,
 )
+
+
+def text_of(objective: Objective) -> str:
+    """An objective's text, the same in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(objective))
+
 
 ANY_VOCABULARY = 2**62  # labels were checked where the log-probabilities were made
 
@@ -41,15 +49,16 @@ class LossInputs:
 
     def on_group(self, objective: Objective, shift: bool) -> "LossInputs":
         """The same with its ProcessGroup, if the objective takes sequences in pieces."""
-        group = process_group(self.sequence_group)
         if self.sequence_group is not None:
             refuse_what_needs_whole_sequences(objective, shift)
-        return replace(self, sequence_group=group)
+        return replace(self, sequence_group=process_group(self.sequence_group))
 
-    def together(self, options: Options, device: torch.device) -> Any:
-        """`failing_together` where the call reads the device anyway; a list for the number of rows."""
-        reads = options.num_valid is None and not torch.compiler.is_compiling()
-        return failing_together(self.sequence_group, device) if self.sequence_group and reads else nullcontext([])
+    def together(self, values: Any, *, reads: bool = True) -> Any:
+        """`failing_together` where the call reads the device anyway; what takes the same facts where it does not."""
+        group = process_group(self.sequence_group)
+        if group is None or not reads or torch.compiler.is_compiling() or not isinstance(values, Tensor):
+            return nullcontext(Facts())
+        return failing_together(group, values.device)
 
     def checked(
         self, objective: Objective, values: Tensor, labels: Tensor, rows: int, options: Options
@@ -109,14 +118,15 @@ def preference_loss_from_logps(
     Raises:
         ValueError: What the caller got wrong: the argument, what it was, what it must be.
     """
-    if isinstance(objective, str):
-        objective = get_objective(objective)
-    checks.objective_object(objective)
-    options = Options(ignore_index=ignore_index, shift=shift)
     given = LossInputs(ref_logps, token_weights, nll_labels, objective_inputs, reduction, sequence_group)
-    given = given.on_group(objective, shift)
-    with given.together(options, logps.device) as rows:
-        rows.append(len(labels))
+    with given.together(logps) as facts:
+        if isinstance(objective, str):
+            objective = get_objective(objective)
+        checks.objective_object(objective)
+        facts.about, facts.rows = text_of(objective), len(labels)
+        facts.ref_logps = None if objective.ref_per_token else ref_logps
+        options = Options(ignore_index=ignore_index, shift=shift)
+        given = given.on_group(objective, shift)
         of_tokens, named, batch, given = _compacted(logps, labels, objective, stats or {}, given, options)
     backend = choose_backend(None, logps.device, logps.dtype)
     loss, outputs = loss_of_tokens(of_tokens, named, batch, objective, given, labels, ignore_index, backend)

@@ -562,8 +562,9 @@ def test_the_trainer_refuses_pieces_of_sequences():
     from asft_kernels.training.trainer import _refuse_pieces
 
     _refuse_pieces(None)
-    _refuse_pieces(ParallelismConfig(tp_size=2, dp_shard_size=2))
-    with pytest.raises(InputError, match="parallelism_config: got cp_size 2, need 1: PreferenceTrainer takes whole"):
+    with pytest.raises(InputError, match=r"got tp_size 2, need 1: PreferenceTrainer counts .* each rank's own"):
+        _refuse_pieces(ParallelismConfig(tp_size=2, dp_shard_size=2))
+    with pytest.raises(InputError, match=r"got cp_size 2, .* train on pieces: PreferenceModel"):
         _refuse_pieces(ParallelismConfig(cp_size=2, dp_shard_size=2))
     with pytest.raises(InputError, match="got sp_size 4"):
         _refuse_pieces(ParallelismConfig(sp_size=4))

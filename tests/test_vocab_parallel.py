@@ -11,7 +11,17 @@ import torch
 from asft_kernels import fused_linear_logps, fused_preference_loss
 from bounds import fp32_bound, unit_roundoff
 from rank_processes import launch as launch_script
-from vocab_parallel_cases import CASES, DIFFERENTIABLE, FIGURES, cut, loss_of, loss_of_logps, made, objective_loss
+from vocab_parallel_cases import (
+    CASES,
+    DIFFERENTIABLE,
+    FIGURES,
+    cut,
+    loss_of,
+    loss_of_logps,
+    made,
+    objective_loss,
+    without_the_first,
+)
 
 launch = partial(launch_script, "vocab_parallel_cases.py")
 
@@ -71,9 +81,19 @@ def test_triton(tmp_path):
     pytest.importorskip("triton")
     got = launch(tmp_path, 2, "triton", TRITON_INTERPRET="1")
     case = made("triton").to(torch.float64)
-    for name in got[0]:
+    for name in ("asft", "figures", "absent", "absent torch"):
         options = CASES["triton"].call
-        if name == "figures":
+        if name == "absent":
+            case = without_the_first(case)
+        if "absent" in name:
+            whole = fused_linear_logps(
+                case.hidden, case.head, case.labels, **options, return_stats=["log_sum_sq_probs"]
+            )
+            loss = loss_of_logps(whole.logps)
+            for found in got:
+                error = (found[name + " figure"] - whole.log_sum_sq_probs).abs().max()
+                assert error <= fp32_bound(32) * whole.log_sum_sq_probs.abs().max(), name
+        elif name == "figures":
             loss = loss_of(fused_linear_logps(case.hidden, case.head, case.labels, **options, **FIGURES))
         else:
             loss = fused_preference_loss(case.hidden, case.head, case.labels, "asft", **options)
@@ -108,6 +128,11 @@ def test_refusals_reach_all_ranks(tmp_path):
         assert said[rank]["hidden"].startswith("hidden: got what differs between ranks")
         assert said[rank]["options"].startswith("options: got what differs between ranks")
         assert said[rank]["range"].startswith("labels: got values from")
+        assert said[rank]["order"].startswith("labels: got what differs between ranks")
+        assert said[rank]["shift"].startswith("options: got what differs between ranks")
+        assert "orpoo" in said[rank]["objective"]
+        assert said[rank]["beta"].startswith("options: got what differs between ranks")
+        assert "lam: got -1.0" in said[rank]["lam"]
         assert said[rank]["fine"] == ""
 
 

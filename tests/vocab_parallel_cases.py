@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from asft_kernels import fused_linear_logps, fused_preference_loss
+from asft_kernels import fused_asft_loss, fused_linear_logps, fused_preference_loss
 from asft_kernels.distributed import VocabParallelHead
-from asft_kernels.objectives import OBJECTIVES
+from asft_kernels.objectives import OBJECTIVES, get_objective
 from cases import Case, gemms, make_case
 from objective_cases import call_inputs, objective_of
 
@@ -126,13 +126,28 @@ def objectives(rank: int, world: int) -> dict:
     return out
 
 
+def without_the_first(case: Case) -> Case:
+    """Biases of -inf for all rows of the first of two ranks, and no label there."""
+    V = len(case.weight)
+    with torch.no_grad():
+        case.leaves[2][: V // 3] = -torch.inf
+    case.labels[(case.labels >= 0) & (case.labels < V // 3)] = V - 1
+    return case
+
+
 def triton(rank: int, world: int) -> dict:
     options, out = CASES["triton"], {}
     case = made("triton")
-    for name in ("asft", "figures"):
+    for name in ("asft", "figures", "absent", "absent torch"):
+        if name == "absent":
+            case = without_the_first(case)
         leaves, head = local(case, options, rank, world)
-        call = options.call | {"backend": "triton"}
-        if name == "asft":
+        call = options.call | {"backend": "torch" if "torch" in name else "triton"}
+        if "absent" in name:
+            found = fused_linear_logps(leaves[0], head, case.labels, **call, return_stats=["log_sum_sq_probs"])
+            loss = loss_of_logps(found.logps)
+            out[name + " figure"] = found.log_sum_sq_probs
+        elif name == "asft":
             loss = fused_preference_loss(leaves[0], head, case.labels, "asft", **call)
         else:
             loss = loss_of(fused_linear_logps(leaves[0], head, case.labels, **call, **FIGURES))
@@ -182,6 +197,11 @@ def refusals(rank: int, world: int) -> dict:
         "hidden": lambda: fused_linear_logps(leaves[0] * (1 - 2 * (rank == 0)), head, case.labels),
         "options": lambda: fused_linear_logps(leaves[0].detach() if rank else leaves[0], head, case.labels),
         "range": lambda: fused_linear_logps(leaves[0], head, case.labels + 97),
+        "order": lambda: fused_linear_logps(leaves[0], head, case.labels.flip(1) if rank else case.labels),
+        "shift": lambda: fused_linear_logps(leaves[0], head, case.labels, shift=rank != 1),
+        "objective": lambda: fused_preference_loss(leaves[0], head, case.labels, "orpoo" if rank == 1 else "orpo"),
+        "beta": lambda: fused_preference_loss(leaves[0], head, case.labels, get_objective("simpo", beta=1.0 + rank)),
+        "lam": lambda: fused_asft_loss(leaves[0], head, case.labels, lam=-1.0 if rank == 0 else 1.0),
         "fine": lambda: fused_linear_logps(leaves[0], head, case.labels),
     }
     said = {}

@@ -100,19 +100,23 @@ class VocabParallel:
         saved = self.local.forward(
             hidden, weight, bias, rows, own, logits, plan, needs_acc=needs_acc, needs_exps=needs_exps, wanted=wanted
         )
-        saved = self._of_all(saved, mine, wanted)
+        saved = self._of_all(saved, mine, wanted, has_bias=bias is not None)
         if saved.exps and self.keeps_label_entries:
             set_label_entries(saved, own, self._label_slope(hidden, weight, bias, rows, own, logits), plan)
         return saved
 
-    def _of_all(self, saved: Saved, mine: Tensor, wanted: Wanted | None) -> Saved:
+    def _of_all(self, saved: Saved, mine: Tensor, wanted: Wanted | None, *, has_bias: bool) -> Saved:
         """What one rank's backend has saved, in terms of the whole vocabulary."""
         assert saved.label_logits is not None, "backend bug: no label logits"
         unit, dtype, names = self.logit_unit(), saved.logps.dtype, wanted.names if wanted else frozenset()
         total = saved.inv_total.double().reciprocal()
-        none = total == 0  # all logits here are -inf
+        # All logits here are -inf; Triton's sums are then NaN.
+        z = saved.label_logits
+        none = (total == 0) | (total.isnan() & (z == -torch.inf))
         none = torch.ones_like(none) if self.placement.rows == 0 else none
-        ref, z = (x.double().mul(unit).masked_fill(none, -torch.inf) for x in (saved.ref, saved.label_logits))
+        if has_bias:  # without one no logit is -inf
+            saved = _without(none, saved)
+        ref, z = (x.double().mul(unit).masked_fill(none, -torch.inf) for x in (saved.ref, z))
         others = torch.where(mine, saved.one_minus_p.double() * total, total).masked_fill(none, 0)
 
         highest = [ref]
@@ -136,7 +140,7 @@ class VocabParallel:
         of_labels = torch.where(mine, one_minus_p, -(z - lse).exp())
         # 1 - p over it stays finite, and h times it keeps its digits; E reaches 1e20, so below it all is 0.
         least = torch.finfo(dtype).tiny ** 0.8
-        inv_total = (ref - lse).exp().clamp(least, 1)
+        inv_total = (ref - lse).exp().clamp(min=least)
         stats = None
         if saved.stats is not None:
             figures = self._figures(parts, sums, logps, one_minus_p) | {"lse": lse}
@@ -160,7 +164,7 @@ class VocabParallel:
             entropy = torch.where(mine, ((entropy + of_label) / not_p).clamp(min=0), entropy)
             parts["entropy"] = torch.where(others == 0, 0, others * entropy) - others.xlogy(others)
         if "log_sum_sq_probs" in names:
-            parts["squares"] = (2 * T.log() + stats.log_sum_sq_probs).exp()
+            parts["squares"] = torch.where(T == 0, 0, (2 * T.log() + stats.log_sum_sq_probs).exp())
         if "is_top1" in names:
             slack = TIE * torch.finfo(saved.logps.dtype).eps * top[0].abs().nan_to_num(0, 0, 0)
             parts["is_top1"] = (mine & stats.is_top1 & (highest[1] >= top[0] - slack)).double()
@@ -226,6 +230,14 @@ class VocabParallel:
         reduced.wait()
         grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
         return grads._replace(hidden=grad_hidden.index_copy_(0, rows, grad_rows.to(hidden.dtype)))
+
+
+def _without(none: Tensor, saved: Saved) -> Saved:
+    """What is saved of tokens that no row here has a share in: 0, relative to 0."""
+    for x in (saved.acc, *saved.exps, *([] if saved.stats is None else [saved.stats.log_acc])):
+        if x.dim() == 2:
+            x.masked_fill_(none[:, None], 0)
+    return saved._replace(ref=saved.ref.masked_fill(none, 0))
 
 
 def _finite(logps: Tensor) -> Tensor:

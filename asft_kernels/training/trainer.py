@@ -348,13 +348,14 @@ class PreferenceTrainer(PairTrainer):
 
 
 def _refuse_pieces(parallelism: Any) -> None:
-    """InputError for an accelerate ParallelismConfig that cuts sequences: the collator's entries are of whole ones."""
-    for name in ("cp_size", "sp_size"):
+    """InputError for an accelerate ParallelismConfig by which several ranks have the same pairs, or pieces of them."""
+    pieces = "pieces: PreferenceModel(..., sequence_group=mesh)"
+    for name, instead in (("tp_size", "the model's shards: PreferenceModel"), ("cp_size", pieces), ("sp_size", pieces)):
         size = getattr(parallelism, name, 1)
         if size > 1:
             raise InputError(
-                f"parallelism_config: got {name} {size}, need 1: PreferenceTrainer takes whole sequences; train "
-                "PreferenceModel(..., sequence_group=mesh) on pieces (docs/distributed.md has the loop)"
+                f"parallelism_config: got {name} {size}, need 1: PreferenceTrainer counts and evaluates each rank's "
+                f"own whole pairs; train on {instead} (docs/distributed.md has the loop)"
             )
 
 
