@@ -205,7 +205,7 @@ def test_a_prompt_that_leaves_no_room_has_no_answer(job, tmp_path, capsys):
     assert (found["bleu"]["pairs"], found["margin"]["pairs"]) == (2, 3)
     line = "1 of 3 pairs have no generated answer: prompt and --max_new_tokens 40 exceed the model's 256 positions"
     for text in (capsys.readouterr().out, (tmp_path / "out" / "report.md").read_text()):
-        assert f"{job[1]}: {line}; --max_new_tokens 30 fits all of them\n" in text
+        assert f"{job[1]}: {line}; --max_new_tokens 31 fits all of them\n" in text
 
 
 @pytest.mark.parametrize(

@@ -34,13 +34,9 @@ def write_report(
     content = {"about": about, "meanings": MEANINGS, "models": models, "comparisons": comparisons}
     write_json(folder / "report.json", _without_nan(content))
     text = ["# Evaluation", "", *(f"- {name}: {_cell(value)}" for name, value in about.items()), ""]
-    tables = [
-        "Value ± standard error over pairs.",
-        "",
-        *_table(models),
-        "",
-        *(line for remark in remarks for line in (remark, "")),
-    ]
+    tables = ["Value ± standard error over pairs.", "", *_table(models), ""]
+    for remark in remarks:
+        tables += [remark, ""]
     if comparisons:
         tables += ["## Differences, pair by pair", ""]
         tables += [
