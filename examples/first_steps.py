@@ -1,6 +1,7 @@
 """First steps, cell by cell: `pip install -e ".[train]"`, then run this file, or its cells in an editor or notebook.
 
 A tiny model with random weights stands for a real one, so that nothing is downloaded and all takes seconds on a CPU.
+What it writes goes into a temporary folder, whose name it prints.
 """
 
 # %% A loss of pairs, straight from hidden states
@@ -67,12 +68,16 @@ print(f"{ids.shape[1]} tokens: loss {fused.loss:.3f}, largest difference {(fused
 unfuse(model)  # the trainer below fuses by itself
 
 # %% Some steps of training, with TRL's trainer
+from pathlib import Path
+from tempfile import mkdtemp
+
 from asft_kernels.training import PreferenceConfig, PreferenceTrainer
 
+written = Path(mkdtemp(prefix="first_steps-"))
 trainer = PreferenceTrainer(
     model,
     args=PreferenceConfig(
-        "runs/first-steps", objective="asft", max_steps=20, per_device_train_batch_size=4, learning_rate=2e-3,
+        str(written / "run"), objective="asft", max_steps=20, per_device_train_batch_size=4, learning_rate=2e-3,
         max_length=256, logging_steps=4, report_to="none", disable_tqdm=True, save_strategy="no",
     ),
     train_dataset=train,
@@ -95,5 +100,5 @@ for side in ("chosen", "rejected"):
     axes.plot([row["step"] for row in rows], [row[f"avg_logps/{side}"] for row in rows], label=side)
 axes.set(xlabel="step", ylabel="log-probability of a token, nats", title="ASFT on a tiny model")
 axes.legend()
-figure.savefig("first_steps.png", dpi=150)
-print("first_steps.png")
+figure.savefig(written / "first_steps.png", dpi=150)
+print(written / "first_steps.png")

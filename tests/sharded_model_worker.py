@@ -194,8 +194,21 @@ def memory_decides(rank: int, world: int, mesh: Any) -> None:
 def refusals(rank: int, world: int, mesh: Any) -> None:
     with pytest.raises(InputError, match="got a head tied to the embedding, need one of its own"):
         shard_head(built("Qwen2"), mesh)
-    with pytest.raises(InputError, match="mesh: got 2 dimensions, need one"):
+    with pytest.raises(InputError, match=r"mesh: got 2 dimensions, need one.*hybrid sharding leave the head to fully"):
         shard_head(built("Llama"), init_device_mesh("cpu", (1, world)))
+    with pytest.raises(InputError, match=r"mesh: got ProcessGroup, need a DeviceMesh; .*init_device_mesh"):
+        shard_head(built("Llama"), dist.group.WORLD)
+    with pytest.raises(InputError, match=r"stream: got 'gather', need True .*, False"):
+        shard_head(built("Llama"), mesh, stream="gather")  # pyright: ignore[reportArgumentType]
+    for alone in (False, True):
+        model = built("Llama")
+        if alone:
+            fully_shard(model.lm_head, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        with pytest.raises(
+            InputError, match="weight is a DTensor, need a plain one; call shard_head before fully_shard"
+        ):
+            shard_head(model, mesh)
     model = built("Llama")
     shard_head(model, mesh, stream=True)
     with pytest.raises(InputError, match="got a head of ShardedLinear, need an nn"):

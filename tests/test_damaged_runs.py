@@ -100,8 +100,7 @@ def test_a_damaged_checkpoint_is_named_and_so_is_the_newest_whole_one(job, run_f
     said = []
     assert find_checkpoint("last", run_folder, said.append) == run_folder / OLD
     if newest.is_dir():
-        assert said == [f"{newest} is no complete checkpoint ({what_is_broken(newest)}); goes on from "
-                        f"{run_folder / OLD}, the newest whole one"]  # fmt: skip
+        assert said == [f"{newest} is no complete checkpoint ({what_is_broken(newest)}); passed over"]
 
 
 def test_goes_on_from_the_newest_whole_one_and_ends_as_if_nothing_had_been(job, whole_run, run_folder, capsys):

@@ -254,7 +254,7 @@ def test_templates_that_refuse(tmp_path):
         load(tmp_path, [CHAT], refusing)
     with pytest.raises(InputError, match="its chat template shows neither the text nor the parts"):
         load(tmp_path, [CHAT], with_template("fixed"))
-    with pytest.raises(InputError, match="line 1: chat messages, and the tokenizer has no chat template"):
+    with pytest.raises(InputError, match=r"line 1: .* has no chat template: need one; name an instruct model"):
         load(tmp_path, [CHAT], tiny_tokenizer())
 
 

@@ -23,6 +23,9 @@ def test_the_machine_and_a_model(tmp_path, capsys, torch_only):
     lines = dict(line.split(None, 1) for line in said.splitlines() if line[:1].isalpha())
     assert lines["torch"] == torch.__version__ or torch.__version__ in said
     assert f"backend                {'triton on cuda' if torch.cuda.is_available() else 'torch on cpu'}" in said
+    assert lines["GPUs"] == str(torch.cuda.device_count())
+    assert "gloo" in lines["torch.distributed"].split(", ")
+    assert lines["deepspeed"]
     for dtype in ("float32", "bfloat16", "float16"):
         assert f"torch, {dtype}" in said
     assert "head                   torch.Linear, 300 words of 16, tied" in said

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 
 import numpy as np
@@ -197,11 +198,29 @@ def test_a_report_of_other_models_is_kept(job, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
-def test_a_prompt_that_leaves_no_room_has_no_answer(job, tmp_path):
+def test_a_prompt_that_leaves_no_room_has_no_answer(job, tmp_path, capsys):
     data = write_lines(tmp_path / "long.jsonl", [*pairs(2), {**pairs(1)[0], "prompt": "long " * 45}])
     assert main(words((data, *job[1:]), tmp_path / "out", "--max_length", "256", "--max_new_tokens", "40")) == 0
     found = json.loads((tmp_path / "out" / "report.json").read_text())["models"][str(job[1])]
     assert (found["bleu"]["pairs"], found["margin"]["pairs"]) == (2, 3)
+    line = "1 of 3 pairs have no generated answer: prompt and --max_new_tokens 40 exceed the model's 256 positions"
+    for text in (capsys.readouterr().out, (tmp_path / "out" / "report.md").read_text()):
+        assert f"{job[1]}: {line}; --max_new_tokens 31 fits all of them\n" in text
+
+
+@pytest.mark.parametrize(
+    ("prompts", "positions", "said"),
+    [
+        ([6, 3], 10, "2 of 3 pairs .* exceed the model's 10 positions; --max_new_tokens 4 fits all of them"),
+        ([12, 3], 10, "2 of 3 .*; --max_new_tokens 7 fits the shortest"),
+        ([12, 10], 10, "2 of 3 .*; take shorter prompts"),
+    ],
+)
+def test_room_for_answers(prompts, positions, said):
+    rows = [{"generated": "a"}, {"generated": None}, {"generated": None}]
+    given = [{"prompt_ids": [0] * length} for length in (1, *prompts)]
+    assert re.fullmatch(f".*{said}", answers.without_room(given, rows, positions, 8) or "")
+    assert answers.without_room(given[:1], rows[:1], positions, 8) is None
 
 
 def test_what_cannot_be_used(job, tmp_path, capsys, monkeypatch):

@@ -96,6 +96,7 @@ def test_a_killed_rank_loses_nothing(words, undisturbed, tmp_path):
     """Elastic restart: the run goes on from the checkpoint of the second step, inside of an epoch."""
     done, out = launched(tmp_path / "run", words, "killed", "--max-restarts", "1")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(f"goes on from {out / 'checkpoint-2'}") == 1  # the first rank, in its second life
     there = seen(tmp_path / "run")
     assert {(life, step) for life, step, _ in there} == {(0, 0), (0, 1), (0, 2), (0, 3)} | {(1, i) for i in range(2, 6)}
     kept = [(step, rows) for life, step, rows in there if (life, step) < (0, 2) or life == 1]
@@ -182,7 +183,8 @@ def test_the_example_configs_are_what_their_names_say(path, monkeypatch):
     told = prepare_multi_gpu_env(args)
     for name in told.keys() - os.environ.keys():
         monkeypatch.setenv(name, told[name])
-    assert FullyShardedDataParallelPlugin().fsdp_version == 2
+    plugin = FullyShardedDataParallelPlugin()
+    assert (plugin.fsdp_version, plugin.cpu_ram_efficient_loading) == (2, False)  # else no head is streamed
     parallel = ParallelismConfig()
     assert parallel.total_size == (nodes * local if kind == "tp-fsdp2" else 1)
     assert parallel.tp_enabled == (kind == "tp-fsdp2")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +86,44 @@ def test_gradients_pass_what_hooks_put_on_the_heads_output():
         model.lm_head.weight.register_hook(lambda grad: seen.append("head"))
         model(**batch(), fused_lm_head=True).loss.backward()
         assert seen[:2] == ["gathered", "head"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"fsdp2": False}, None),
+        ({"asked": "gather", "fsdp2": False}, None),
+        ({"asked": "gather"}, "gathered, as sharded_head says"),
+        ({"limit": 61 * 16 * 4}, "gathered, as it takes no more than "),
+        ({"kind": "Qwen2"}, "gathered, as it is tied to the embedding"),
+        ({"efficient": True}, "gathered, as cpu_ram_efficient_loading is on; it is large"),
+        ({"parallel": object()}, "gathered, as parallelism_config is on; it is large"),
+        ({}, "streamed"),
+    ],
+)
+def test_a_run_says_how_its_head_goes(given, said, monkeypatch):
+    """A head is large past its size of 61 x 16 in fp32, less a byte."""
+    pytest.importorskip("accelerate", reason="needs the train extra: accelerate")
+    from asft_kernels.training import sharded
+    from model_cases import built
+
+    monkeypatch.setattr(sharded, "GATHERED_BYTES", given.get("limit", 61 * 16 * 4 - 1))
+    monkeypatch.setattr(sharded, "shard_head", lambda *a, **options: set())
+    monkeypatch.setattr(torch.distributed, "init_device_mesh", lambda *a: None)
+    plugin = SimpleNamespace(
+        mixed_precision_policy=None, cpu_ram_efficient_loading=given.get("efficient", False), ignored_modules=None
+    )
+    accelerator = SimpleNamespace(
+        is_fsdp2=given.get("fsdp2", True), parallelism_config=given.get("parallel"), mixed_precision="no",
+        state=SimpleNamespace(fsdp_plugin=plugin), device=torch.device("cpu"), num_processes=2,
+    )  # fmt: skip
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(sharded_head=given.get("asked")), accelerator=accelerator,
+        model=built(given.get("kind", "Llama")),
+    )  # fmt: skip
+    found = sharded.place_head(trainer)
+    assert found == said if found is None or said is None else found.startswith(said)
+    assert (found == "streamed") == bool(plugin.ignored_modules)
 
 
 CLASSES = {"gather": "FSDPLinear", "stream": "FSDPShardedLinear", "zero3": "Linear"}

@@ -23,8 +23,9 @@ from asft_kernels.cli import main as asft
 from asft_kernels.cli.train import parse
 from asft_kernels.errors import InputError
 from asft_kernels.training.callbacks import MetricsFile
+from asft_kernels.training.checkpoints import find_checkpoint
 from asft_kernels.training.figures import Evaluation, change
-from asft_kernels.training.run_folder import command, find_checkpoint, require_same_settings
+from asft_kernels.training.run_folder import command, require_same_settings
 from asft_kernels.training.trainer import PreferenceTrainer
 from tiny_lm import pairs, saved_tiny_model, tiny_model, write_lines
 
@@ -132,7 +133,9 @@ def test_ctrl_c_saves_and_resume_goes_on_identically(job, whole_run, tmp_path, m
         file.write('{"kind": "train", "step": 5, "loss": 0}\n{"kind": "tr')
     (folder / "checkpoint-5").mkdir()  # a save that was killed: no trainer_state.json
 
+    capsys.readouterr()
     assert main([*job, "--output_dir", str(folder), "--resume"]) == 0
+    assert capsys.readouterr().out.count(f"goes on from {folder / 'checkpoint-4'}\n") == 1
     assert rows(folder) == rows(whole_run)
     ours, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, whole_run))
     assert ours == theirs

@@ -15,7 +15,10 @@ from typing import Any
 
 from asft_kernels.cli import frame
 
-PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "liger-kernel")
+PACKAGES = (
+    "torch", "triton", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed", "bitsandbytes",
+    "liger-kernel",
+)  # fmt: skip
 GIB = 2**30
 Line = tuple[str, str, bool]  # what, finding, whether all is well
 
@@ -84,6 +87,7 @@ def _machine() -> Iterator[Line]:
 
     memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / GIB:.1f} GiB" if os.name == "posix" else "?"
     yield "CPU", f"{platform.machine()}, {torch.get_num_threads()} threads, {memory}", True
+    yield "GPUs", str(torch.cuda.device_count()), True
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
         chip = getattr(found, "gcnArchName", "") if torch.version.hip else f"sm_{found.major}{found.minor}"
@@ -91,6 +95,15 @@ def _machine() -> Iterator[Line]:
         yield f"GPU {index}", f"{found.name}, {chip}, {free / GIB:.1f} of {found.total_memory / GIB:.1f} GiB free", True
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     yield "backend", f"{choose_backend(None, device, torch.float32)} on {device.type}", True
+    yield "torch.distributed", ", ".join(_distributed_backends()) or "not built into this torch", True
+
+
+def _distributed_backends() -> list[str]:
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return []
+    return [name for name in dist.Backend.backend_list if name != "undefined" and dist.is_backend_available(name)]
 
 
 def _kernel_checks() -> Iterator[Line]:

@@ -59,7 +59,11 @@ class PairTokenizer:
         """Encodes one pair. BadRow where nothing could be learned from it, or not what its row says."""
         plain = isinstance(pair.prompt, str)
         if not plain and not self.has_template:
-            raise BadRow("chat messages, and the tokenizer has no chat template")
+            raise BadRow(
+                "chat messages, and the tokenizer has no chat template",
+                "need one; name an instruct model, put a chat_template.jinja beside the tokenizer's files, or give "
+                "prompt and answers as plain text",
+            )
         prompt, wholes = self._plain(pair) if plain else self._chat(pair)
         shared = min(self._common(prompt, whole) for whole in wholes.values())
         tokens = Tokens(prompt[:shared], {name: whole[shared:] for name, whole in wholes.items()})

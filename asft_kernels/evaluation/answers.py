@@ -71,6 +71,31 @@ def fill(name: str, tokenizer: Any, pairs: Any, folder: Path, about: dict[str, A
     return [{**scores.rows[line], **further.get(line, {})} for line in pairs["line"]]
 
 
+def without_room(pairs: Any, rows: list[Any], positions: int | None, max_new_tokens: int) -> str | None:
+    """Says which pairs have no generated answer for want of room, and what gives them one.
+
+    Args:
+        pairs: as in `fill`.
+        rows: what it returned for them.
+        positions: of the model.
+        max_new_tokens: that were asked for.
+
+    Returns:
+        A line; None where every pair has an answer.
+    """
+    lengths = [len(pair["prompt_ids"]) for pair, row in zip(pairs, rows, strict=True) if row["generated"] is None]
+    if not lengths or not positions:
+        return None
+    room, most = positions - max(lengths), positions - min(lengths)
+    todo = "take shorter prompts"
+    if most > 0:
+        todo = f"--max_new_tokens {room} fits all of them" if room > 0 else f"--max_new_tokens {most} fits the shortest"
+    return (
+        f"{len(lengths)} of {len(rows)} pairs have no generated answer: prompt and --max_new_tokens {max_new_tokens} "
+        f"exceed the model's {positions} positions; {todo}"
+    )
+
+
 def _opened(path: Path, about: dict[str, Any]) -> UnfinishedScores:
     rows = UnfinishedScores(path)
     if rows.metadata is not None and rows.metadata != about:

@@ -16,6 +16,7 @@ def write_report(
     models: dict[str, dict[str, dict[str, float]]],
     comparisons: list[dict[str, Any]],
     numbers: dict[str, dict[str, np.ndarray]],
+    remarks: list[str],
 ) -> list[str]:
     """Writes the report of a run.
 
@@ -25,6 +26,7 @@ def write_report(
         models: name -> summary of `figures.summary`.
         comparisons: "models": both names, "difference": of `figures.comparison`.
         numbers: name -> numbers of each pair, for the pictures.
+        remarks: lines of what is missing, behind the table.
 
     Returns:
         The lines of its tables.
@@ -33,6 +35,8 @@ def write_report(
     write_json(folder / "report.json", _without_nan(content))
     text = ["# Evaluation", "", *(f"- {name}: {_cell(value)}" for name, value in about.items()), ""]
     tables = ["Value ± standard error over pairs.", "", *_table(models), ""]
+    for remark in remarks:
+        tables += [remark, ""]
     if comparisons:
         tables += ["## Differences, pair by pair", ""]
         tables += [

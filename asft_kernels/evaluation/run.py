@@ -36,17 +36,17 @@ def run(args: Namespace, say: Callable[[str], None] = print) -> dict[str, Any]:
     if len(set(rooms.values())) < len(args.model):
         raise InputError(f"--model: got {args.model}, two of one name; need names that differ")
     _check_report(folder / "report.json", args.model)
-    tokenizers, vocabularies = {}, {}
+    tokenizers, configs = {}, {}
     for model in args.model:  # what is wrong with the last one is said before the first is evaluated
         tokenizers[model], config = load_tokenizer(model)
         args.max_length = fitted_length(config, args.max_length)
-        vocabularies[model] = config.get_text_config().vocab_size
+        configs[model] = config.get_text_config()
     settings = answers.Settings(args.dtype, args.batch_size, args.max_new_tokens if args.generate else None)
-    numbers, ids = {}, {}
+    numbers, ids, remarks = {}, {}, []
     for model, tokenizer in tokenizers.items():
         say(f"{model}:")
         pairs, report = load_pairs(
-            args.data, tokenizer, split=args.split, max_length=args.max_length, vocab_size=vocabularies[model]
+            args.data, tokenizer, split=args.split, max_length=args.max_length, vocab_size=configs[model].vocab_size
         )
         say(str(report))
         if "prompt_ids" not in pairs.column_names:
@@ -60,6 +60,9 @@ def run(args: Namespace, say: Callable[[str], None] = print) -> dict[str, Any]:
             "model_files": digest_of_model(model), "version": __version__,
         }  # fmt: skip
         rows = answers.fill(model, tokenizer, pairs, rooms[model], about, settings)
+        positions = getattr(configs[model], "max_position_embeddings", None)
+        if args.generate and (remark := answers.without_room(pairs, rows, positions, args.max_new_tokens)):
+            remarks.append(f"{model}: {remark}")
         chosen = tokenizer.batch_decode(pairs["chosen_ids"][:], skip_special_tokens=True)
         numbers[model] = figures.of_pairs(rows, [text.strip() for text in chosen])
     models = {model: figures.summary(of_model) for model, of_model in numbers.items()}
@@ -68,7 +71,7 @@ def run(args: Namespace, say: Callable[[str], None] = print) -> dict[str, Any]:
         both = [_rows_of(numbers[model], ids[model], set(ids[earlier]) & set(ids[later])) for model in (later, earlier)]
         comparisons.append({"models": [later, earlier], "difference": figures.comparison(*both)})
     shown = {name: value for name, value in vars(args).items() if name not in ("model", "output")}
-    tables = write_report(folder, {**shown, "version": __version__}, models, comparisons, numbers)
+    tables = write_report(folder, {**shown, "version": __version__}, models, comparisons, numbers, remarks)
     say("\n".join(["", *tables]))
     say(f"{folder / 'report.md'}: {len(models)} models, {max(map(len, ids.values()))} pairs")
     return models

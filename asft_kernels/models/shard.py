@@ -7,7 +7,7 @@ from torch import nn
 
 from asft_kernels.errors import InputError
 from asft_kernels.models.seam import causal_lm, output_head
-from asft_kernels.sharded_linear import ShardedLinear
+from asft_kernels.sharded_linear import ShardedLinear, is_dtensor
 
 
 def shard_head(
@@ -26,7 +26,7 @@ def shard_head(
 
     Args:
         model: a Hugging Face model whose head is an nn.Linear, with PEFT's LoRA or not.
-        mesh: a DeviceMesh of one dimension: the data-parallel ranks.
+        mesh: a DeviceMesh of one dimension: all data-parallel ranks. Replicas outside it would not be summed.
         stream: True: never whole on a rank; False: gathered in forward, kept for backward; None (default): streamed
             where it takes more than 2 GiB in the dtype of the product.
         param_dtype: what the rows go into the product in, as FSDP2's MixedPrecisionPolicy has it; None (default): as
@@ -36,13 +36,17 @@ def shard_head(
         The parameters that `fully_shard` is to ignore.
 
     Raises:
-        InputError: for heads that are tied to the embedding or no nn.Linear, and meshes of several dimensions.
+        InputError: for heads that are tied to the embedding, no nn.Linear, or sharded already; what is no DeviceMesh of
+            one dimension; a stream that is none of the three.
     """
     from torch.distributed.tensor import Shard, distribute_tensor
 
+    _check(mesh, stream)
     name, head = type(causal_lm(model)).__name__, output_head(model)
     parent, attribute = _place_of(head, model)
     linear = getattr(parent, attribute)
+    if is_dtensor(linear.weight) and not isinstance(linear, ShardedLinear):
+        raise InputError(f"{name}: got a head whose weight is a DTensor, need a plain one; {_way_out(model)}")
     if type(linear) is not nn.Linear:
         raise InputError(f"{name}: got a head of {type(linear).__name__}, need an nn.Linear; leave it to fully_shard")
     embedding = causal_lm(model).get_input_embeddings()
@@ -51,14 +55,40 @@ def shard_head(
             f"{name}: got a head tied to the embedding, need one of its own: FSDP gathers the embedding for its lookup "
             "anyway; leave both to fully_shard"
         )
-    if mesh.ndim != 1:
-        raise InputError(f"mesh: got {mesh.ndim} dimensions, need one, of data-parallel ranks; pass mesh['name']")
     weight = nn.Parameter(
         distribute_tensor(linear.weight.detach(), mesh, [Shard(0)]), requires_grad=linear.weight.requires_grad
     )
     sharded = ShardedLinear(weight, linear.bias, stream=stream, param_dtype=param_dtype)
     setattr(parent, attribute, sharded.train(linear.training))
     return {weight}
+
+
+def _check(mesh: Any, stream: Any) -> None:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if stream is not None and not isinstance(stream, bool):
+        raise InputError(
+            f"stream: got {stream!r}, need True (never whole on a rank), False (gathered) or None (by its size); pass "
+            "one of these"
+        )
+    if not isinstance(mesh, DeviceMesh):
+        raise InputError(
+            f"mesh: got {type(mesh).__name__}, need a DeviceMesh; make one of all data-parallel ranks: "
+            'init_device_mesh("cuda", (world_size,))'
+        )
+    if mesh.ndim != 1:
+        raise InputError(
+            f"mesh: got {mesh.ndim} dimensions, need one, of all data-parallel ranks; with hybrid sharding leave the "
+            "head to fully_shard, for over one dimension alone the replicas' gradients are not summed"
+        )
+
+
+def _way_out(model: Any) -> str:
+    from torch.distributed.fsdp import FSDPModule
+
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        return "call shard_head before fully_shard"
+    return "leave a head that is tensor parallel as it is"
 
 
 def _place_of(head: nn.Module, model: Any) -> tuple[nn.Module, str]:

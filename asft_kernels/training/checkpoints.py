@@ -69,7 +69,7 @@ def find_checkpoint(wanted: str | None, folder: Path, say: Callable[[str], None]
         why = what_is_broken(checkpoint, ranks)
         if not why:
             if first:
-                say(f"{first}; goes on from {checkpoint}, the newest whole one")
+                say(f"{first}; passed over")
             return checkpoint
         first = first or f"{checkpoint} is no complete checkpoint ({why})"
     if wanted == "auto" and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):

@@ -138,6 +138,7 @@ def _run(
     }  # fmt: skip
     if checkpoint:
         run_folder.require_same_settings(folder / run_folder.SETTINGS, settings, say)
+        say(f"goes on from {checkpoint}")
     metrics, stop = MetricsFile(folder / run_folder.METRICS), StopWhenAsked(at_once)
     config.eval_on_start = read.evaluation is not None and checkpoint is None
     try:
@@ -302,7 +303,8 @@ def _head_checked(trainer: PreferenceTrainer) -> str:
     Sharded models are held against them at their first batch: they are whole in no place before.
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.method.makes_pairs:
-        return "output head: checked at the first batch"
+        goes = f"{trainer.head_goes}; " if trainer.head_goes else ""
+        return f"output head: {goes}checked at the first batch"
     rows = [trainer.train_dataset[i] for i in (0, min(1, len(trainer.train_dataset) - 1))]
     batch = trainer._prepare_inputs(trainer.collator(rows))
     trainer.model.to(trainer.args.device)

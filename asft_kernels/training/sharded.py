@@ -1,4 +1,4 @@
-"""Whether a run under accelerate's FSDP2 streams its output head."""
+"""How a run under accelerate's FSDP2 takes its output head: gathered or streamed."""
 
 import re
 from typing import Any
@@ -14,37 +14,39 @@ from asft_kernels.sharded_linear import GATHERED_BYTES
 GATHER, STREAM = "gather", "stream"
 
 
-def stream_head(trainer: Any) -> bool:
+def place_head(trainer: Any) -> str | None:
     """Takes the policy's head out of what FSDP2 is going to shard, where the arguments or the head's size say so.
 
     Args:
         trainer: a PreferenceTrainer, before accelerate has prepared its model.
 
     Returns:
-        Whether the head will be streamed.
+        How the head goes, in words: "streamed", or "gathered" and why; None without FSDP2.
 
     Raises:
         InputError: where args.sharded_head asks for what cannot be.
     """
     asked, accelerator = trainer.args.sharded_head, trainer.accelerator
-    if asked == GATHER or not (asked or accelerator.is_fsdp2):
-        return False
     if not accelerator.is_fsdp2:
+        if asked != STREAM:
+            return None
         raise InputError(
             f"sharded_head: got {asked!r} without FSDP2, need it (fsdp: true, fsdp_config: version 2) on GPUs; or "
             "leave it out"
         )
+    if asked == GATHER:
+        return "gathered, as sharded_head says"
     plugin = accelerator.state.fsdp_plugin
     param_dtype = getattr(plugin.mixed_precision_policy, "param_dtype", None)
-    if asked is None and not _is_large(trainer.model, param_dtype):
-        return False
+    if asked is None and (why := _why_gathered(trainer.model, param_dtype)):
+        return f"gathered, as {why}"
     for name, given in ("parallelism_config", accelerator.parallelism_config), (
         "cpu_ram_efficient_loading", plugin.cpu_ram_efficient_loading,
     ):  # fmt: skip
         if given and asked:
             raise InputError(f"sharded_head: got {asked!r} with {name}, need it without; leave one of them out")
         if given:
-            return False
+            return f"gathered, as {name} is on; it is large: without that it would be streamed"
     mesh = torch.distributed.init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     if accelerator.mixed_precision != "no":  # accelerate makes FSDP2's parameters fp32 later on, and means no DTensor
         head = output_head(trainer.model)
@@ -57,14 +59,16 @@ def stream_head(trainer: Any) -> bool:
     if isinstance(ignored, str):
         ignored = [module for name, module in trainer.model.named_modules() if re.fullmatch(ignored, name)]
     plugin.ignored_modules = [*ignored, getattr(head, "base_layer", head)]
-    return True
+    return "streamed"
 
 
-def _is_large(model: Any, param_dtype: torch.dtype | None) -> bool:
-    """Whether a head of its own takes more than GATHERED_BYTES in the dtype of the product."""
+def _why_gathered(model: Any, param_dtype: torch.dtype | None) -> str | None:
+    """What speaks against streaming a head; None for one of its own of more than GATHERED_BYTES in the product."""
     head: Any = output_head(model)
     linear = getattr(head, "base_layer", head)
-    embedding = causal_lm(model).get_input_embeddings()
-    if type(linear) is not nn.Linear or getattr(embedding, "weight", None) is linear.weight:
-        return False
-    return linear.weight.numel() * (param_dtype or linear.weight.dtype).itemsize > GATHERED_BYTES
+    if type(linear) is not nn.Linear:
+        return f"it is a {type(linear).__name__}"
+    if getattr(causal_lm(model).get_input_embeddings(), "weight", None) is linear.weight:
+        return "it is tied to the embedding"
+    size = linear.weight.numel() * (param_dtype or linear.weight.dtype).itemsize
+    return None if size > GATHERED_BYTES else f"it takes no more than {GATHERED_BYTES / 2**30:g} GiB"

@@ -27,7 +27,7 @@ from asft_kernels.training.on_pairs import on_pairs
 from asft_kernels.training.pair_trainer import PairTrainer
 from asft_kernels.training.reference import SIDES, TOKENS, given_columns, require_whole, with_scores
 from asft_kernels.training.seams import exchanged
-from asft_kernels.training.sharded import stream_head
+from asft_kernels.training.sharded import place_head
 
 OF_BATCH = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", ENTRIES}  # no keywords of the model
 TRL_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
@@ -151,7 +151,7 @@ class PreferenceTrainer(PairTrainer):
         self.data_collator = self.collator
         if isinstance(self.objective, nn.Module):
             self.objective.to(self.args.device)
-        stream_head(self)
+        self.head_goes = place_head(self)
         self.method.start(self)
         self._change_datasets(self._with_columns)
 
