@@ -170,7 +170,7 @@ class StreamedGradient:
         self.shards, self.order, self.widths = Shards.of(head), order, [stop - start for start, stop in order.slices]
         self.out = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
         chunks, rows = min(2, len(self.widths)), self.shards.ranks * order.rows
-        # Zeros, for ranks that have fewer rows are sent what stands behind a chunk.
+        # Zeros at first: what stands behind a chunk's rows goes to ranks that have fewer, which drop it.
         self.buffers = head.weight.new_zeros(chunks, rows, head.columns, dtype=dtype)
         self.sums = head.weight.new_empty(chunks, order.rows, head.columns, dtype=dtype)
         self.works: dict[int, dist.Work] = {}
