@@ -20,7 +20,7 @@ from asft_kernels.backends import Logits, Saved, exp_columns, exp_dtype
 from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan, make_plan, traced_chunk
 from asft_kernels.backends.sharding import backend_for
-from asft_kernels.backends.streaming import agreed_tokens
+from asft_kernels.backends.streaming import agreed_tokens, in_natural_order, in_read_order, order_of
 from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, Stats, StatsGrads, Wanted, stat_dtype
 from asft_kernels.kernels.configs import multiprocessors
 from asft_kernels.memory import Sizes, explained
@@ -96,8 +96,9 @@ def _phase1(
     sizes = partial(_sizes, hidden, head, bias, rows, backend, softcap, chunk_size, cache_bytes, needs, wanted)
     with exact_products(hidden.device.type), explained(sizes, phase="forward"):
         inputs = _without_padding(hidden, rows, labels) if padded else (hidden, rows, labels)
+        bias_read, labels_read = in_read_order(plan, bias, inputs[2])
         saved = backend_for(backend, head).forward(
-            inputs[0], head, bias, *inputs[1:], Logits(scale, softcap), plan,
+            inputs[0], head, bias_read, inputs[1], labels_read, Logits(scale, softcap), plan,
             needs_acc=needs_acc, needs_exps=needs_exps, wanted=wanted if names else None,
         )  # fmt: skip
         stats = [] if saved.stats is None else list(saved.stats)
@@ -155,14 +156,17 @@ def _phase2(
             inputs = _without_padding(*inputs)
             grad_logps = grad_logps.masked_fill(labels < 0, 0.0)
             of_stats = [None if g is None else g.masked_fill(labels < 0, 0.0) for g in of_stats]
+        bias_read, labels_read = in_read_order(plan, bias, inputs[2])
         grads = backend_for(backend, head).backward(
-            grad_logps.contiguous(), inputs[0], head, bias, *inputs[1:], saved, Logits(scale, softcap), plan,
-            needs_hidden=needs_hidden, needs_weight=needs_weight, needs_low_rank=needs_low_rank, needs_bias=needs_bias,
+            grad_logps.contiguous(), inputs[0], head, bias_read, inputs[1], labels_read, saved, Logits(scale, softcap),
+            plan, needs_hidden=needs_hidden, needs_weight=needs_weight, needs_low_rank=needs_low_rank,
+            needs_bias=needs_bias,
             stats_grads=None if all(g is None for g in of_stats) else StatsGrads._make(of_stats),
         )  # fmt: skip
         if padded and grads.hidden is not None:
             spread = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
             grads = grads._replace(hidden=spread.index_copy_(0, rows, grads.hidden))
+    grads = grads._replace(low_rank=in_natural_order(plan, grads.low_rank), bias=in_natural_order(plan, grads.bias))
     # An operator returns tensors alone: an empty one stands for "not asked for".
     a, b, c, d = (hidden.new_empty(0) if g is None else g for g in grads)
     return a, b, c, d
@@ -233,16 +237,16 @@ def _plan(
     *same: object, keeps: bool = True,
 ) -> Plan:  # fmt: skip
     """same: what else must be the same on the ranks of a streamed head."""
-    n_tokens, exp_bytes = rows.shape[0], exp_dtype(backend, hidden.dtype).itemsize
+    order, n_tokens, exp_bytes = None, rows.shape[0], exp_dtype(backend, hidden.dtype).itemsize
     if weight.is_streamed:
         if chunk_size is None:
             chunk_size = traced_chunk(hidden.shape[1], exp_bytes=exp_bytes, device_type=hidden.device.type)
         shared = (backend, hidden.dtype, weight.weight.dtype, *weight.size, chunk_size, cache_bytes, *same)
-        n_tokens = agreed_tokens(weight, n_tokens, shared)
+        n_tokens, order = agreed_tokens(weight, n_tokens, shared), order_of(weight, chunk_size)
     return make_plan(
         n_tokens, *weight.size, exp_bytes=exp_bytes,
         chunk_size=chunk_size, cache_bytes=cache_bytes if keeps else 0, device_type=hidden.device.type,
-        multiprocessors=multiprocessors(hidden.device) if chunk_size is None else 0,
+        multiprocessors=multiprocessors(hidden.device) if chunk_size is None else 0, order=order,
     )  # fmt: skip
 
 

@@ -61,6 +61,18 @@ CASES = {
         figures="entropy mean_logits", differentiable="entropy mean_logits", logits=Logits(1.0, 3.0), cache=0
     ),
     "padded": Case(padded=True),
+    "bias and low rank": Case(bias=True, low_rank=3),
+    # Chunks of 3, 3, 2 and 2 rows, for the last rank has 2 of a shard of 4: three kept.
+    "a short rank": Case(
+        vocab=10,
+        chunk=3,
+        cache=9 * 8 * 8,
+        bias=True,
+        low_rank=2,
+        figures="entropy mean_logits is_top1",
+        differentiable="entropy mean_logits",
+    ),
+    "a rank without rows, bias and low rank": Case(vocab=4, chunk=3, cache=0, bias=True, low_rank=2),
     "float32": Case(dtype=torch.float32),
     "float32, far logits": Case(dtype=torch.float32, magnitude=60.0, cache=0),
     "bfloat16": Case(dtype=torch.bfloat16),
@@ -71,6 +83,7 @@ TRITON = {
     "an empty rank, recomputed": OF_TRITON._replace(tokens=(4, 0, 2), cache=0),
     "an empty rank": OF_TRITON._replace(tokens=(4, 0, 2)),
     "softcap, bias, low rank": OF_TRITON._replace(logits=Logits(1.3, 2.0), bias=True, low_rank=16, cache=0),
+    "a short rank": OF_TRITON._replace(vocab=10, chunk=3, bias=True, low_rank=16),
     "figures": OF_TRITON._replace(figures="entropy lse", differentiable="entropy lse", cache=37 * 4 * 5),
     "frozen head": OF_TRITON._replace(frozen="weight", tokens=(4, 0, 2)),
     "bfloat16": OF_TRITON._replace(dtype=torch.bfloat16),
@@ -188,31 +201,51 @@ def never_whole(rank: int, world: int) -> None:
     assert seen.elements == 200 * 16, seen.elements
 
 
+class Pending:
+    """A collective's work, whose buffers nobody may use before its wait: gloo has copies of its own, NCCL has not."""
+
+    def __init__(self, work: Any, buffers: set[int], every: set[int]) -> None:
+        assert not buffers & every, "a buffer of a collective that is still on its way"
+        self.work, self.buffers, self.every = work, buffers, every
+        every |= buffers
+
+    def wait(self) -> None:
+        self.every -= self.buffers
+        self.work.wait()
+
+
 def moved_bytes(rank: int, world: int) -> None:
-    """The table at the head of backends/streaming.py: rows and dW, each once a phase."""
-    case = Case(vocab=60, tokens=(3, 2, 4), cache=0)
-    sent: Counter[str] = Counter()
+    """The table at the head of backends/streaming.py: rows and dW once a phase, each in one collective a chunk."""
+    case = Case(tokens=(3, 2, 4), cache=0)
+    sent, calls, pending = Counter[str](), Counter[str](), set[int]()
 
     def counting(name: str) -> Any:
         collective = getattr(dist, name)
 
         def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             sent[name] += tensor.nbytes
-            return collective(tensor, *args, **kwargs)
+            calls[name] += 1
+            work = collective(tensor, *args, **kwargs)
+            return Pending(work, {tensor.data_ptr(), args[0].data_ptr()}, pending) if "async_op" in kwargs else work
 
         return counted
 
-    names = ("broadcast", "reduce", "all_to_all_single")
+    since = hasattr(dist, "all_gather_single")  # torch 2.13
+    gather = "all_gather_single" if since else "all_gather_into_tensor"
+    scatter = "reduce_scatter_single" if since else "reduce_scatter_tensor"
+    names = (gather, scatter, "all_to_all_single", "broadcast", "reduce")
     with ExitStack() as stack:
         for name in names:
             stack.enter_context(mock.patch.object(dist, name, counting(name)))
-        shard = slice(20 * rank, 20 * (rank + 1))
+        shard = slice(21 * rank, min(21 * (rank + 1), 61))
         called(case, made(case, rank), streamed_over_all(case), shard)
-    whole, labels = 60 * 16 * 8, case.tokens[rank] * 16 * 8
-    assert sent["broadcast"] == 2 * whole, sent
-    assert sent["reduce"] == whole, sent
-    asked = torch.bincount(made(case, rank)["labels"] // 20, minlength=3)
-    wanted = sum(int((made(case, other)["labels"] // 20 == rank).sum()) for other in range(3))
+    own, labels = 21 * 16 * 8, case.tokens[rank] * 16 * 8
+    chunks = 5  # of 5 rows a rank, the last one of 1
+    assert (sent[gather], calls[gather]) == (2 * 3 * own, 2 * chunks), (sent, calls)  # what is gathered
+    assert (sent[scatter], calls[scatter]) == (own, chunks), (sent, calls)  # what comes of 3 times it
+    assert not sent["broadcast"] + sent["reduce"] + len(pending), (sent, pending)
+    asked = torch.bincount(made(case, rank)["labels"] // 21, minlength=3)
+    wanted = sum(int((made(case, other)["labels"] // 21 == rank).sum()) for other in range(3))
     assert asked.sum() == case.tokens[rank]
     assert sent["all_to_all_single"] == 2 * (labels + 8 * wanted + 3 * 8), sent
 

@@ -17,6 +17,7 @@ from asft_kernels.backends.plan import (
     traced_chunk,
     weight_slice,
 )
+from asft_kernels.backends.streamed_order import StreamedOrder
 from asft_kernels.kernels.configs import multiprocessors
 
 DEVICES = st.sampled_from(["cpu", "cuda"])
@@ -39,6 +40,30 @@ def test_every_row_once_and_the_cache_within_its_bytes(n, vocab, hidden_size, ex
     assert row * borders[plan.cached] <= cache
     if plan.cached < len(plan.slices):
         assert row * borders[plan.cached + 1] > cache, "one more chunk would have fitted"
+
+
+@given(vocab=st.integers(1, 300), ranks=st.integers(1, 12), chunk=st.integers(1, 400), cache=st.integers(0, 3000))
+def test_a_streamed_chunk_has_the_same_rows_of_every_shard(vocab, ranks, chunk, cache):
+    """torch.chunk's shards; each chunk's rows as an all-gather leaves them, those that are not there last."""
+    order = StreamedOrder.of(vocab, ranks, chunk)
+    plan = make_plan(3, vocab, 8, exp_bytes=2, chunk_size=chunk, cache_bytes=cache, device_type="cpu", order=order)
+    shards = list(torch.arange(vocab).chunk(ranks))
+    rows = order.all_rows(torch.device("cpu"))
+    for k, (start, stop) in enumerate(plan.slices):
+        first, last = order.of_shard(k)
+        gathered = torch.full((ranks, last - first), -1)
+        for rank, shard in enumerate(shards):
+            own = shard[first:last]
+            gathered[rank, : len(own)] = own
+        assert gathered.flatten()[: stop - start].equal(rows[start:stop])
+        assert (gathered.flatten()[stop - start :] == -1).all()
+        assert stop - start <= plan.chunk <= max(chunk, ranks)
+    assert rows.sort()[0].equal(torch.arange(vocab))
+    assert rows[order.all_places(torch.device("cpu"))].equal(torch.arange(vocab))
+    borders = plan.borders(torch.device("cpu")).tolist()
+    assert borders == [0, *(stop for _, stop in plan.slices)]
+    assert 6 * borders[plan.cached] <= cache
+    assert plan.cached == len(plan.slices) or 6 * borders[plan.cached + 1] > cache
 
 
 def test_a_cache_of_exactly_all_exponentials_keeps_them():

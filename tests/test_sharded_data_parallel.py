@@ -35,12 +35,12 @@ def run_ranks(script: Path, world: int, folder: Path, *arguments: str, **variabl
 
 
 def test_streamed_head_gives_one_process_values_and_gradients(tmp_path):
-    """61 rows on three ranks, 20 cases; ranks that differ; no tensor of V D elements; bytes on the wire."""
+    """61 rows on three ranks, 24 cases; ranks that differ; no tensor of V D elements; bytes on the wire."""
     run_ranks(TESTS / "streamed_worker.py", 3, tmp_path)
 
 
 def test_streamed_head_on_triton(tmp_path):
-    """In its interpreter: 7 cases, a rank without a token among them."""
+    """In its interpreter: 8 cases, a rank without a token among them."""
     if not HAS_TRITON or interpreter_fault():
         pytest.skip("needs Triton, and a NumPy that its interpreter takes")
     run_ranks(TESTS / "streamed_worker.py", 3, tmp_path, TRITON_INTERPRET="1")

@@ -1,9 +1,13 @@
-"""How vocabulary and tokens are cut, and how many chunks keep their exponentials. Integers only."""
+"""How vocabulary and tokens are cut, and how many chunks keep their exponentials. From integers alone."""
 
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+from torch import Tensor
+
 from asft_kernels.backends import processor
+from asft_kernels.backends.streamed_order import StreamedOrder
 
 MIB = 2**20
 INTEL = "Intel cpu"  # stands for "cpu" below, where the processor is one of Intel's
@@ -29,16 +33,31 @@ class Plan:
 
     vocab: V. chunk: rows of the head per chunk. cached: chunks 0..cached-1 keep E for phase 2,
     the rest is recomputed there (only looked at when a gradient to the head is needed).
+    order: a streamed head's, whose last chunks are narrower; None elsewhere, where only the last one is.
     """
 
     vocab: int
     chunk: int
     cached: int
+    order: StreamedOrder | None = None
 
     @property
     def slices(self) -> list[tuple[int, int]]:
         """[start, stop) of every chunk, in order."""
+        if self.order is not None:
+            return self.order.slices
         return [(k, min(k + self.chunk, self.vocab)) for k in range(0, self.vocab, self.chunk)]
+
+    @property
+    def widths(self) -> list[int]:
+        """Rows of every chunk."""
+        return [stop - start for start, stop in self.slices]
+
+    def borders(self, device: torch.device) -> Tensor:
+        """(chunks + 1,) int64: where every chunk starts, and V."""
+        if self.order is not None:
+            return torch.tensor([0, *(stop for _, stop in self.slices)], device=device)
+        return torch.arange(len(self.slices) + 1, device=device).mul_(self.chunk).clamp_(max=self.vocab)
 
 
 def make_plan(
@@ -51,25 +70,29 @@ def make_plan(
     cache_bytes: int,
     device_type: str,
     multiprocessors: int = 0,
+    order: StreamedOrder | None = None,
 ) -> Plan:
     """The plan for one call: a function of these integers alone, so that results repeat.
 
     exp_bytes: bytes of one stored exponential. chunk_size: the caller's, None chooses one. cache_bytes:
-    at most this much E is kept, in whole chunks. multiprocessors: the GPU's, 0 elsewhere.
+    at most this much E is kept, in whole chunks. multiprocessors: the GPU's, 0 elsewhere. order: a streamed head's,
+    which says how wide chunks are; None elsewhere.
     """
-    if chunk_size is None:
+    if order is not None:
+        chunk_size = order.chunk
+    elif chunk_size is None:
         chunk_size = default_chunk(n_tokens, hidden_size, exp_bytes=exp_bytes, device_type=device_type)
         if multiprocessors:
             chunk_size = filled_chunk(chunk_size, n_tokens, vocab, multiprocessors)
     chunk = min(chunk_size, vocab)
+    slices = Plan(vocab, chunk, 0, order).slices
     per_row = exp_bytes * max(n_tokens, 1)
     # By comparisons, not by a division: torch.compile then guards on an inequality and not on n_tokens itself.
-    chunks = -(-vocab // chunk)
     if vocab * per_row <= cache_bytes:
-        cached = chunks
+        cached = len(slices)
     else:
-        cached = sum(kept * chunk * per_row <= cache_bytes for kept in range(1, chunks))
-    return Plan(vocab, chunk, cached)
+        cached = sum(stop * per_row <= cache_bytes for _, stop in slices[:-1])
+    return Plan(vocab, chunk, cached, order)
 
 
 def default_cache_bytes(device_type: str) -> int:

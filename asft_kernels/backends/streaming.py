@@ -1,32 +1,37 @@
 """A head whose rows are sharded over data-parallel ranks, read chunk by chunk so that it never stands whole on one.
 
-    what        how, of R ranks                                       bytes that a rank sends or receives
-    rows        chunk k broadcast by the ranks that have its rows     V D (R - 1) / R, in the head's dtype, in each
-                                                                      phase that makes logits
-    labels      all_to_all of indices, then of rows                   N (R - 1) / R (8 + D, in the head's dtype), in
-                                                                      each phase, and once more for dH under a softcap
-    dW          chunk k reduced to the ranks that have its rows       V D (R - 1) / R, in fp32
-    agreement   all_gather of the number of tokens and a digest       16 R
+    what        how, of R ranks with S = ceil(V / R) rows                 bytes that a rank sends or receives
+    rows        one all-gather a chunk, of c rows of every rank           S D (R - 1), in the head's dtype, in each
+                                                                          phase that makes logits
+    labels      all_to_all of indices, then of rows                       N (R - 1) / R (8 + D, in the head's dtype),
+                                                                          in each phase, and once more for dH under a
+                                                                          softcap
+    dW          one reduce-scatter a chunk, to c rows of every rank       S D (R - 1), in fp32
+    agreement   all_gather of the number of tokens and a digest           16 R
+
+Backends see the head in another order, that of streamed_order.py. Labels and bias are put in that order at the entry of
+a phase, gradients back in the head's own at its end.
 
 The rows of the next chunk come while this one's are multiplied: two buffers of a chunk. A chunk of dW leaves while the
 next one's product runs: two more, in fp32 (fp64). It is summed over the ranks, divided by R as FSDP2 divides, and
 rounded once where it is kept.
 
-Shards are those of a DTensor's Shard(0) and of torch.chunk: rank r has rows r c to (r + 1) c of V, c = ceil(V / R).
+Ranks whose shards are shorter, as torch.chunk makes the last ones, send rows of zeros behind their own: S R - V in all.
 Collectives wait for every rank, so what decides how many there are is the same on all: chunks do not depend on the
 number of tokens, cached chunks on the largest one, and a rank without a token takes part.
 """
 
 import hashlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from asft_kernels.backends.head_rows import HeadRows
-
-Slices = list[tuple[int, int]]
+from asft_kernels.backends.plan import Plan
+from asft_kernels.backends.streamed_order import StreamedOrder
 
 
 class Shards(NamedTuple):
@@ -43,15 +48,22 @@ class Shards(NamedTuple):
         ranks = group.size()
         return cls(group, group.rank(), ranks, -(-head.size[0] // ranks))
 
-    @property
-    def first(self) -> int:
-        """The first row that is here; V or more where there is none."""
-        return self.rank * self.rows
 
-    def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """(rank, first, last row) of what each rank has of rows start to stop."""
-        owners = range(start // self.rows, -(-stop // self.rows))
-        return [(rank, max(start, rank * self.rows), min(stop, (rank + 1) * self.rows)) for rank in owners]
+def order_of(head: HeadRows, chunk: int) -> StreamedOrder | None:
+    """The order of a streamed head in chunks of about so many rows; None for another head."""
+    return StreamedOrder.of(head.size[0], Shards.of(head).ranks, chunk) if head.is_streamed else None
+
+
+def in_read_order(plan: Plan, bias: Tensor | None, labels: Tensor) -> tuple[Tensor | None, Tensor]:
+    """bias (V,) and labels (N,) in the order in which a backend reads the head."""
+    if plan.order is None:
+        return bias, labels
+    return None if bias is None else bias[plan.order.all_rows(bias.device)], plan.order.places(labels)
+
+
+def in_natural_order(plan: Plan, grad: Tensor | None) -> Tensor | None:
+    """A gradient (V, ...) in the order of the head's rows, from the one in which a backend reads them."""
+    return grad if plan.order is None or grad is None else grad[plan.order.all_places(grad.device)]
 
 
 def agreed_tokens(head: HeadRows, n_tokens: int, same: tuple[object, ...]) -> int:
@@ -71,56 +83,60 @@ def agreed_tokens(head: HeadRows, n_tokens: int, same: tuple[object, ...]) -> in
     return max(tokens)
 
 
-def _wait(works: list[dist.Work | None]) -> None:
-    for work in works:
-        if work is not None:
-            work.wait()
+def _collective(name: str, earlier: str) -> Any:
+    """A collective by its name since torch 2.13, where the one that it had before warns."""
+    return getattr(dist, name, None) or getattr(dist, earlier)
 
 
 class StreamedRows:
-    """A streamed head in one phase, read as `HeadRows` is. Every rank reads the same slices, each once and in order."""
+    """A streamed head in one phase, read as `HeadRows` is: every rank reads the same chunks in order, from first on."""
 
     is_plain = False
 
-    def __init__(self, head: HeadRows, slices: Slices) -> None:
+    def __init__(self, head: HeadRows, order: StreamedOrder, first: int) -> None:
         self.weight, self.low_rank, self.columns, self.size = head.weight, head.low_rank, head.columns, head.size
-        self.shards, self.slices, self.next = Shards.of(head), slices, 0
-        width = max((stop - start for start, stop in slices), default=0)
-        self.buffers = head.weight.new_empty(min(2, len(slices)), width, head.columns)
+        self.shards, self.order, self.slices, self.next = Shards.of(head), order, order.slices, first
+        self.rows = order.all_rows(head.weight.device)  # of the head, by place
+        chunks = min(2, len(self.slices) - first)
+        self.buffers = head.weight.new_empty(chunks, self.shards.ranks * order.rows, head.columns)
         self._ask()
 
     def _ask(self) -> None:
-        """Starts the broadcasts of the next chunk."""
-        self.works: list[dist.Work | None] = []
+        """Starts the gather of the next chunk."""
+        self.work: dist.Work | None = None
         if self.next == len(self.slices):
             return
-        start, stop = self.slices[self.next]
-        buffer, first = self.buffers[self.next % 2], self.shards.first
-        for rank, low, high in self.shards.pieces(start, stop):
-            piece = buffer[low - start : high - start]
-            if rank == self.shards.rank:
-                piece.copy_(self.weight[low - first : high - first])
-            self.works.append(dist.broadcast(piece, group=self.shards.group, group_src=rank, async_op=True))
+        first, last = self.order.of_shard(self.next)
+        piece = self.weight[first:last].contiguous()
+        if len(piece) < last - first:
+            piece = F.pad(piece, (0, 0, 0, last - first - len(piece)))
+        gathered = self._buffer()[: self.shards.ranks * (last - first)]
+        all_gather = _collective("all_gather_single", "all_gather_into_tensor")
+        self.work = all_gather(gathered, piece, group=self.shards.group, async_op=True)
+
+    def _buffer(self) -> Tensor:
+        return self.buffers[self.next % len(self.buffers)]
 
     def chunk(self, start: int, stop: int, out: Tensor) -> Tensor:
         """Rows start to stop in out's dtype: in out (of D + r columns), or in a buffer that the second call from now
         writes to."""
         assert self.slices[self.next] == (start, stop), "backend bug: chunks are read in order"
-        rows = self.buffers[self.next % 2, : stop - start]
+        rows = self._buffer()[: stop - start]
         self.skip()
         if self.low_rank is None and rows.dtype == out.dtype:
             return rows
-        return self._write(out[: stop - start], rows, slice(start, stop))
+        return self._write(out[: stop - start], rows, self.rows[start:stop])
 
     def skip(self) -> None:
-        """Takes part in the next chunk's broadcasts."""
-        _wait(self.works)
+        """Takes part in the next chunk's gather."""
+        if self.work is not None:
+            self.work.wait()
         self.next += 1
         self._ask()
 
     def take(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        """(N, D + r): a row for each label."""
-        group, ranks = self.shards.group, self.shards.ranks
+        """(N, D + r): a row for each label, which is a place in the plan's order."""
+        group, ranks, labels = self.shards.group, self.shards.ranks, self.rows[labels]
         owners = labels // self.shards.rows
         order = owners.argsort()
         asked = owners.bincount(minlength=ranks)
@@ -130,57 +146,53 @@ class StreamedRows:
         indices = labels.new_empty(sum(of))
         dist.all_to_all_single(indices, labels[order], of, to, group=group)
         rows = self.weight.new_empty(len(labels), self.columns)
-        dist.all_to_all_single(rows, self.weight[indices - self.shards.first].contiguous(), to, of, group=group)
+        sent = self.weight[indices - self.shards.rank * self.shards.rows].contiguous()
+        dist.all_to_all_single(rows, sent, to, of, group=group)
         out = torch.empty(len(labels), self.size[1], dtype=dtype, device=labels.device)
         return self._write(out, rows[order.argsort()], labels)
 
-    def _write(self, out: Tensor, rows: Tensor, places: slice | Tensor) -> Tensor:
+    def _write(self, out: Tensor, rows: Tensor, which: Tensor) -> Tensor:
         out[:, : self.columns] = rows
         if self.low_rank is not None:
-            out[:, self.columns :] = self.low_rank[places]
+            out[:, self.columns :] = self.low_rank[which]
         return out
 
 
-def reading(head: HeadRows, slices: Slices) -> HeadRows | StreamedRows:
-    """What a phase reads rows from: a streamed head's are asked for from here on, those of slices in order."""
-    return StreamedRows(head, slices) if head.is_streamed else head
+def reading(head: HeadRows, plan: Plan, first: int = 0) -> HeadRows | StreamedRows:
+    """What a phase reads rows from: a streamed head's are asked for from here on, those of chunks from first on."""
+    return head if plan.order is None else StreamedRows(head, plan.order, first)
 
 
 class StreamedGradient:
     """dW of a streamed head: the mean over the ranks, (V_r, D) in the weight's dtype."""
 
-    def __init__(self, head: HeadRows | StreamedRows, shards: Shards, slices: Slices, dtype: torch.dtype) -> None:
-        self.shards, self.slices = shards, slices
+    def __init__(self, head: HeadRows, order: StreamedOrder, dtype: torch.dtype) -> None:
+        self.shards, self.order, self.widths = Shards.of(head), order, [stop - start for start, stop in order.slices]
         self.out = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
-        width = max(stop - start for start, stop in slices)
-        self.buffers = head.weight.new_empty(min(2, len(slices)), width, head.columns, dtype=dtype)
-        self.works: dict[int, list[dist.Work | None]] = {}
+        chunks, rows = min(2, len(self.widths)), self.shards.ranks * order.rows
+        # Zeros at first: what stands behind a chunk's rows goes to ranks that have fewer, which drop it.
+        self.buffers = head.weight.new_zeros(chunks, rows, head.columns, dtype=dtype)
+        self.sums = head.weight.new_empty(chunks, order.rows, head.columns, dtype=dtype)
+        self.works: dict[int, dist.Work] = {}
 
     def room(self, k: int) -> Tensor:
         """(rows, D): where this rank's dW of chunk k goes."""
         self._settle(k - 2)
-        start, stop = self.slices[k]
-        return self.buffers[k % 2, : stop - start]
+        return self.buffers[k % 2, : self.widths[k]]
 
     def send(self, k: int) -> None:
-        """Starts the sums of what `room` returned."""
-        start, stop = self.slices[k]
-        self.works[k] = [
-            dist.reduce(
-                self.buffers[k % 2, low - start : high - start], group=self.shards.group, group_dst=rank, async_op=True
-            )
-            for rank, low, high in self.shards.pieces(start, stop)
-        ]
+        """Starts the sum of what `room` returned."""
+        first, last = self.order.of_shard(k)
+        sums, parts = self.sums[k % 2, : last - first], self.buffers[k % 2, : self.shards.ranks * (last - first)]
+        reduce_scatter = _collective("reduce_scatter_single", "reduce_scatter_tensor")
+        self.works[k] = reduce_scatter(sums, parts, group=self.shards.group, async_op=True)
 
     def _settle(self, k: int) -> None:
         if k not in self.works:
             return
-        _wait(self.works.pop(k))
-        start, stop = self.slices[k]
-        for rank, low, high in self.shards.pieces(start, stop):
-            if rank == self.shards.rank:
-                sums, first = self.buffers[k % 2, low - start : high - start], self.shards.first
-                self.out[low - first : high - first] = sums.div_(self.shards.ranks)  # the one rounding
+        self.works.pop(k).wait()
+        own = self.out[slice(*self.order.of_shard(k))]
+        own.copy_(self.sums[k % 2, : len(own)].div_(self.shards.ranks))  # the one rounding
 
     def finish(self) -> Tensor:
         for k in sorted(self.works):
@@ -189,17 +201,18 @@ class StreamedGradient:
 
 
 def take_part(
-    head: HeadRows, labels: Tensor, plan_slices: Slices, first: int, gradient: torch.dtype | None = None
+    head: HeadRows, labels: Tensor, order: StreamedOrder, first: int, gradient: torch.dtype | None = None
 ) -> Tensor | None:
     """What a rank without a token does in a phase of the others, who read the chunks from first on; and its dW.
 
     For backends that launch nothing then. labels: (0,). gradient: the dtype that dW is summed in, None where it is not
     wanted.
     """
-    rows = StreamedRows(head, plan_slices[first:])
+    rows = StreamedRows(head, order, first)
     rows.take(labels, head.weight.dtype)
-    sink = None if gradient is None else StreamedGradient(head, Shards.of(head), plan_slices, gradient)
-    for k in range(first if sink is None else 0, len(plan_slices)):
+    sink = None if gradient is None else StreamedGradient(head, order, gradient)
+    chunks = len(order.slices)
+    for k in range(first if sink is None else 0, chunks):
         if k >= first:
             rows.skip()
         if sink is not None:

@@ -34,7 +34,7 @@ from asft_kernels.backends import Gradients, Logits, Saved
 from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan, token_blocks
 from asft_kernels.backends.processor import INTEL
-from asft_kernels.backends.streaming import Shards, StreamedGradient, StreamedRows, reading
+from asft_kernels.backends.streaming import StreamedGradient, StreamedRows, reading
 from asft_kernels.backends.token_stats import RowFactors, Stats, StatsGrads, Wanted, close, row_factors
 from asft_kernels.backends.torch_products import accumulate
 from asft_kernels.backends.torch_stats import BlockStats, StatsRoom, Weighing
@@ -78,7 +78,7 @@ def forward(
     H = valid_rows(hidden, rows)
     acc = H.new_empty(H.shape if needs_acc else 0)
     exps = [H.new_empty(len(H), stop - start) for start, stop in plan.slices[: plan.cached if needs_exps else 0]]
-    head = _Head(reading(weight, plan.slices), bias, logits, plan, H)
+    head = _Head(reading(weight, plan), bias, logits, plan, H)
     workspace = H.new_empty(head.block_size * plan.chunk if len(exps) < len(plan.slices) else 0)
     room = None if wanted is None else StatsRoom(wanted, H, head.block_size * plan.chunk, logits, needs_acc=needs_acc)
     blocks = [
@@ -231,7 +231,7 @@ def backward(
 ) -> Gradients:
     H = valid_rows(hidden, rows)
     needs_head = needs_weight or needs_low_rank or needs_bias
-    source = reading(weight, plan.slices[len(saved.exps) :] if needs_head else [])
+    source = reading(weight, plan, len(saved.exps) if needs_head else len(plan.slices))
     label_slope = None
     if logits.softcap is not None:
         _, label_slope = label_logits(H, source, bias, labels, logits)
@@ -250,8 +250,8 @@ def backward(
         return Gradients(grad_hidden)
 
     streamed = None
-    if needs_weight and weight.is_streamed:
-        streamed, needs_weight = StreamedGradient(weight, Shards.of(weight), plan.slices, H.dtype), False
+    if needs_weight and plan.order is not None:
+        streamed, needs_weight = StreamedGradient(weight, plan.order, H.dtype), False
     grad_weight, grad_low_rank = (
         torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and needed else None
         for x, needed in ((weight.weight, needs_weight), (weight.low_rank, needs_low_rank))
@@ -273,7 +273,7 @@ def backward(
     label_entries = _LabelEntries(labels, plan)
     minus_ref = -saved.ref[:, None]
     weight_parts, low_rank_parts, bias_parts = (
-        None if grad is None else grad.split(plan.chunk) for grad in (grad_weight, grad_low_rank, grad_bias)
+        None if grad is None else grad.split(plan.widths) for grad in (grad_weight, grad_low_rank, grad_bias)
     )
     for k, E in enumerate([*saved.exps[:kept], *head.views(workspace, len(H), kept)]):
         if k >= kept:
@@ -346,7 +346,7 @@ class _Head:
         # Views are made here, all at once: between products each costs several times as much (docs/algorithm.md).
         self.rows = weight.weight.split(plan.chunk) if self.as_it_is else ()
         self.columns = [rows.T for rows in self.rows]
-        self.biases = None if bias is None else bias.split(plan.chunk)
+        self.biases = None if bias is None else bias.split(plan.widths)
         # Rows that come from other ranks are read once, by all tokens together.
         self.one_pass = isinstance(weight, StreamedRows)
         self.blocks = [slice(0, len(H))] if self.one_pass else token_blocks(len(H), H.device.type)
@@ -444,9 +444,10 @@ class _LabelEntries:
         self.labels, self.slices = labels, plan.slices
         self.groups: list[tuple[Tensor, Tensor]] | None = None  # of each chunk: tokens, and their places in flat E
         if looking_is_free(labels):
-            of_chunk = labels // plan.chunk
-            start = of_chunk * plan.chunk
-            width = (plan.vocab - start).clamp_(max=plan.chunk)
+            borders = plan.borders(labels.device)
+            of_chunk = torch.searchsorted(borders, labels, right=True) - 1
+            start = borders[of_chunk]
+            width = borders[of_chunk + 1] - start
             places = torch.arange(len(labels)).mul_(width).add_(labels - start)
             counts = of_chunk.bincount(minlength=len(plan.slices)).tolist()
             tokens = labels.argsort()

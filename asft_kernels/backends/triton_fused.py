@@ -26,7 +26,7 @@ from torch import Tensor
 from asft_kernels.backends import Gradients, Logits, Saved, exp_dtype
 from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan, weight_slice
-from asft_kernels.backends.streaming import Shards, StreamedGradient, StreamedRows, reading, take_part
+from asft_kernels.backends.streaming import StreamedGradient, StreamedRows, reading, take_part
 from asft_kernels.backends.token_stats import StatsGrads, Wanted
 from asft_kernels.backends.triton_stats import RunningStats, Weighing, close_stats, strips_for
 from asft_kernels.kernels.configs import SLICES, WHOLE, Strips, Tile
@@ -69,8 +69,8 @@ def forward(
     if wanted is not None and strips is not None:
         stats = RunningStats(wanted, hidden, N, plan, logits, needs_acc=needs_acc)
     if N == 0:
-        if weight.is_streamed:
-            take_part(weight, labels, plan.slices, 0)
+        if plan.order is not None:
+            take_part(weight, labels, plan.order, 0)
         logps, one_minus_p, inv_total, ref = (hidden.new_empty(0, dtype=torch.float32) for _ in range(4))
         exps = [_exps(hidden, 0, b - a) for a, b in plan.slices[: plan.cached] if needs_exps]
         of_none = None
@@ -82,7 +82,7 @@ def forward(
 
     transform = {"scale": logits.scale, "softcap": logits.softcap}
     with torch.cuda.device_of(hidden):
-        head = _Head(reading(weight, plan.slices), bias, labels, hidden, plan)
+        head = _Head(reading(weight, plan), bias, labels, hidden, plan)
         z_y = label_logits(hidden, head.labels_weight, head.labels_bias, rows, head.labels, **transform)
         ref, others = z_y, torch.zeros_like(z_y)
         kept_refs: list[Tensor] = []
@@ -152,8 +152,8 @@ def backward(
         grads = Gradients(
             *(_zeros_for(x) if x is not None and need else None for x, need in zip(tensors, needs, strict=True))
         )
-        if weight.is_streamed:
-            streamed = take_part(weight, labels, plan.slices, first_read, torch.float32 if needs_weight else None)
+        if plan.order is not None:
+            streamed = take_part(weight, labels, plan.order, first_read, torch.float32 if needs_weight else None)
             grads = grads._replace(weight=streamed)
         return grads
     dH = db = None
@@ -161,7 +161,7 @@ def backward(
     hidden, bias = _row_major(hidden), None if bias is None else bias.contiguous()
     transform = {"scale": logits.scale, "softcap": logits.softcap}
     with torch.cuda.device_of(hidden):
-        head = _Head(reading(weight, plan.slices[first_read:]), bias, labels, hidden, plan)
+        head = _Head(reading(weight, plan, first_read), bias, labels, hidden, plan)
         of_labels = head.labels_weight, head.labels_bias, rows, head.labels
         c_y, weighing, acc = None, None, saved.acc
         if logits.softcap is not None:
@@ -184,8 +184,8 @@ def backward(
             scaled = scaled_hidden(hidden, rows, push, dtype=exp_dtype("triton", hidden.dtype))
             form = best_form(hidden.device, _problem(hidden, rows, logits), aligned=_aligned(hidden))
             D = weight.columns
-            if needs_weight and weight.is_streamed:
-                sink = StreamedGradient(weight, Shards.of(weight), plan.slices, torch.float32)
+            if needs_weight and plan.order is not None:
+                sink = StreamedGradient(weight, plan.order, torch.float32)
                 dW = SlicedGradient(weight.weight, plan, hidden[:, :D], rows, labels, pull, scaled[:, :D], sink)
             elif needs_weight:
                 dW = GRADIENTS[form](weight.weight, plan, hidden[:, :D], rows, labels, pull, scaled[:, :D])
@@ -279,9 +279,10 @@ class SlicedGradient:
         self.scratch = torch.empty((self.step, D), dtype=torch.float32, device=weight.device) if rounds else None
         # Where each slice's labels begin and end in sorted order, without a number from or to the host.
         self.sorted_labels, self.order = torch.sort(labels, stable=True)
-        chunks = torch.arange(len(self.slices), device=labels.device) * plan.chunk
+        borders = plan.borders(labels.device)
         steps = torch.arange(-(-plan.chunk // self.step) + 1, device=labels.device) * self.step
-        self.bounds = torch.searchsorted(self.sorted_labels, chunks[:, None] + steps.clamp(max=plan.chunk))
+        ends = torch.minimum(borders[:-1, None] + steps, borders[1:, None])
+        self.bounds = torch.searchsorted(self.sorted_labels, ends)
 
     def add(self, k: int, E: Tensor) -> None:
         first, last = self.slices[k]

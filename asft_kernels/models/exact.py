@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from asft_kernels.backends.streaming import reading
+from asft_kernels.backends.plan import Plan
+from asft_kernels.backends.streaming import order_of, reading
 from asft_kernels.checks import own_class
 from asft_kernels.distributed import Shard
 from asft_kernels.heads import resolve_head
@@ -42,14 +43,17 @@ def exact_output(head: Any, hidden: Tensor) -> ExactOutput:
     V, columns = rows.size
     assembled = 0.0 if rows.is_plain else torch.finfo(wide.dtype).eps / 2
     wide = wide.double()
-    buffer = wide.new_empty(min(V, ROWS), columns)
+    order = order_of(rows, ROWS)
+    plan = Plan(V, min(V, ROWS) if order is None else order.chunk, 0, order)
+    buffer = wide.new_empty(plan.chunk, columns)
     values, longest = wide.new_empty(len(wide), V), wide.new_zeros(())
-    slices = [(start, min(start + ROWS, V)) for start in range(0, V, ROWS)]
-    source = reading(rows, slices)
-    for start, stop in slices:
+    source = reading(rows, plan)
+    for start, stop in plan.slices:
         weight = source.chunk(start, stop, buffer)
         values[:, start:stop] = wide @ weight.T
         longest = torch.maximum(longest, torch.linalg.vector_norm(weight, dim=-1).nan_to_num(0).max())
+    if order is not None:
+        values = values[:, order.all_places(values.device)]
     sizes = torch.linalg.vector_norm(wide, dim=-1) * longest
     if bias is not None:
         values += bias.double()
