@@ -12,6 +12,7 @@ from math import ceil
 from typing import NamedTuple
 
 from asft_kernels.backends.plan import traced_chunk
+from asft_kernels.backends.streamed_order import StreamedOrder
 from benchmarks.cases import TRAINABLE
 from benchmarks.collectives import NODE, Collective, Group, packed
 from benchmarks.gpu_model import BANDWIDTH_SHARE, H100, bare, seconds, tile_of
@@ -87,20 +88,17 @@ class Streamed(NamedTuple):
 
     agreement: tuple[Collective, ...]  # one a phase
     labels: tuple[Collective, ...]  # how many, which, and their rows, in each phase
-    head: list[list[Collective]]  # by chunk; in phase 2 those whose exponentials were not kept
-    again: list[list[Collective]]
-    dw: list[list[Collective]]
+    head: list[Collective]  # by chunk; in phase 2 those whose exponentials were not kept
+    again: list[Collective]
+    dw: list[Collective]
 
 
 def streamed(N: int, D: int, V: int, chunk: int, cached: int, group: Group) -> Streamed:
     """N tokens of each rank, chunks of so many rows, of which so many keep their exponentials."""
-    shard = ceil(V / group.ranks)
-    pieces = [
-        [min(stop, (k + 1) * shard) - max(start, k * shard) for k in range(start // shard, ceil(stop / shard))]
-        for start, stop in ((start, min(start + chunk, V)) for start in range(0, V, chunk))
-    ]
-    head = [[Collective("broadcast", BF16 * D * n, group, "head") for n in widths] for widths in pieces]
-    dw = [[Collective("reduce", FP32 * D * n, group, "dW") for n in widths] for widths in pieces]
+    order = StreamedOrder.of(V, group.ranks, chunk)
+    gathered = [group.ranks * (last - first) for first, last in map(order.of_shard, range(len(order.slices)))]
+    head = [Collective("all_gather", BF16 * D * n, group, "head") for n in gathered]
+    dw = [Collective("reduce_scatter", FP32 * D * n, group, "dW") for n in gathered]
     asked = [
         Collective("all_to_all", bytes_, group, of)
         for bytes_, of in ((8 * group.ranks, "how many labels"), (8 * N, "labels"), (BF16 * N * D, "label rows"))
@@ -167,16 +165,17 @@ def streaming(D: int, V: int, ranks: int) -> Step:
         return replicated(D, V, 1)
     call, phases = ours(TOKENS, D, V, chunk=traced_chunk(D, exp_bytes=BF16, device_type="cuda"))
     plan = call.plan
-    chunks = len(plan.slices)
-    sent = streamed(TOKENS, D, V, plan.chunk, plan.cached, packed(ranks))
+    chunks = len(StreamedOrder.of(V, ranks, plan.chunk).slices)
+    cached = min(plan.cached, chunks)
+    sent = streamed(TOKENS, D, V, plan.chunk, cached, packed(ranks))
     time = sum(c.seconds for c in (*sent.agreement, *sent.labels))
-    come, again, leave = ([sum(c.seconds for c in pieces) for pieces in of] for of in (sent.head, sent.again, sent.dw))
-    leave = [t + extra for t, extra in zip(leave, [0.0] * plan.cached + again, strict=True)]
+    come, again, leave = ([c.seconds for c in of] for of in (sent.head, sent.again, sent.dw))
+    leave = [t + extra for t, extra in zip(leave, [0.0] * cached + again, strict=True)]
     time += overlapped(come, phases[0] / chunks) + overlapped(leave[::-1], phases[1] / chunks)
     shard, buffer = BF16 * ceil(V / ranks) * D, plan.chunk * D
-    memory = Memory(shard + 2 * BF16 * buffer, shard + 2 * FP32 * buffer, *working(call))
-    pieces = (c for of in (sent.head, sent.again, sent.dw) for pieces in of for c in pieces)
-    return Step(sum(phases), time, (*sent.agreement, *sent.labels, *pieces), memory)
+    # Two chunks of rows, two of dW, and two sums of this rank's part of one.
+    memory = Memory(shard + 2 * BF16 * buffer, shard + 2 * FP32 * (buffer + buffer // ranks), *working(call))
+    return Step(sum(phases), time, (*sent.agreement, *sent.labels, *sent.head, *sent.again, *sent.dw), memory)
 
 
 def behind(dh: Collective, product: float) -> float:

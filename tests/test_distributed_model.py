@@ -56,18 +56,19 @@ def test_bytes_on_the_wire():
     assert wire(*vocabulary_parallel(100, D, packed(4))) == 1.5 * (8 * 23 + 8 * 100 + 16 * 100 + 4 * 100 * D)
     assert wire(*vocabulary_parallel(100, D, packed(4), sums=2, tops=1)) == 1.5 * (184 + 1600 + 3200 + 400 * D)
     sent = streamed(100, D, V, 16384, 8, packed(8))
-    of_rows = [c for part in (sent.head, sent.again, sent.dw) for pieces in part for c in pieces]
-    assert wire(*of_rows) == pytest.approx(7 / 8 * (2 + 4) * V * D)  # bf16 rows, dW in fp32
+    assert wire(*sent.head, *sent.again, *sent.dw) == pytest.approx(7 / 8 * (2 + 4) * V * D)  # bf16 rows, dW in fp32
     assert wire(*sent.labels) == 2 * 7 / 8 * (8 * 8 + 8 * 100 + 2 * 100 * D)
 
 
 @pytest.mark.parametrize("ranks", [2, 8, 24, 1000, 1024])
-def test_pieces_of_chunks_make_up_the_head(ranks):
+def test_chunks_make_up_the_head(ranks):
+    """Each takes as many rows of every shard; shards are padded to one length."""
     sent = streamed(7, 1, V, 5000, 3, packed(ranks))
-    assert [sum(c.bytes for c in pieces) for pieces in sent.head] == [*[10000] * 25, 2 * (V - 25 * 5000)]
+    rows, shard = 5000 // ranks, -(-V // ranks)
+    assert [c.bytes for c in sent.head[:-1]] == [2 * ranks * rows] * (-(-shard // rows) - 1)
     assert sent.again == sent.head[3:]
-    assert sum(c.bytes for pieces in sent.dw for c in pieces) == 4 * V
-    assert max(c.bytes for pieces in sent.head for c in pieces) == 2 * min(5000, -(-V // ranks))
+    assert sum(c.bytes for c in sent.dw) == 4 * ranks * shard
+    assert sum(c.bytes for c in sent.head) == 2 * ranks * shard
 
 
 def test_memory_of_the_large_head():
@@ -84,8 +85,8 @@ def test_memory_of_the_large_head():
     # A softmax in fp32, and bf16 logits and dH.
     megatron = memory(MEGATRON, 8)
     assert (megatron.exponentials, megatron.buffers) == (4 * 2048 * V, 2 * 2048 * V + 2 * 16384 * D)
-    streaming = memory("streamed", 8)  # two chunks of 16384 rows: bf16 ones, and of dW fp32 ones
-    assert (streaming.weights, streaming.gradient) == (whole // 8 + 4 * 16384 * D, whole // 8 + 8 * 16384 * D)
+    streaming = memory("streamed", 8)  # two chunks of 16384 rows: bf16 ones, of dW fp32 ones, and sums of an eighth
+    assert (streaming.weights, streaming.gradient) == (whole // 8 + 4 * 16384 * D, whole // 8 + 9 * 16384 * D)
 
 
 def test_time_is_that_of_its_parts():
@@ -135,8 +136,13 @@ def test_what_the_page_says_of_the_schemes():
     small, ours = "Llama-3-8B", [name for name in SCHEMES if name not in (MEGATRON, "TRL 1.16 on FSDP2")]
     for model in HEADS:
         assert min(ours, key=lambda name: of(name, 8, model).wire) == VOCABULARY
-        assert of("streamed", 8, model).seconds == pytest.approx(of("gathered once (FSDP2)", 8, model).seconds, rel=0.1)
-        assert of("streamed", 64, model).seconds > of("gathered twice (FSDP2)", 64, model).seconds
+        assert of("streamed", 8, model).seconds == pytest.approx(
+            of("gathered once (FSDP2)", 8, model).seconds, rel=0.15
+        )
+        assert of("streamed", 64, model).seconds == pytest.approx(
+            of("gathered once (FSDP2)", 64, model).seconds, rel=0.1
+        )
+        assert of("streamed", 1024, model).seconds > of("gathered twice (FSDP2)", 1024, model).seconds
     assert of(MEGATRON, 8).seconds < of(VOCABULARY, 8).seconds
     assert of(MEGATRON, 8).memory.total < of(VOCABULARY, 8).memory.total
     assert of(VOCABULARY, 8, small).seconds < of(MEGATRON, 8, small).seconds
