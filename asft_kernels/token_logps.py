@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from asft_kernels import checks
-from asft_kernels.backends import choose_backend
+from asft_kernels.backends import choose_backend, streaming
 from asft_kernels.backends.plan import default_cache_bytes
 from asft_kernels.backends.sharding import global_vocab
 from asft_kernels.backends.token_stats import Wanted
@@ -33,25 +33,30 @@ def token_logps(
     o = options
     checks.no_transform()
     head = resolve_head(lm_head)
-    checks.hidden_layout(hidden)
-    vocab = global_vocab(head.rows)
-    checks.hidden_size(hidden, vocab, head.rows.columns)
-    checks.label_layout(hidden, labels, o.cu_seqlens)
-    checks.same_place(hidden=hidden, **head.tensors(), labels=labels, cu_seqlens=o.cu_seqlens)
-    if paired:
-        checks.even_rows(hidden, o.cu_seqlens)
-    hidden, rows, bias = head.for_product(hidden)
-    backend = choose_backend(o.backend, hidden.device, hidden.dtype)
+    try:
+        checks.hidden_layout(hidden)
+        vocab = global_vocab(head.rows)
+        checks.hidden_size(hidden, vocab, head.rows.columns)
+        checks.label_layout(hidden, labels, o.cu_seqlens)
+        checks.same_place(hidden=hidden, **head.tensors(), labels=labels, cu_seqlens=o.cu_seqlens)
+        if paired:
+            checks.even_rows(hidden, o.cu_seqlens)
+        hidden, rows, bias = head.for_product(hidden)
+        backend = choose_backend(o.backend, hidden.device, hidden.dtype)
 
-    if ranks.shard is not None:
-        figures = [sorted(x) for x in (wanted.names, wanted.differentiable)] if wanted else []
-        grad = torch.is_grad_enabled() and hidden.requires_grad
-        compared = (figures, o.logits, o.ignore_index, o.shift, backend, hidden.dtype, grad)
-        ranks.compare(hidden, labels, (o.cu_seqlens, nll_labels), compared)
-    batch = pack(
-        labels, vocab=vocab, cu_seqlens=o.cu_seqlens, shift=o.shift, ignore_index=o.ignore_index,
-        num_valid=o.num_valid, extra_labels=nll_labels, read=None if ranks.shard is None else ranks.read,
-    )  # fmt: skip
+        if ranks.shard is not None:
+            figures = [sorted(x) for x in (wanted.names, wanted.differentiable)] if wanted else []
+            grad = torch.is_grad_enabled() and hidden.requires_grad
+            compared = (figures, o.logits, o.ignore_index, o.shift, backend, hidden.dtype, grad)
+            ranks.compare(hidden, labels, (o.cu_seqlens, nll_labels), compared)
+        batch = pack(
+            labels, vocab=vocab, cu_seqlens=o.cu_seqlens, shift=o.shift, ignore_index=o.ignore_index,
+            num_valid=o.num_valid, extra_labels=nll_labels, read=None if ranks.shard is None else ranks.read,
+        )  # fmt: skip
+    except Exception:
+        if head.rows.is_streamed and not torch.compiler.is_compiling():
+            streaming.refuse(head.rows)
+        raise
     logps, stats = linear_logps(
         hidden.reshape(-1, hidden.shape[-1]), rows, bias, batch.rows, batch.labels, backend=backend,
         logits=o.logits, chunk_size=o.chunk_size, padded=batch.padded,

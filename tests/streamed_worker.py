@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from asft_kernels import fused_linear_logps
 from asft_kernels.backends import Logits
 from asft_kernels.backends.head_rows import HeadRows, stream_text
 from asft_kernels.backends.token_stats import Wanted
 from asft_kernels.linear_logps import linear_logps
+from asft_kernels.sharded_linear import ShardedLinear
 
 CACHE = 2**30
 
@@ -178,6 +180,19 @@ def refused_where_ranks_differ(rank: int, world: int) -> None:
         called(case, made(case, rank), streamed_over_all(case), slice(0, 21))
 
 
+def refused_by_one_rank(rank: int, world: int) -> None:
+    """What one rank refuses is an error on every rank, and the next call goes through."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    weight = distribute_tensor(torch.randn(61, 8), dist.init_device_mesh("cpu", (world,)), [Shard(0)])
+    head = ShardedLinear(weight, stream=True)
+    hidden = torch.randn(2, 4, 8)
+    labels = torch.ones(2, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="labels: got values" if rank == 1 else "lm_head: rank 1 of the 3 .* refuses"):
+        fused_linear_logps(hidden, head, labels + 1000 * (rank == 1))
+    assert fused_linear_logps(hidden, head, labels).isfinite().all()
+
+
 class Largest(TorchDispatchMode):
     """The most elements of a tensor that an operator returned."""
 
@@ -256,7 +271,7 @@ def main() -> None:
         "gloo", init_method="file://" + store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    of_torch = () if interpreted else (refused_where_ranks_differ, never_whole, moved_bytes)
+    of_torch = () if interpreted else (refused_where_ranks_differ, refused_by_one_rank, never_whole, moved_bytes)
     for check in (streamed_cases, *of_torch):
         check(rank, world)
     dist.barrier()

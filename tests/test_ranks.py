@@ -251,6 +251,10 @@ def sequence_errors():
         "no group": message_of(loss(sequence_group="cp")),
         "mesh": message_of(loss(sequence_group=mesh)),
         "fine": message_of(loss(sequence_group=mesh["cp"])),
+        "name": message_of(loss("orpoo" if rank() == 2 else "orpo")),
+        "objective": message_of(loss("asft" if rank() else "orpo")),
+        "reference": message_of(loss("dpo", ref_logps=torch.full((4,), -3.0 - rank()))),
+        "same reference": message_of(loss("dpo", ref_logps=torch.full((4,), -3.0))),
         **{name: message_of(loss(objective_of(name))) for name in WEIGH_BY_PLACE},
     }
     assert process_group(mesh["tp"]) is None
@@ -472,7 +476,7 @@ def test_bytes_are_those_of_the_formula(three):
     for of_rank in three:
         for name, count in sums.items():
             lengths = 2 if name.startswith("orpo") else 1
-            assert of_rank["sequence_bytes"][name] == 24 + 8 * R * lengths + 16 * R * count, name
+            assert of_rank["sequence_bytes"][name] == 56 + 8 * R * lengths + 16 * R * count, name
 
 
 def test_an_error_on_one_rank_of_the_group_is_one_on_all(three):
@@ -487,6 +491,10 @@ def test_an_error_on_one_rank_of_the_group_is_one_on_all(three):
         assert found.pop("no group").startswith("sequence_group: got str, need a ProcessGroup")
         assert found.pop("mesh").startswith("sequence_group: got a DeviceMesh of 2 dimensions, need one")
         assert found.pop("fine") is None
+        assert ("orpoo" if i == 2 else "sequence_group: got an error on rank 2") in found.pop("name")
+        assert found.pop("objective").startswith("objective: got another on some ranks of sequence_group")
+        assert found.pop("reference").startswith("ref_logps: got another on some ranks of sequence_group")
+        assert found.pop("same reference") is None
         for name in WEIGH_BY_PLACE:
             assert found.pop(name).startswith("sequence_group: got LDDPO, which weighs tokens by their place")
         assert not found

@@ -33,6 +33,8 @@ from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan
 from asft_kernels.backends.streamed_order import StreamedOrder
 
+REFUSED = -1  # in place of a number of tokens
+
 
 class Shards(NamedTuple):
     """Which rank has which rows."""
@@ -67,13 +69,19 @@ def in_natural_order(plan: Plan, grad: Tensor | None) -> Tensor | None:
 
 
 def agreed_tokens(head: HeadRows, n_tokens: int, same: tuple[object, ...]) -> int:
-    """The largest n_tokens of the head's ranks; ValueError on all of them where one has another `same`."""
+    """The largest n_tokens of the head's ranks; ValueError on all of them where one has another `same`, or refuses."""
     shards = Shards.of(head)
     digest = int.from_bytes(hashlib.sha256(repr(same).encode()).digest()[:7], "big")
     own = torch.tensor([n_tokens, digest], device=head.weight.device)
     every = own.new_empty(shards.ranks, 2)
     dist.all_gather(list(every), own, group=shards.group)
     tokens, digests = every.T.tolist()
+    if REFUSED in tokens:
+        rank = tokens.index(REFUSED)
+        raise ValueError(
+            f"lm_head: rank {rank} of the {shards.ranks} that a streamed head stands on refuses its arguments, need a "
+            "call of all; that rank says why"
+        )
     if len(set(digests)) > 1:
         here = ", ".join(map(str, same))
         raise ValueError(
@@ -81,6 +89,13 @@ def agreed_tokens(head: HeadRows, n_tokens: int, same: tuple[object, ...]) -> in
             "the same dtype, chunk_size, cache_bytes, figures and gradients on all; a chunk is read by all at once"
         )
     return max(tokens)
+
+
+def refuse(head: HeadRows) -> None:
+    """Tells the other ranks of a streamed head, which are about to agree, that this one raises an error."""
+    shards = Shards.of(head)
+    own = torch.tensor([REFUSED, 0], device=head.weight.device)
+    dist.all_gather(list(own.new_empty(shards.ranks, 2)), own, group=shards.group)
 
 
 def _collective(name: str, earlier: str) -> Any:
