@@ -143,9 +143,9 @@ def products() -> str:
 
 
 def extra_bytes(tokens: int, *, trainable: bool) -> float:
-    """Of a call beyond inputs and gradients, on a CPU that is not Intel's."""
+    """Of a call beyond inputs and the head's gradient, on a CPU that is not Intel's."""
     row = {
-        "contestant": "asft_kernels torch", "device": "cpu", "N": tokens, "M": 0, "D": HIDDEN, "V": VOCAB,
+        "contestant": "asft_kernels torch", "device": "cpu", "N": tokens, "M": tokens, "D": HIDDEN, "V": VOCAB,
         "dtype": "float32", "about": {"machine": "AMD"}, "work": "trainable head" if trainable else "frozen head",
     }  # fmt: skip
     total = documented_bytes(row)
@@ -170,7 +170,7 @@ def memory() -> str:
         return bottom - (bottom - top) * (math.log2(size) - low) / (high - low)
 
     parts = [
-        text(20, 28, "Bytes beyond inputs and gradients, fp32, on a CPU", bold=True),
+        text(20, 28, "Bytes beyond inputs and the head's gradient, fp32, on a CPU", bold=True),
         note(20, 48, f"Qwen3-8B's head: V = {VOCAB}, D = {HIDDEN}; both axes logarithmic"),
     ]
     for k in range(5, 17, 2):
