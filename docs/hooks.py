@@ -12,7 +12,10 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-SHOWN = ("*.md", "docs/**/*.md", "docs/**/*.svg", "docs/**/*.css", "bench_results/**/*.md", "bench_results/**/*.png")
+SHOWN = (
+    "*.md", "docs/**/*.md", "docs/**/*.svg", "docs/**/*.png", "docs/**/*.css", "bench_results/**/*.md",
+    "bench_results/**/*.png",
+)  # fmt: skip
 CODE = r"^```.*?^```|`[^`\n]+`"
 LINK = r"(?<!!)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)"
 
