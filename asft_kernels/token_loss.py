@@ -29,7 +29,9 @@ from asft_kernels.sequence_parallel import (
 
 
 def text_of(objective: Objective) -> str:
-    """An objective's text, the same in every process."""
+    """An objective's text, the same in every process; "" while torch.compile traces, as ranks tell nothing then."""
+    if torch.compiler.is_compiling():
+        return ""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(objective))
 
 

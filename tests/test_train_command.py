@@ -343,18 +343,19 @@ def test_what_is_wrong_with_a_config_is_one_line(tmp_path, capsys, text):
 
 
 @pytest.mark.parametrize(
-    "names", [("optimizer.bin",), ("optimizer_0",), ("global_step7",), ("optimizer.pt", "scheduler.pt")]
+    "names",
+    [("optimizer.bin",), ("optimizer_0",), ("global_step7",), ("optimizer.pt", "scheduler.pt", "pytorch_model.bin")],
 )
 def test_checkpoints_of_every_engine_are_complete(tmp_path, names):
     """FSDP's whole and in shards, DeepSpeed's, and the Trainer's own."""
     checkpoint = tmp_path / "checkpoint-7"
     checkpoint.mkdir()
-    (checkpoint / "trainer_state.json").write_text("{}")
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 7}')
     with pytest.raises(InputError, match="no complete checkpoint"):
-        find_checkpoint("last", tmp_path)
+        find_checkpoint("last", tmp_path, print)
     for name in names:
-        (checkpoint / name).touch()
-    assert find_checkpoint("last", tmp_path) == checkpoint
+        torch.save({}, checkpoint / name)
+    assert find_checkpoint("last", tmp_path, print) == checkpoint
 
 
 def test_one_value_of_a_list_needs_no_brackets_in_yaml(tmp_path):
