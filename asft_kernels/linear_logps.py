@@ -1,8 +1,8 @@
 """The one differentiable primitive: (hidden, weight, bias, labels) -> per-token log-probabilities.
 
-Two custom operators, so that torch.compile keeps them whole: phase 1 (forward) and phase 2 (the
-gradients). Phase 2 is an operator of its own because a backward written in plain torch would make a
-double backward return a wrong partial result in silence; this one refuses.
+Phase 1 is the forward, phase 2 the gradients. Each is also a custom operator, so that torch.compile keeps it whole and
+a double backward is refused: a backward of plain torch operations would return a wrong partial result in silence. An
+eager call goes through an autograd Function, as an operator costs the host half a millisecond each way.
 """
 
 from collections.abc import Iterator
@@ -71,15 +71,20 @@ def linear_logps(
     if wanted is not None:
         names = [name for name in NAMES if name in wanted.names]
         differentiable = [name for name in DIFFERENTIABLE if name in wanted.differentiable]
-    outputs = _phase1(
+    inputs = (
         hidden, *tensors, bias, weight.codes, weight.placement, list(weight.scales), rows, labels, backend,
         logits.scale, logits.softcap, chunk_size, cache_bytes, padded, needs_acc, needs_exps,
         " ".join(names), " ".join(differentiable if needs_acc or needs_exps else []),
     )  # fmt: skip
-    return outputs[0], {name: outputs[-1][NAMES.index(name)] for name in names}
+    if torch.compiler.is_compiling():
+        logps, *_, stats = _operator1(*inputs)
+    elif needs_acc or needs_exps:
+        logps, *stats = _Eager.apply(*inputs)
+    else:
+        logps, *_, stats = _phase1(*inputs)
+    return logps, {name: stats[NAMES.index(name)] for name in names}
 
 
-@torch.library.custom_op("asft_kernels::linear_logps", mutates_args=())
 def _phase1(
     hidden: Tensor, weight: Tensor, low_rank: Tensor | None, bias: Tensor | None, codes: str,
     placement: str, scales: list[Tensor], rows: Tensor, labels: Tensor, backend: str, scale: float,
@@ -110,7 +115,10 @@ def _phase1(
     return saved.logps, saved.one_minus_p, saved.inv_total, saved.ref, saved.acc, saved.exps, stats
 
 
-@_phase1.register_fake
+_operator1 = torch.library.custom_op("asft_kernels::linear_logps", _phase1, mutates_args=())
+
+
+@_operator1.register_fake
 def _(hidden, weight, low_rank, bias, codes, placement, scales, rows, labels, backend, scale, softcap, chunk_size,
       cache_bytes, padded, needs_acc, needs_exps, names, differentiable):  # fmt: skip
     wanted = Wanted.parse(names, differentiable)
@@ -132,7 +140,6 @@ def _(hidden, weight, low_rank, bias, codes, placement, scales, rows, labels, ba
     return *stats, acc, [x[:, :width] for x, width in zip(exps, widths, strict=True)], of_tokens
 
 
-@torch.library.custom_op("asft_kernels::linear_logps_backward", mutates_args=())
 def _phase2(
     grad_logps: Tensor, hidden: Tensor, weight: Tensor, low_rank: Tensor | None, bias: Tensor | None, codes: str,
     placement: str, scales: list[Tensor], rows: Tensor, labels: Tensor, logps: Tensor,
@@ -172,7 +179,10 @@ def _phase2(
     return a, b, c, d
 
 
-@_phase2.register_fake
+_operator2 = torch.library.custom_op("asft_kernels::linear_logps_backward", _phase2, mutates_args=())
+
+
+@_operator2.register_fake
 def _(grad_logps, hidden, weight, low_rank, bias, codes, placement, scales, rows, labels, logps, one_minus_p, inv_total,
       ref, acc, exps, stats, backend, scale, softcap, chunk_size, cache_bytes, padded, needs_hidden, needs_weight,
       needs_low_rank, needs_bias, grad_lse=None, grad_mean_logits=None, grad_entropy=None):  # fmt: skip
@@ -185,20 +195,29 @@ def _(grad_logps, hidden, weight, low_rank, bias, codes, placement, scales, rows
 
 def _save_for_phase2(ctx, inputs, output):
     *tensors, ctx.codes, ctx.placement, scales, rows, labels = inputs[:9]
-    *ctx.options, differentiable = inputs[9:]
+    ctx.options = inputs[9:-1]
     *of_rows, exps, stats = output
     ctx.set_materialize_grads(False)  # else backward receives zeros of the size of E
-    fixed = [x for i, x in enumerate(stats) if i >= len(NAMES) or NAMES[i] not in differentiable.split()]
-    ctx.mark_non_differentiable(*of_rows[1:], *exps, *fixed)
     ctx.lengths = len(tensors), len(scales), 2 + len(of_rows), len(exps), len(stats)
     ctx.save_for_backward(*tensors, *scales, rows, labels, *of_rows, *exps, *stats)
 
 
-def _gradients(ctx, grad_logps, *others):
-    nothing = (None, None, [None] * ctx.lengths[1], *(None,) * 12)  # of codes, placement, scales and what follows them
-    grad_stats = (others[-1] or (None,) * len(NAMES))[: len(DIFFERENTIABLE)]
+def _fixed(stats: list[Tensor], differentiable: str) -> list[Tensor]:
+    """The figures that get no gradient."""
+    return [x for i, x in enumerate(stats) if i >= len(NAMES) or NAMES[i] not in differentiable.split()]
+
+
+def _save_operator(ctx, inputs, output):
+    _save_for_phase2(ctx, inputs, output)
+    *of_rows, exps, stats = output
+    ctx.mark_non_differentiable(*of_rows[1:], *exps, *_fixed(stats, inputs[-1]))
+
+
+def _gradients(ctx, phase2, grad_logps, grad_stats):
+    """Those of the tensors; None where there is none."""
+    grad_stats = (grad_stats or (None,) * len(NAMES))[: len(DIFFERENTIABLE)]
     if grad_logps is None and all(g is None for g in grad_stats):
-        return *(None,) * 4, *nothing
+        return (None,) * 4
     saved = iter(ctx.saved_tensors)  # once: under checkpointing a second look is an error
     tensors, scales, of_rows, exps, stats = (list(islice(saved, n)) for n in ctx.lengths)
     if grad_logps is None:
@@ -208,11 +227,36 @@ def _gradients(ctx, grad_logps, *others):
         raise RuntimeError(checks.NO_TRANSFORM)  # is_grads_batched, past _refuse_vmap
     backend, scale, softcap, chunk_size, cache_bytes, padded, *_ = ctx.options
     needs = ctx.needs_input_grad[:4]
-    grads = _phase2(
+    grads = phase2(
         grad_logps, *tensors, ctx.codes, ctx.placement, scales, *of_rows, exps, stats,
         backend, scale, softcap, chunk_size, cache_bytes, padded, *needs, *grad_stats,
     )  # fmt: skip
-    return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *nothing
+    return tuple(g if needed else None for g, needed in zip(grads, needs, strict=True))
+
+
+def _operator_gradients(ctx, grad_logps, *others):
+    nothing = (None, None, [None] * ctx.lengths[1], *(None,) * 12)  # of codes, placement, scales and what follows them
+    return *_gradients(ctx, _operator2, grad_logps, others[-1]), *nothing
+
+
+class _Eager(torch.autograd.Function):
+    """Both phases, with what phase 2 needs saved beside the outputs and not among them."""
+
+    @staticmethod
+    def forward(ctx, *inputs):  # pyright: ignore[reportIncompatibleMethodOverride]
+        output = _phase1(*inputs)
+        _save_for_phase2(ctx, inputs, output)
+        logps, *_, stats = output
+        ctx.mark_non_differentiable(*_fixed(stats, inputs[-1]))
+        ctx.count = len(inputs)
+        return logps, *stats[: len(NAMES)]
+
+    @staticmethod
+    def backward(ctx, grad_logps, *grad_stats):  # pyright: ignore[reportIncompatibleMethodOverride]
+        checks.no_transform()
+        graph = torch.is_grad_enabled() or torch.compiler.is_compiling()  # of the gradients: it ends in a refusal
+        grads = _gradients(ctx, _operator2 if graph else _phase2, grad_logps, grad_stats)
+        return *grads, *(None,) * (ctx.count - 4)
 
 
 def _refuse(ctx, *_):
@@ -226,10 +270,10 @@ def _refuse_vmap(info, in_dims, *args):
     raise RuntimeError(checks.NO_TRANSFORM)
 
 
-for _phase in (_phase1, _phase2):
-    torch.library.register_vmap(_phase, _refuse_vmap)
-torch.library.register_autograd(_phase1, _gradients, setup_context=_save_for_phase2)
-torch.library.register_autograd(_phase2, _refuse, setup_context=lambda ctx, inputs, output: None)
+for _operator in (_operator1, _operator2):
+    torch.library.register_vmap(_operator, _refuse_vmap)
+torch.library.register_autograd(_operator1, _operator_gradients, setup_context=_save_operator)
+torch.library.register_autograd(_operator2, _refuse, setup_context=lambda ctx, inputs, output: None)
 
 
 def _plan(

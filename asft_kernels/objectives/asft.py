@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from asft_kernels.objectives.asft_fused import asft_sequence_op
+from asft_kernels.objectives.asft_fused import asft_sequence_terms
 from asft_kernels.objectives.base import LossTerms, Objective, require_number
 from asft_kernels.objectives.log_odds import nll_of_odds
 from asft_kernels.sequence import Logps
@@ -44,5 +44,5 @@ class ASFT(Objective):
         """One Triton launch for all sequences: of its results only .loss is differentiable."""
         if backend != "triton" or type(self).__call__ is not ASFT.__call__:
             return None
-        sums, _, sft, align, loss, _ = asft_sequence_op(logps, offsets, self.lam, self.beta, self.sft_weight)
+        sums, _, sft, align, loss, _ = asft_sequence_terms(logps, offsets, self.lam, self.beta, self.sft_weight)
         return Logps(sums.double(), offsets.diff()), LossTerms(loss, sft, align)

@@ -1,41 +1,53 @@
 """ASFT's sequence terms from one kernel launch each way, for the Triton backend.
 
-Custom operators, as in linear_logps.py and for its reasons. The formula stands in
+Custom operators for torch.compile and an autograd Function, as in linear_logps.py and for its reasons. The formula stands in
 kernels/asft_sequence.py, the one deliberate second copy besides the reference.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
 
-@torch.library.custom_op("asft_kernels::asft_sequence", mutates_args=())
-def asft_sequence_op(
-    logps: Tensor, offsets: Tensor, lam: float, beta: float, sft_weight: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+Terms = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def asft_sequence_terms(logps: Tensor, offsets: Tensor, lam: float, beta: float, sft_weight: float) -> Terms:
     """(N,) logps, (2B+1,) offsets -> (sums (2B,), avgs (2B,), sft (B,), align (B,), loss (B,), coef (2B,)).
 
     Only loss is differentiable, in logps.
     """
+    run = _operator if torch.compiler.is_compiling() else _Eager.apply
+    return run(logps, offsets, lam, beta, sft_weight)
+
+
+def _forward(logps: Tensor, offsets: Tensor, lam: float, beta: float, sft_weight: float) -> Terms:
     from asft_kernels.kernels.asft_sequence import asft_sequence
 
     sums, avgs, sft, align, loss, coef = asft_sequence(logps, offsets, lam=lam, beta=beta, sft_weight=sft_weight)
     return sums, avgs, sft, align, loss, coef
 
 
-@asft_sequence_op.register_fake
+_operator = torch.library.custom_op("asft_kernels::asft_sequence", _forward, mutates_args=())
+
+
+@_operator.register_fake
 def _(logps, offsets, lam, beta, sft_weight):
     rows = offsets.shape[0] - 1
     return tuple(logps.new_empty(n) for n in (rows, rows, rows // 2, rows // 2, rows // 2, rows))
 
 
-@torch.library.custom_op("asft_kernels::asft_sequence_backward", mutates_args=())
-def _asft_sequence_backward(grad_loss: Tensor, coef: Tensor, offsets: Tensor, n_tokens: int) -> Tensor:
+def _backward(grad_loss: Tensor, coef: Tensor, offsets: Tensor, n_tokens: int) -> Tensor:
     from asft_kernels.kernels.asft_sequence import asft_sequence_grad
 
     return asft_sequence_grad(grad_loss, coef, offsets, n_tokens)
 
 
-@_asft_sequence_backward.register_fake
+_operator_backward = torch.library.custom_op("asft_kernels::asft_sequence_backward", _backward, mutates_args=())
+
+
+@_operator_backward.register_fake
 def _(grad_loss, coef, offsets, n_tokens):
     return coef.new_empty(n_tokens)
 
@@ -49,11 +61,24 @@ def _save(ctx, inputs, output):
     ctx.n_tokens = logps.shape[0]
 
 
-def _gradient(ctx, *grads):
+def _gradient(ctx, *grads, backward):
     grad_loss, (offsets, coef) = grads[4], ctx.saved_tensors
     if grad_loss is None:
         return (None,) * 5
-    return _asft_sequence_backward(grad_loss, coef, offsets, ctx.n_tokens), None, None, None, None
+    return backward(grad_loss, coef, offsets, ctx.n_tokens), None, None, None, None
 
 
-torch.library.register_autograd(asft_sequence_op, _gradient, setup_context=_save)
+torch.library.register_autograd(_operator, partial(_gradient, backward=_operator_backward), setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):  # pyright: ignore[reportIncompatibleMethodOverride]
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+        graph = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return _gradient(ctx, *grads, backward=_operator_backward if graph else _backward)
