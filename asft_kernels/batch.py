@@ -60,6 +60,7 @@ def pack(
     num_valid: int | None,
     extra_labels: Tensor | None = None,
     read: Callable[[Tensor], list[int]] | None = None,
+    backend: str = "torch",
 ) -> TokenBatch:
     """Finds the valid tokens. Padded labels (R, T), or packed (M,) with cu_seqlens (R+1,).
 
@@ -67,48 +68,62 @@ def pack(
     read: takes the facts to the host where ranks agree first; None for tolist().
     Reads the device once: count, label range, borders. num_valid (a bound on the count) spares the
     read, as does tracing by torch.compile, which takes every position; both check on the device.
+    backend: "triton" spares the host some forty launches.
     """
-    flat = labels.reshape(-1).long()
-    positions = flat.numel()
-    if cu_seqlens is None:
-        length = labels.shape[1]
+    flat, extra = labels.reshape(-1), None if extra_labels is None else extra_labels.reshape(-1)
+    positions, traced = flat.numel(), torch.compiler.is_compiling()
+    length = labels.shape[1] if cu_seqlens is None else 0
+    borders = None if cu_seqlens is None else cu_seqlens.long()
+    if borders is None and (backend == "torch" or traced or not positions):
         borders = torch.arange(0, positions + 1, length or 1, device=labels.device)
         borders = borders if length else borders.new_zeros(labels.shape[0] + 1)
+    # What lies outside is reported below, once the facts are read.
+    inside = None if borders is None else borders.clamp(0, positions)
+    ends = None if inside is None or not shift else _ends(inside, positions)
+    if backend == "torch" or traced or not positions:
+        rows, tokens, running, facts = _find(flat, extra, borders, ends, ignore_index)
     else:
-        borders = cu_seqlens.long()
-    inside = borders.clamp(0, positions)  # what lies outside is reported below, once the facts are read
-    agree = torch.ones((), dtype=torch.bool, device=labels.device)
-    if extra_labels is not None:
-        extra = extra_labels.reshape(-1).long()
-        agree = ((flat == ignore_index) | (extra == ignore_index) | (flat == extra)).all()
-        flat = torch.where(flat == ignore_index, extra, flat)
-    if shift:
-        flat = _shift(flat, inside, ignore_index)
-    valid = flat != ignore_index
-    running = torch.nn.functional.pad(valid.cumsum(0), (1, 0))
+        from asft_kernels.kernels.pack_labels import pack_labels  # here, as it needs triton
+
+        rows, tokens, running, facts = pack_labels(
+            flat, extra, borders, ends, length=length, shift=shift, ignore_index=ignore_index
+        )
 
     padded = True
-    facts = _facts(flat, valid, running, borders, agree)
-    if num_valid is None and not torch.compiler.is_compiling():
+    if num_valid is None and not traced:
         size, padded = _check_on_host(facts.tolist() if read is None else read(facts), vocab, positions), False
     else:
         size = positions if num_valid is None else min(num_valid, positions)
         _assert_on_device(facts, vocab, positions, size)
-    # A stable sort puts the valid rows first, in order; what a bound leaves over are masked rows, all distinct.
-    rows = torch.sort((~valid).to(torch.uint8), stable=True).indices[:size]
-    tokens = flat.index_select(0, rows)
-    if padded:
-        tokens = torch.where(valid.index_select(0, rows), tokens, -1)
-    offsets = running.index_select(0, inside)
-    return TokenBatch(rows, tokens, offsets, labels.shape, shift, padded)
+    # Valid rows first, in order; what a bound leaves over are masked rows, all distinct.
+    offsets = running[::length].contiguous() if inside is None else running.index_select(0, inside)
+    return TokenBatch(rows[:size], tokens[:size], offsets, labels.shape, shift, padded)
 
 
-def _shift(flat: Tensor, borders: Tensor, ignore_index: int) -> Tensor:
-    """Position t takes label t+1; the last position of each sequence takes none."""
-    ends = torch.zeros(flat.numel() + 1, dtype=torch.bool, device=flat.device)
-    ends = ends.index_fill(0, borders[1:], True)[1:]
-    following = torch.nn.functional.pad(flat[1:], (0, min(flat.numel(), 1)), value=ignore_index)
-    return torch.where(ends, ignore_index, following)
+def _ends(inside: Tensor, positions: int) -> Tensor:
+    """(positions,) bool: where a sequence ends."""
+    ends = torch.zeros(positions + 1, dtype=torch.bool, device=inside.device)
+    return ends.index_fill(0, inside[1:], True)[1:]
+
+
+def _find(
+    flat: Tensor, extra: Tensor | None, borders: Tensor, ends: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What kernels/pack_labels.py finds, but for the order of masked rows. ends: None without a shift."""
+    flat, agree = flat.long(), torch.ones((), dtype=torch.bool, device=flat.device)
+    if extra is not None:
+        extra = extra.long()
+        agree = ((flat == ignore_index) | (extra == ignore_index) | (flat == extra)).all()
+        flat = torch.where(flat == ignore_index, extra, flat)
+    if ends is not None:  # position t takes label t + 1
+        following = torch.nn.functional.pad(flat[1:], (0, min(flat.numel(), 1)), value=ignore_index)
+        flat = torch.where(ends, ignore_index, following)
+    valid = flat != ignore_index
+    running = torch.nn.functional.pad(valid.cumsum(0), (1, 0))
+    facts = _facts(flat, valid, running, borders, agree)
+    rows = torch.sort((~valid).to(torch.uint8), stable=True).indices
+    tokens = torch.where(valid, flat, -1).index_select(0, rows)
+    return rows, tokens, running, facts
 
 
 def _facts(flat: Tensor, valid: Tensor, running: Tensor, borders: Tensor, agree: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from asft_kernels.kernels.configs import ARCHITECTURES, STRIPS, Tile, tiles
 from asft_kernels.kernels.device_math import INTERPRETED
 from asft_kernels.kernels.exp_epilogue import empty_exps
 from asft_kernels.kernels.logits_exp import logits_exp
+from asft_kernels.kernels.pack_labels import pack_labels
 from asft_kernels.kernels.tile_choice import assume_architecture
 from asft_kernels.machine_code import CHIPS, KIB, TYPE_NAMES, Launch, MachineCode, machine_code, record_launches
 
@@ -88,6 +89,11 @@ def launches_for(architecture: str, dtype: torch.dtype, *, every: bool = True) -
             offsets, N = torch.empty(17, dtype=torch.int64), 2048
             terms = asft_sequence(torch.empty(N), offsets, lam=1.0, beta=1.0, sft_weight=1.0)
             asft_sequence_grad(terms.loss, terms.coef, offsets, N)
+            labels, ends = torch.empty(4096, dtype=torch.int64), torch.empty(4096, dtype=torch.bool)
+            for extra, borders in ((None, None), (labels, offsets)):
+                for shift in (True, False):
+                    of_borders = ends if shift and borders is not None else None
+                    pack_labels(labels, extra, borders, of_borders, length=512, shift=shift, ignore_index=-100)
     return launches
 
 

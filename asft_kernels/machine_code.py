@@ -43,6 +43,7 @@ TYPE_NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int64: "i64",
+    torch.bool: "i1",
 }
 # What counts as a matrix instruction, by the machine's own name.
 MATRIX = re.compile(r"\b((?:HGMMA|HMMA|IMMA|QGMMA|UTC[A-Z]*MMA|v_mfma)[\w.]*)")

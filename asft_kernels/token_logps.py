@@ -52,6 +52,7 @@ def token_logps(
         batch = pack(
             labels, vocab=vocab, cu_seqlens=o.cu_seqlens, shift=o.shift, ignore_index=o.ignore_index,
             num_valid=o.num_valid, extra_labels=nll_labels, read=None if ranks.shard is None else ranks.read,
+            backend=backend,
         )  # fmt: skip
     except Exception:
         if head.rows.is_streamed and not torch.compiler.is_compiling():

@@ -159,6 +159,7 @@ def _compacted(
     batch = pack(
         labels, vocab=ANY_VOCABULARY, cu_seqlens=None, shift=options.shift, ignore_index=options.ignore_index,
         num_valid=None, extra_labels=given.nll_labels,
+        backend=choose_backend(None, labels.device, logps.dtype),
     )  # fmt: skip
     of_tokens, *figures = (batch.take_at_rows(pad(x, to_labels)) for x in (logps, *stats.values()))
     return of_tokens, dict(zip(stats, figures, strict=True)), batch, given

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from asft_kernels.batch import _ends, _find, pack
 from asft_kernels.kernels import device_math
 from asft_kernels.kernels.asft_sequence import asft_sequence, asft_sequence_grad
 from asft_kernels.kernels.configs import Strips, Tile, architecture_of, candidates
@@ -23,6 +24,7 @@ from asft_kernels.kernels.label_gradient import DistinctLabels, LabelGradient
 from asft_kernels.kernels.label_logits import label_logits
 from asft_kernels.kernels.label_rows import label_rows
 from asft_kernels.kernels.logits_exp import logits_exp, operand_rows
+from asft_kernels.kernels.pack_labels import pack_labels
 from asft_kernels.kernels.row_statistics import close_statistics, row_factors
 from asft_kernels.kernels.scaled_hidden import scaled_hidden
 from asft_kernels.kernels.settle import resettle, settle
@@ -750,3 +752,54 @@ def test_asft_sequence_without_pairs(device):
     got = asft_sequence(torch.empty(0, device=device), offsets, lam=1.0, beta=1.0, sft_weight=1.0)
     assert all(x.shape == (0,) for x in got)
     assert asft_sequence_grad(got.loss, got.coef, offsets, 0).shape == (0,)
+
+
+@pytest.mark.parametrize("valid", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("second", [None, "agrees", "differs"])
+@pytest.mark.parametrize(
+    ("shape", "borders"),
+    both(
+        [((3, 5), None), ((2, 4500), None), ((2, 1), None), ((9,), [0, 0, 4, 4, 9, 9]), ((9000,), [0, 4096, 9000]),
+         ((9,), [1, 4, 9]), ((9,), [0, 5, 4, 9]), ((9,), [0, 4, 12]), ((9,), [0, 4])],
+        [((3, 5), None), ((9,), [0, 0, 4, 9])],
+    ),
+)  # fmt: skip
+def test_pack_labels(shape, borders, second, shift, valid, device):
+    """As torch's operations find it, broken borders included; masked rows stand behind, each once, with label -1."""
+    labels = torch.randint(100, shape, device=device, dtype=torch.int32)
+    labels[torch.rand(shape, device=device) >= valid] = -100
+    extra = None if second is None else labels.where(torch.rand(shape, device=device) < 0.5, -100).long()
+    if second == "differs":
+        labels.view(-1)[-1], extra.view(-1)[-1] = 3, 4
+    flat, more, M = labels.view(-1), None if extra is None else extra.view(-1), labels.numel()
+    length = 0 if borders else shape[1]
+    given = torch.tensor(borders, device=device) if borders else torch.arange(0, M + 1, length, device=device)
+    ends = _ends(given.clamp(0, M), M) if shift else None
+    rows, tokens, running, facts = _find(flat, more, given, ends, -100)
+    got = pack_labels(
+        flat, more, given if borders else None, ends if borders else None, length=length, shift=shift,
+        ignore_index=-100,
+    )  # fmt: skip
+    count = int(facts[0])
+    assert torch.equal(got[3], facts)
+    assert torch.equal(got[2], running)
+    assert torch.equal(got[0][:count], rows[:count])
+    assert torch.equal(got[1], tokens)
+    assert torch.equal(got[0].sort().values, torch.arange(M, device=device))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("num_valid", [None, 5])
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 0, 3, 8]])
+def test_a_batch_packed_by_the_kernel(cu_seqlens, num_valid, device):
+    labels = torch.tensor([[1, 2, -100, 3], [-100, 4, -100, -100]], device=device)
+    if cu_seqlens is not None:
+        labels, cu_seqlens = labels.view(-1), torch.tensor(cu_seqlens, device=device, dtype=torch.int32)
+    options = {"vocab": 10, "cu_seqlens": cu_seqlens, "shift": True, "ignore_index": -100, "num_valid": num_valid}
+    one, two = (pack(labels, **options, backend=backend) for backend in ("torch", "triton"))
+    assert torch.equal(one.labels, two.labels)
+    assert torch.equal(one.rows[one.labels >= 0], two.rows[two.labels >= 0])
+    assert torch.equal(one.offsets, two.offsets)
+    assert two.offsets.is_contiguous()
+    assert (one.shape, one.padded, one.rows.shape) == (two.shape, two.padded, two.rows.shape)

@@ -1,14 +1,13 @@
 """ASFT's sequence terms from one kernel launch each way, for the Triton backend.
 
-Custom operators for torch.compile and an autograd Function, as in linear_logps.py and for its reasons. The formula stands in
-kernels/asft_sequence.py, the one deliberate second copy besides the reference.
+Custom operators for torch.compile and an autograd Function, as in linear_logps.py and for its reasons. The
+formula stands in kernels/asft_sequence.py, the one deliberate second copy besides the reference.
 """
 
 from functools import partial
 
 import torch
 from torch import Tensor
-
 
 Terms = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
