@@ -53,7 +53,7 @@ class Contestant:
     note: str = ""
 
     def takes(self, case: Case) -> bool:
-        named = not case.contestants or self.name in case.contestants
+        named = not case.contestants or self.name.removesuffix(TUNED) in case.contestants
         here = case.device in self.devices or ("triton" in self.name and _interpreted(case))
         return named and here and case.work in self.works and case.loss in self.losses and case.dtype in self.dtypes
 

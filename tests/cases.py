@@ -52,16 +52,17 @@ def make_case(
     sure), a third of other rows are (sure and wrong). spread scales the logits.
     """
     gen = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, T, D, generator=gen)
-    weight = torch.randn(V, D, generator=gen) * spread / D**0.5
-    labels = torch.randint(V, (rows, T), generator=gen)
+    random = {"generator": gen, "device": "cpu"}  # the same numbers on all devices
+    hidden = torch.randn(rows, T, D, **random)
+    weight = torch.randn(V, D, **random) * spread / D**0.5
+    labels = torch.randint(V, (rows, T), **random)
     if peaked:
         for row in range(rows):
             for t in range(0, T - 1, 3):
                 right, wrong = labels[row, t + 1], (labels[row, t + 1] + 1 + t) % V
                 weight[right if t % 2 else wrong] = hidden[row, t] * (30 * spread / D)
-    labels[torch.rand(rows, T, generator=gen) > valid] = IGNORE
-    offset = torch.randn(V, generator=gen).to(dtype).requires_grad_() if bias else None
+    labels[torch.rand(rows, T, **random) > valid] = IGNORE
+    offset = torch.randn(V, **random).to(dtype).requires_grad_() if bias else None
     return Case(hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), offset, labels)
 
 

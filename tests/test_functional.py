@@ -45,6 +45,13 @@ def bound(exact: torch.Tensor, dtype: torch.dtype, backend: str) -> float:
     return factor * rounded_once(exact, dtype)
 
 
+@pytest.fixture(autouse=True)
+def _on_the_gpu():
+    """Where there is one, what a test makes stands there."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        yield
+
+
 def small(dtype=torch.float32, **more):
     case = make_case(**({"rows": 4, "T": 9, "D": 20, "V": 75} | more), dtype=dtype)
     return case.on("cuda") if torch.cuda.is_available() else case

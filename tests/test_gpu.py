@@ -18,6 +18,12 @@ def on_gpu(**sizes) -> Case:
     return make_case(**sizes).on("cuda")
 
 
+def summed(dtype, D: int) -> float:
+    """Of a logit, relative: a matrix unit adds 16 products at a time and cuts the sum toward zero. That is half a
+    rounding each in the mean, all to one side, where a sum of fp32 products errs to both: D / 16 halves of 2**-23."""
+    return fp32_bound(32) + (0 if dtype == torch.float32 else D / 16 * 2**-24)
+
+
 @pytest.mark.parametrize(("D", "V"), [(1024, 40_000), (1032, 40_003)])
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -31,7 +37,7 @@ def test_parity_at_real_sizes(dtype, backend, softcap, D, V):
         case.hidden, case.head, case.labels, softcap=softcap, backend=backend, chunk_size=15_000, cache_bytes=2**26
     )
     truth = reference.fused_asft_loss(exact.hidden, exact.head, exact.labels, softcap=softcap)
-    assert relative_error(loss, truth) <= fp32_bound(32)
+    assert relative_error(loss, truth) <= summed(dtype, D)
     grads = torch.autograd.grad(loss, case.leaves)
     for got, right in zip(grads, torch.autograd.grad(truth, exact.leaves), strict=True):
         bound = fp32_bound(32)
