@@ -171,11 +171,11 @@ else:
 END
 }
 
-# One process compiles for minutes while the other processors stand idle; more than 6 would crowd the GPU.
+# One process compiles for minutes while the other processors stand idle.
 tests() {
     local spread=() most
     most=$(nproc)
-    [ -z "$(missing xdist)" ] && spread=(-n $((most < 6 ? most : 6)))
+    [ -z "$(missing xdist)" ] && spread=(-n $((most < 12 ? most : 12)))
     "$PYTHON" -m pytest -q -rs -W default -p no:cacheprovider ${spread[@]+"${spread[@]}"} "$@"
 }
 probe() { "$PYTHON" -m benchmarks.gpu_probe "$WORK/probe.jsonl" ${TINY:+"$TINY"} "$@"; }
@@ -273,10 +273,10 @@ part_1() {
 part_2() {
     look
     check gpu-tests 70 bash -c 'tests "$@"' - tests/test_gpu.py
-    interpreted check kernel-tests 80 bash -c 'tests "$@"' - "${kernels[@]}"
+    interpreted check kernel-tests 140 bash -c 'tests "$@"' - "${kernels[@]}"
     interpreted step autotune 45 bash -c 'autotune "$@"' - "${shape[@]}" --dtype bfloat16
-    step headline 235 bash -c 'measure "$@"' - ${few[@]+"${few[@]}"} "$headline"
-    interpreted step tuned 60 bash -c '"$@"' - "$tuned" "$headline"
+    step headline 185 bash -c 'measure "$@"' - ${few[@]+"${few[@]}"} "$headline"
+    interpreted step tuned 50 bash -c '"$@"' - "$tuned" "$headline"
 }
 
 part_3() {

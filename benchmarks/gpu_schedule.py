@@ -12,7 +12,7 @@ from math import ceil
 import torch
 
 from asft_kernels.backends.plan import Plan, default_cache_bytes, make_plan, weight_slice
-from asft_kernels.kernels.configs import LABEL_TILE, WHOLE, Strips, Tile, forms
+from asft_kernels.kernels.configs import LABEL_TILES, WHOLE, Strips, Tile, forms
 from asft_kernels.kernels.label_rows import PROGRAMS
 from benchmarks.cases import FROZEN, NO_GRADIENT, TRAINABLE
 
@@ -139,7 +139,7 @@ def schedule(call: Call, tile: Tile | Strips) -> Iterator[Step]:
             yield Step(2, "label_rows", bytes=(hidden + 2 * acc) * rows / V, programs=min(N, PROGRAMS) * ceil(D / 1024))
             yield Step(2, "copy", bytes=(4 + BF16) * rows * D)
     if call.whole:
-        BLOCK_L, BLOCK_D, *_ = LABEL_TILE
+        BLOCK_L, BLOCK_D, *_ = LABEL_TILES["sm_90"]
         blocks = ceil(labels / BLOCK_L) * ceil(D / BLOCK_D)
         moved = BF16 * N * labels + 2 * hidden + BF16 * labels * D
         # Its tile is a quarter of the others'.

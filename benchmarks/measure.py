@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-GPU_SECONDS = 0.05  # shorter calls are repeated until they fill it: a clock that has just woken is slow
+GPU_SECONDS = 0.3  # shorter calls are repeated until they fill it: a clock that has just woken is slow
 CPU_SECONDS = 0.25  # likewise: one call of a tenth of a second says more of what else the machine did than of itself
 
 

@@ -8,7 +8,7 @@
 Each contestant of a case runs in a process of its own, in most of set floor one for each round. After a first tiny call
 (imports and compilation, reported apart) its answer is checked against float64: a wrong one has no time. Then its extra
 memory is measured, and then the contestants take turns, round by round: in a turn a call is repeated until a quarter of
-a second is full, and its median counts (on a GPU 0.05 s and the mean); the figure is the median of the turns. Rows are
+a second is full, and its median counts (on a GPU 0.3 s and the mean); the figure is the median of the turns. Rows are
 written as cases end, or when Ctrl-C ends one: of fewer rounds then. A run that was cut off goes on where it stopped
 when started again with the same sources and packages: what has a row is not measured again, but for the bare products
 and our default call, with which each run compares what it measures.

@@ -329,7 +329,7 @@ def test_installing_without_an_index(tmp_path, repository, links):
 
 def test_tests_share_the_processors(tmp_path, dry):
     (tmp_path / "commands").mkdir()
-    for count, spread in (("2", " -n 2"), ("16", " -n 6")):
+    for count, spread in (("2", " -n 2"), ("16", " -n 12")):
         nproc = tmp_path / "commands" / "nproc"
         nproc.write_text(f"#!/bin/sh\necho {count}\n")
         nproc.chmod(0o755)

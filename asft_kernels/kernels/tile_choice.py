@@ -24,8 +24,8 @@ import triton
 from asft_kernels.kernels.configs import (
     FORMS,
     LABEL_TILE,
+    LABEL_TILES,
     SLICES,
-    SMALL_LABEL_TILE,
     SOFTCAP_TILES,
     STRIPS,
     TILES,
@@ -69,7 +69,7 @@ def best_form(device: torch.device, problem: Problem, *, aligned: bool) -> str:
 
 def label_tile(device: torch.device) -> tuple[int, int, int, int, int]:
     """BLOCK_L, BLOCK_D, BLOCK_T, warps and stages of label_gradient."""
-    return SMALL_LABEL_TILE if _architecture(device) == "other" else LABEL_TILE
+    return LABEL_TILES.get(_architecture(device), LABEL_TILE)
 
 
 def _architecture(device: torch.device) -> str:
@@ -157,7 +157,7 @@ def cache_file(device: torch.device) -> Path:
 def _identity(device: torch.device) -> dict[str, str]:
     """What must be the same for measured times to count."""
     tables: list = [(key, [str(tile) for tile in rows]) for t in (TILES, SOFTCAP_TILES) for key, rows in t.items()]
-    tables += [[str(strips) for strips in STRIPS], FORMS, LABEL_TILE]
+    tables += [[str(strips) for strips in STRIPS], FORMS, LABEL_TILE, LABEL_TILES]
     return {
         "device": torch.cuda.get_device_name(device),
         "architecture": architecture_of(device),
