@@ -163,7 +163,7 @@ WHOLE, SLICES = FORMS = ("whole", "slices")
 WHOLE_TOKENS = 8192
 # Of label_gradient: BLOCK_L, BLOCK_D, BLOCK_T, warps, stages. Two or three programs on a multiprocessor, no spills.
 LABEL_TILE = (64, 128, 32, 4, 3)
-LABEL_TILES = {"sm_90": (64, 128, 32, 4, 3), "other": (32, 32, 32, 4, 1)}
+LABEL_TILES = {"sm_90": (128, 128, 32, 4, 4), "other": (32, 32, 32, 4, 1)}
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
