@@ -74,20 +74,22 @@ def pack(
     positions, traced = flat.numel(), torch.compiler.is_compiling()
     length = labels.shape[1] if cu_seqlens is None else 0
     borders = None if cu_seqlens is None else cu_seqlens.long()
-    if borders is None and (backend == "torch" or traced or not positions):
+    by_kernel = backend == "triton" and positions > 0 and not traced
+    if borders is None and not by_kernel:
         borders = torch.arange(0, positions + 1, length or 1, device=labels.device)
         borders = borders if length else borders.new_zeros(labels.shape[0] + 1)
     # What lies outside is reported below, once the facts are read.
     inside = None if borders is None else borders.clamp(0, positions)
     ends = None if inside is None or not shift else _ends(inside, positions)
-    if backend == "torch" or traced or not positions:
-        rows, tokens, running, facts = _find(flat, extra, borders, ends, ignore_index)
-    else:
+    if by_kernel:
         from asft_kernels.kernels.pack_labels import pack_labels  # here, as it needs triton
 
         rows, tokens, running, facts = pack_labels(
             flat, extra, borders, ends, length=length, shift=shift, ignore_index=ignore_index
         )
+    else:
+        assert borders is not None, "bug: sequences of one length"
+        rows, tokens, running, facts = _find(flat, extra, borders, ends, ignore_index)
 
     padded = True
     if num_valid is None and not traced:

@@ -42,7 +42,7 @@ class Chip:
 
 CHIPS = {
     "A100 80 GB SXM": Chip("sm_80", 312e12, 2.039e12, 108, 0.80, (0.60, 0.75)),
-    "H100 80 GB SXM": Chip("sm_90", 989.4e12, 3.35e12, 132, 0.736, (0.50, 0.65)),
+    "H100 80 GB SXM": Chip("sm_90", 989.4e12, 3.35e12, 132, 0.725, (0.60, 0.71)),
     "B200": Chip("sm_100", 2250e12, 8.0e12, 148, 0.70, (0.40, 0.60)),
     "MI300X": Chip("gfx942", 1307.4e12, 5.3e12, 304, 0.47, (0.32, 0.42)),
 }
@@ -114,7 +114,7 @@ def target_table() -> list[str]:
     lines = []
     for name, (limit, memory) in TARGETS.items():
         call = calls(*SHAPES[0], H100)[name]
-        share, extra = share_needed(call, H100, limit), extra_bytes(call)
+        share, extra = share_needed(call, H100, limit), extra_bytes(call, tile_of(H100))
         lines.append([
             name,
             span((predict(call, H100, s) / bare(call, H100) for s in H100.triton), ".2f"),
@@ -163,7 +163,7 @@ def schedule_table() -> list[str]:
             call = replace(calls("Qwen3", N, H100)[TRAINABLE], **changed)
             steps = list(schedule(call, tile or tile_of(H100)))
             times = [predict(call, H100, share, tile) for share in H100.triton]
-            extra = [extra_bytes(replace(call, work=work), tile) / MIB for work in (FROZEN, TRAINABLE)]
+            extra = [extra_bytes(replace(call, work=work), tile or tile_of(H100)) / MIB for work in (FROZEN, TRAINABLE)]
             lines.append([
                 f"{N}", name, str(len(steps)), span((1e3 * t for t in times), ".2f"), *reversed(cells),
                 *(f"{x:.0f}" for x in reversed(extra)),
@@ -205,7 +205,10 @@ def rest_sentence() -> str:
 
 def memory_table() -> list[str]:
     lines = [
-        [f"{model}, N = {N}", *(f"{extra_bytes(call) / MIB:.0f}" for call in calls(model, N, H100).values())]
+        [
+            f"{model}, N = {N}",
+            *(f"{extra_bytes(call, tile_of(H100)) / MIB:.0f}" for call in calls(model, N, H100).values()),
+        ]
         for model, N in SHAPES
     ]
     return markdown(["shape", *WANTED], lines, words=1)

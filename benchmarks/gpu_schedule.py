@@ -147,16 +147,17 @@ def schedule(call: Call, tile: Tile | Strips) -> Iterator[Step]:
 
 
 def extra_bytes(call: Call, tile: Tile | Strips | None = None) -> int:
-    """Peak of what is allocated besides the inputs, the gradients returned included; Strips need room of theirs."""
+    """Peak of what is allocated besides the inputs, the gradients returned included. Descriptors and Strips read the
+    tokens' rows side by side, Strips need room of theirs; None: neither."""
     N, D, V, plan = call.N, call.D, call.V, call.plan
     vectors = 64 * N  # references, sums, factors, labels in order
     chunk = BF16 * N * plan.chunk
     tile_sums = 8 * N * ceil(plan.chunk / 128)  # no tile that is tabled for bf16 is narrower without a softcap
-    strips = 0
+    room = 0 if tile is None or (isinstance(tile, Tile) and not tile.descriptors) else BF16 * N * D
     if isinstance(tile, Strips):
         tile_sums = 8 * N * ceil(plan.chunk / tile.BLOCK_V)
-        strips = 4 * N * tile.rows(N, plan.chunk) + BF16 * N * D  # and the tokens' rows side by side
-    during = tile_sums + strips
+        room += 4 * N * tile.rows(N, plan.chunk)
+    during = tile_sums + room
     if call.work == NO_GRADIENT:
         return vectors + during
     acc, grad_hidden = 4 * N * D, BF16 * N * D
@@ -167,5 +168,5 @@ def extra_bytes(call: Call, tile: Tile | Strips | None = None) -> int:
     scaled = BF16 * N * D
     rounding = BF16 * N * min(N, V) if call.whole else 4 * weight_slice(plan.chunk, D) * D
     grads = grad_hidden + BF16 * V * D
-    again = strips if plan.cached < len(plan.slices) else 0
+    again = room if plan.cached < len(plan.slices) else 0
     return vectors + cached + workspace + acc + max(during, grads + scaled + rounding + again)

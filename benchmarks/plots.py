@@ -131,14 +131,20 @@ def draw_glance(cases: list[list[Row]], contestants: dict[str, tuple[str, ...]],
     order = contestants[case[0]["device"]]
     at = {row["contestant"]: row for row in case}
     figure = Figure(figsize=(7.6, 1.9), layout="constrained")
+    longest = max(at[name]["seconds"] or 0.0 for name in order)
+    unit_of_time, second = ("milliseconds", 1e-3) if longest < 0.1 else ("seconds", 1)
     for panel, field, unit, scale in zip(
-        figure.subplots(1, 2, sharey=True), ("seconds", "extra_bytes"), ("seconds", "MiB beyond the inputs"), (1, MIB),
-        strict=True,
+        figure.subplots(1, 2, sharey=True), ("seconds", "extra_bytes"), (unit_of_time, "MiB beyond the inputs"),
+        (second, MIB), strict=True,
     ):  # fmt: skip
         values = [(at[name][field] or 0.0) / scale if at[name]["status"] == "ok" else 0.0 for name in order]
         colours = [COLOURS[0] if at[name]["package"] == OURS else "0.6" for name in order]
         bars = panel.barh(range(len(order)), values, color=colours)
-        panel.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
+        texts = [
+            f"{value:.0f}" if value >= 100 else f"{value:.3g}" if at[name]["status"] == "ok" else at[name]["status"]
+            for name, value in zip(order, values, strict=True)
+        ]
+        panel.bar_label(bars, texts, padding=3, fontsize=8)
         panel.set_yticks(range(len(order)), order, fontsize=8)
         panel.set_xlabel(unit, fontsize=8)
         panel.tick_params(axis="x", labelsize=8)

@@ -254,7 +254,7 @@ def summary(files: list[Path]) -> str:
 def at_a_glance(files: list[Path]) -> dict[tuple, list[Row]]:
     """Rows of plain torch, the best-known peers and ours at one real vocabulary, by (machine, gradients wanted).
 
-    Machines where all of them were measured, newest rows last.
+    Machines where all of them were measured, newest rows last: GPUs, or CPUs where no GPU is among them.
     """
     shown = [
         row | {"machine": row["about"]["machine"]}
@@ -265,7 +265,9 @@ def at_a_glance(files: list[Path]) -> dict[tuple, list[Row]]:
         if row["contestant"] in AT_A_GLANCE[row["device"]]
     ]
     cases = groups(shown, "machine", "work")
-    return {key: case for key, case in cases.items() if {r["contestant"] for r in case} >= {*wanted(case)}}
+    whole = {key: case for key, case in cases.items() if {r["contestant"] for r in case} >= {*wanted(case)}}
+    on_gpus = {key: case for key, case in whole.items() if case[0]["device"] == "cuda"}
+    return on_gpus or whole
 
 
 def wanted(case: list[Row]) -> tuple[str, ...]:
@@ -290,8 +292,10 @@ def glance(files: list[Path]) -> str:
 
 def glance_cell(row: Row) -> str:
     if row["status"] != "ok":
-        return row["status"]
-    return f"{in_style(row['seconds'], '#.3g')} s, {row['extra_bytes'] / 2**20:.0f} MiB"
+        return ": ".join(filter(None, (row["status"], (row["reason"] or "").split(" of itself")[0])))
+    seconds = row["seconds"]
+    time = f"{in_style(1e3 * seconds, '#.3g')} ms" if seconds < 0.1 else f"{in_style(seconds, '#.3g')} s"
+    return f"{time}, {row['extra_bytes'] / 2**20:.0f} MiB"
 
 
 def shape_table(rows: list[Row]) -> list[str]:

@@ -286,7 +286,21 @@ def test_the_table_at_a_glance(tmp_path):
     assert text.count("\n| ") == 3
     assert f"| {ABOUT['machine']}, frozen head | 2.00 s, 1024 MiB | 1.00 s, 1 MiB | failed | 0.500 s, 3 MiB |" in text
     assert f"]({report.RESULTS.name}/{plots.GLANCE})" in text
-    plots.draw_glance(list(report.at_a_glance([path]).values()), report.AT_A_GLANCE, tmp_path)
+    gpu = qwen | {"device": "cuda", "set": "headline"}
+    refused = row("cut-cross-entropy cce", **gpu, status="refused", seconds=None)
+    rows = [
+        row("asft_kernels triton", **gpu, seconds=0.0318, extra_bytes=2**30),
+        row("plain torch", **gpu, seconds=0.0367, extra_bytes=2**31),
+        refused | {"reason": "dH is off by 1.3e-02 of itself, allowed 7.8e-03"},
+        row("TRL ChunkedLogProbFunction", **gpu, seconds=0.0484, extra_bytes=2**30),
+    ]
+    other = tmp_path / "2030-01-02-gpu.jsonl"
+    other.write_text("".join(json.dumps(r | {"about": r["about"] | {"machine": "a GPU"}}) + "\n" for r in rows))
+    text = report.glance([path, other])
+    cells = ("a GPU, frozen head", "36.7 ms, 2048 MiB", "refused: dH is off by 1.3e-02", "48.4 ms, 1024 MiB")
+    assert f"| {' | '.join(cells)} | 31.8 ms, 1024 MiB |" in text
+    assert ABOUT["machine"] not in text  # a CPU's rows stand there where no GPU's do
+    plots.draw_glance(list(report.at_a_glance([path, other]).values()), report.AT_A_GLANCE, tmp_path)
     assert (tmp_path / plots.GLANCE).read_bytes().startswith(b"\x89PNG")
 
 
