@@ -54,12 +54,10 @@ TURNS = {"cuda": 5, "cpu": 1}
 # Of the table's first tile. What of it does not fit the chip is left out by autotune, with the reason.
 VARIANTS: tuple[dict[str, Any], ...] = (
     {"num_stages": 4},
-    {"descriptors": True},
     {"GROUP": 4},
     {"GROUP": 16},
     {"BLOCK_M": 256, "BLOCK_V": 128},
-    {"BLOCK_M": 256, "BLOCK_V": 128, "num_stages": 4, "descriptors": True},
-    {"BLOCK_D": 128, "num_stages": 2, "descriptors": True},
+    {"BLOCK_D": 128, "num_stages": 2},
 )
 
 
