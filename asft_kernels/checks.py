@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BACKENDS = ("torch", "triton")
@@ -116,6 +117,12 @@ def no_transform() -> None:
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     if not torch.compiler.is_compiling() and functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(NO_TRANSFORM)
+
+
+def is_eager() -> bool:
+    """Whether neither torch.compile traces nor a dispatch mode looks on, which is shown operators and not what is in
+    them: fake tensors, selective checkpointing, make_fx, counters."""
+    return not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
 
 
 def hidden_layout(hidden: Tensor) -> None:
@@ -305,8 +312,8 @@ def options(
     ):
         if value is not None and not (_integer(value) and value >= least):
             refuse(name, repr(value), f"an integer >= {least}, or None for the default")
-    if not _integer(ignore_index):
-        refuse("ignore_index", repr(ignore_index), "an integer")
+    if not (_integer(ignore_index) and -(2**63) <= ignore_index < 2**63):
+        refuse("ignore_index", repr(ignore_index), "an integer of 64 bits")
     if backend is not None and backend not in BACKENDS:
         refuse("backend", repr(backend), f"one of {', '.join(map(repr, BACKENDS))} or None (choose by device)")
 

@@ -2,7 +2,7 @@
 
 Phase 1 is the forward, phase 2 the gradients. Each is also a custom operator, so that torch.compile keeps it whole and
 a double backward is refused: a backward of plain torch operations would return a wrong partial result in silence. An
-eager call goes through an autograd Function, as an operator costs the host half a millisecond each way.
+eager call goes through an autograd Function, as an operator costs the host up to half a millisecond each way.
 """
 
 from collections.abc import Iterator
@@ -76,7 +76,7 @@ def linear_logps(
         logits.scale, logits.softcap, chunk_size, cache_bytes, padded, needs_acc, needs_exps,
         " ".join(names), " ".join(differentiable if needs_acc or needs_exps else []),
     )  # fmt: skip
-    if torch.compiler.is_compiling():
+    if not checks.is_eager():
         logps, *_, stats = _operator1(*inputs)
     elif needs_acc or needs_exps:
         logps, *stats = _Eager.apply(*inputs)
@@ -254,8 +254,10 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logps, *grad_stats):  # pyright: ignore[reportIncompatibleMethodOverride]
         checks.no_transform()
-        graph = torch.is_grad_enabled() or torch.compiler.is_compiling()  # of the gradients: it ends in a refusal
-        grads = _gradients(ctx, _operator2 if graph else _phase2, grad_logps, grad_stats)
+        plain = (
+            checks.is_eager() and not torch.is_grad_enabled()
+        )  # else a graph of the gradients, which ends in a refusal
+        grads = _gradients(ctx, _phase2 if plain else _operator2, grad_logps, grad_stats)
         return *grads, *(None,) * (ctx.count - 4)
 
 

@@ -142,8 +142,8 @@ def schedule(call: Call, tile: Tile | Strips) -> Iterator[Step]:
         BLOCK_L, BLOCK_D, *_ = LABEL_TILES["sm_90"]
         blocks = ceil(labels / BLOCK_L) * ceil(D / BLOCK_D)
         moved = BF16 * N * labels + 2 * hidden + BF16 * labels * D
-        # Its tile is a quarter of the others'.
-        yield Step(2, "label_gradient", 2 * N * labels * D, moved, engine="triton", tiles=ceil(blocks / 4))
+        tiles = ceil(blocks * BLOCK_L * BLOCK_D / (128 * 256))
+        yield Step(2, "label_gradient", 2 * N * labels * D, moved, engine="triton", tiles=tiles)
 
 
 def extra_bytes(call: Call, tile: Tile | Strips | None = None) -> int:

@@ -292,7 +292,7 @@ def glance(files: list[Path]) -> str:
 
 def glance_cell(row: Row) -> str:
     if row["status"] != "ok":
-        return ": ".join(filter(None, (row["status"], (row["reason"] or "").split(" of itself")[0])))
+        return ": ".join(filter(None, (row["status"], (row["reason"] or "").replace(" of itself", "").split(";")[0])))
     seconds = row["seconds"]
     time = f"{in_style(1e3 * seconds, '#.3g')} ms" if seconds < 0.1 else f"{in_style(seconds, '#.3g')} s"
     return f"{time}, {row['extra_bytes'] / 2**20:.0f} MiB"

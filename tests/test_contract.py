@@ -1,12 +1,16 @@
 """What a call promises around autograd, dtypes and layouts (the public contract), line by line."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from asft_kernels import FusedASFTLoss, fused_asft_loss, fused_linear_logps, reference
+from asft_kernels.batch import pack
+from asft_kernels.objectives.asft import ASFT
 from cases import IGNORE, figures, make_case, packed
 
 
@@ -126,6 +130,49 @@ def _transforms():
 def test_functional_transforms_are_refused(name):
     with pytest.raises(RuntimeError, match=r"asft_kernels: torch.func transforms and vmap .* use loss.backward\(\)"):
         _transforms()[name]()
+
+
+@pytest.mark.interpreter
+def test_a_second_derivative_of_the_asft_loss_of_logps_is_refused():
+    """Its coefficients depend on the log-probabilities: a derivative without them would be wrong in silence."""
+    logps = (-torch.rand(4, 5) - 0.1).requires_grad_()
+    labels = torch.randint(9, (4, 5))
+    loss, _ = loss_of_tokens_by_kernel(logps, labels)
+    (grad,) = torch.autograd.grad(loss, logps, create_graph=True)
+    assert grad.requires_grad
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        grad.square().sum().backward()
+
+
+@pytest.mark.interpreter
+def test_batched_gradients_of_the_asft_loss_of_logps():
+    logps = (-torch.rand(4, 5) - 0.1).requires_grad_()
+    _, losses = loss_of_tokens_by_kernel(logps, torch.randint(9, (4, 5)))
+    (rows,) = torch.autograd.grad(losses, logps, torch.eye(2), is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(losses, logps, g, retain_graph=True)[0] for g in torch.eye(2)]
+    assert torch.equal(rows, torch.stack(one_by_one))
+
+
+def loss_of_tokens_by_kernel(logps, labels):
+    """ASFT's mean, and the pairs' losses, by the Triton backend's kernel."""
+    batch = pack(labels, vocab=9, cu_seqlens=None, shift=False, ignore_index=-100, num_valid=None)
+    _, terms = ASFT().from_tokens(batch.take_at_rows(logps), batch.offsets, "triton")
+    return terms.loss.mean(), terms.loss
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
+def test_selective_checkpointing_sees_one_operator(backend):
+    """Which saves every product that it sees: not those inside, whose results are written into further on."""
+    case = make_case()
+    policy = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+
+    def loss(hidden):
+        return fused_asft_loss(hidden, case.weight, case.labels, backend=backend, chunk_size=40)
+
+    plain = torch.autograd.grad(loss(case.hidden), (case.hidden, case.weight))
+    kept = checkpoint(loss, case.hidden, use_reentrant=False, context_fn=policy)
+    again = torch.autograd.grad(kept, (case.hidden, case.weight))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
 def test_nothing_but_the_logps_is_differentiable():

@@ -18,10 +18,12 @@ def on_gpu(**sizes) -> Case:
     return make_case(**sizes).on("cuda")
 
 
-def summed(dtype, D: int) -> float:
-    """Of a logit, relative: a matrix unit adds 16 products at a time and cuts the sum toward zero. That is half a
-    rounding each in the mean, all to one side, where a sum of fp32 products errs to both: D / 16 halves of 2**-23."""
-    return fp32_bound(32) + (0 if dtype == torch.float32 else D / 16 * 2**-24)
+def summed(dtype, D: int, backend: str) -> float:
+    """Of a logit, relative. The torch backend multiplies in fp32. A matrix unit adds 16 products at a time and cuts the
+    sum toward zero: half a rounding each in the mean, all to one side, where a sum of fp32 products errs to both. That
+    is D / 16 halves of 2**-23."""
+    low = backend == "triton" and dtype != torch.float32
+    return fp32_bound(32) + low * D / 16 * 2**-24
 
 
 @pytest.mark.parametrize(("D", "V"), [(1024, 40_000), (1032, 40_003)])
@@ -37,7 +39,7 @@ def test_parity_at_real_sizes(dtype, backend, softcap, D, V):
         case.hidden, case.head, case.labels, softcap=softcap, backend=backend, chunk_size=15_000, cache_bytes=2**26
     )
     truth = reference.fused_asft_loss(exact.hidden, exact.head, exact.labels, softcap=softcap)
-    assert relative_error(loss, truth) <= summed(dtype, D)
+    assert relative_error(loss, truth) <= summed(dtype, D, backend)
     grads = torch.autograd.grad(loss, case.leaves)
     for got, right in zip(grads, torch.autograd.grad(truth, exact.leaves), strict=True):
         bound = fp32_bound(32)

@@ -790,6 +790,43 @@ def test_pack_labels(shape, borders, second, shift, valid, device):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("dtype", "ignore"),
+    [(torch.uint8, -100), (torch.int16, 70_000), (torch.int32, 2**32 + 1), (torch.int64, -(2**63)), (torch.int8, 0)],
+)
+def test_an_ignore_index_outside_the_labels_dtype(dtype, ignore, device):
+    """The last position of a sequence has no label, whatever ignore_index becomes in the labels' dtype."""
+    labels = torch.randint(1, 100, (3, 5), device=device).to(dtype)
+    labels[0, 2] = 0
+    options = {"vocab": 300, "cu_seqlens": None, "shift": True, "ignore_index": ignore, "num_valid": None}
+    for extra in (None, labels):
+        one, two = (pack(labels, **options, extra_labels=extra, backend=b) for b in ("torch", "triton"))
+        assert len(two.rows) == (11 if ignore == 0 else 12)
+        assert torch.equal(one.rows, two.rows)
+        assert torch.equal(one.labels, two.labels)
+
+
+@pytest.mark.interpreter
+def test_labels_and_borders_that_are_views(device):
+    """Strided, expanded: the kernel walks over plain memory."""
+    pairs = torch.randint(100, (4, 6, 2), device=device)
+    wide, row = pairs.flatten(1), torch.randint(100, (1, 6), device=device)
+    options = {"vocab": 100, "shift": True, "ignore_index": -100, "num_valid": None}
+    for labels in (pairs[..., 0], wide[:, ::2], row.expand(4, 6), wide.T):
+        one, two = (pack(labels, cu_seqlens=None, **options, backend=backend) for backend in ("torch", "triton"))
+        assert torch.equal(one.labels, two.labels)
+        one, two = (
+            pack(labels, cu_seqlens=None, extra_labels=labels, **options, backend=backend)
+            for backend in ("torch", "triton")
+        )
+        assert torch.equal(one.labels, two.labels)
+    borders = torch.tensor([0, 9, 3, 9, 6, 9], device=device)[::2]
+    one, two = (pack(row[0], cu_seqlens=borders, **options, backend=backend) for backend in ("torch", "triton"))
+    assert torch.equal(one.labels, two.labels)
+    assert torch.equal(one.offsets, two.offsets)
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("num_valid", [None, 5])
 @pytest.mark.parametrize("cu_seqlens", [None, [0, 0, 3, 8]])
 def test_a_batch_packed_by_the_kernel(cu_seqlens, num_valid, device):

@@ -1,7 +1,7 @@
 """Labels of a batch -> the tokens that carry loss, in one launch: some forty small operations of torch less.
 
-One program walks over the positions, a block at a time. It ends a few microseconds after its last read; what counts is
-the host, which waits for the facts and has everything else in its hands by then.
+One program walks over the positions, a block at a time: 5 microseconds for 512 of them and 12 for 8192 on an H100, so
+beyond batch.py's BY_KERNEL torch's operations, which share the chip, are as good.
 """
 
 import torch
@@ -43,15 +43,15 @@ def pack_labels_kernel(
         if SHIFT:
             ends = tl.load(ends_ptr + p, mask=here, other=1) != 0 if HAS_BORDERS else (p + 1) % length == 0
             at, takes = p + 1, here & (p + 1 < M) & (ends == 0)
-        label = tl.load(labels_ptr + at, mask=takes, other=ignore_index).to(tl.int64)
+        label = tl.load(labels_ptr + at, mask=takes, other=0).to(tl.int64)
         if HAS_EXTRA:
-            one = tl.load(labels_ptr + p, mask=here, other=ignore_index).to(tl.int64)
-            two = tl.load(extra_ptr + p, mask=here, other=ignore_index).to(tl.int64)
-            apart = (one != ignore_index) & (two != ignore_index) & (one != two)
+            one = tl.load(labels_ptr + p, mask=here, other=0).to(tl.int64)
+            two = tl.load(extra_ptr + p, mask=here, other=0).to(tl.int64)
+            apart = here & (one != ignore_index) & (two != ignore_index) & (one != two)
             agree = tl.minimum(agree, 1 - tl.max(apart.to(tl.int64), 0))
-            extra = tl.load(extra_ptr + at, mask=takes, other=ignore_index).to(tl.int64)
+            extra = tl.load(extra_ptr + at, mask=takes, other=0).to(tl.int64)
             label = tl.where(label == ignore_index, extra, label)
-        valid = here & (label != ignore_index)
+        valid = takes & (label != ignore_index)  # ignore_index may lie outside the labels' dtype
         one_each = valid.to(tl.int32)
         before = count + tl.cumsum(one_each, 0) - one_each
         tl.store(running_ptr + p, before, mask=here)
@@ -85,6 +85,7 @@ def pack_labels(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(rows, tokens, running, facts); arguments and results as in the kernel, length 0 with borders."""
     M, device = labels.numel(), labels.device
+    labels, extra, borders = (None if x is None else x.contiguous() for x in (labels, extra, borders))
     rows, tokens, running = (torch.empty(n, dtype=torch.int64, device=device) for n in (M, M, M + 1))
     facts = torch.empty(6, dtype=torch.int64, device=device)
     with torch.cuda.device_of(labels):

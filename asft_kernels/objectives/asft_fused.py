@@ -9,6 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from asft_kernels import checks
+
 Terms = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -17,7 +19,7 @@ def asft_sequence_terms(logps: Tensor, offsets: Tensor, lam: float, beta: float,
 
     Only loss is differentiable, in logps.
     """
-    run = _operator if torch.compiler.is_compiling() else _Eager.apply
+    run = _Eager.apply if checks.is_eager() else _operator
     return run(logps, offsets, lam, beta, sft_weight)
 
 
@@ -37,18 +39,19 @@ def _(logps, offsets, lam, beta, sft_weight):
     return tuple(logps.new_empty(n) for n in (rows, rows, rows // 2, rows // 2, rows // 2, rows))
 
 
-def _backward(grad_loss: Tensor, coef: Tensor, offsets: Tensor, n_tokens: int) -> Tensor:
+def _backward(grad_loss: Tensor, logps: Tensor, coef: Tensor, offsets: Tensor) -> Tensor:
+    """logps is not looked at: with it autograd knows what the gradient depends on."""
     from asft_kernels.kernels.asft_sequence import asft_sequence_grad
 
-    return asft_sequence_grad(grad_loss, coef, offsets, n_tokens)
+    return asft_sequence_grad(grad_loss, coef, offsets, len(logps))
 
 
 _operator_backward = torch.library.custom_op("asft_kernels::asft_sequence_backward", _backward, mutates_args=())
 
 
 @_operator_backward.register_fake
-def _(grad_loss, coef, offsets, n_tokens):
-    return coef.new_empty(n_tokens)
+def _(grad_loss, logps, coef, offsets):
+    return torch.empty_like(logps)
 
 
 def _save(ctx, inputs, output):
@@ -56,18 +59,25 @@ def _save(ctx, inputs, output):
     *others, coef = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*others[:4], coef)
-    ctx.save_for_backward(offsets, coef)
-    ctx.n_tokens = logps.shape[0]
+    ctx.save_for_backward(logps, coef, offsets)
 
 
 def _gradient(ctx, *grads, backward):
-    grad_loss, (offsets, coef) = grads[4], ctx.saved_tensors
+    grad_loss, saved = grads[4], ctx.saved_tensors
     if grad_loss is None:
         return (None,) * 5
-    return backward(grad_loss, coef, offsets, ctx.n_tokens), None, None, None, None
+    return backward(grad_loss, *saved), None, None, None, None
+
+
+def _refuse(ctx, *_):
+    raise RuntimeError(
+        "asft_kernels: double backward is not supported: ASFT's gradient of the log-probabilities has no derivative of "
+        "its own on the Triton backend; use asft_kernels.reference, or drop create_graph=True"
+    )
 
 
 torch.library.register_autograd(_operator, partial(_gradient, backward=_operator_backward), setup_context=_save)
+torch.library.register_autograd(_operator_backward, _refuse, setup_context=lambda ctx, inputs, output: None)
 
 
 class _Eager(torch.autograd.Function):
@@ -79,5 +89,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
-        graph = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        return _gradient(ctx, *grads, backward=_operator_backward if graph else _backward)
+        batched = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
+        plain = (
+            checks.is_eager() and not torch.is_grad_enabled() and not any(x is not None and batched(x) for x in grads)
+        )
+        return _gradient(ctx, *grads, backward=_backward if plain else _operator_backward)
