@@ -1,0 +1,127 @@
+"""The oracle of test_fuzz.py: whole logits and losses in their closed form, float64, of torch alone, row by row."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Token:
+    """A label that carries loss: where its row of hidden stands in hidden.flatten(0, -2), and where itself."""
+
+    row: int
+    label: int
+    at: int
+
+
+def tokens_of(labels: Tensor, borders: Sequence[int], ignore: int, shift: bool) -> list[list[Token]]:
+    """Of each sequence [borders[i], borders[i + 1]) of the flat labels."""
+    flat = labels.flatten().tolist()
+    sequences = []
+    for start, stop in zip(borders[:-1], borders[1:], strict=True):
+        pairs = [(at - 1, at) for at in range(start + 1, stop)] if shift else [(at, at) for at in range(start, stop)]
+        sequences.append([Token(row, flat[at], at) for row, at in pairs if flat[at] != ignore])
+    return sequences
+
+
+def capped(raw: Tensor, scale: float, cap: float | None) -> Tensor:
+    """cap tanh(scale raw / cap), whose derivative keeps its digits where tanh is 1 to the last of them."""
+    u = scale * raw
+    if cap is None:
+        return u
+    return cap * torch.where(u > 0, 1 - 2 * torch.sigmoid(-2 * u / cap), 2 * torch.sigmoid(2 * u / cap) - 1)
+
+
+def label_logps(z: Tensor, labels: Tensor) -> Tensor:
+    """(N,) of (N, V) logits, by the logits of the others: 1 - p keeps no digits where p is near 1."""
+    own = torch.nn.functional.one_hot(labels, z.shape[1]).bool()
+    return -nls(z[own] - z.masked_fill(own, -torch.inf).logsumexp(-1))
+
+
+@dataclass
+class Rows:
+    """Of each row: the sum of its weighted log-probabilities, its tokens, its likelihood's mean, its reference."""
+
+    sums: list[Tensor]
+    lengths: list[int]
+    nll: list[Tensor]
+    refs: list[float]
+
+    def avg(self, row: int) -> Tensor:
+        return self.sums[row] / self.lengths[row]
+
+    def ratio(self, row: int) -> Tensor:
+        return self.sums[row] - self.refs[row]
+
+
+def nls(x: Tensor) -> Tensor:
+    """-log sigmoid(x)."""
+    return torch.where(x > 0, torch.log1p(torch.exp(-x.abs())), torch.log1p(torch.exp(-x.abs())) - x)
+
+
+def odds(avg: Tensor) -> Tensor:
+    return avg - torch.log(-torch.expm1(avg))
+
+
+def smoothed(h: Tensor, e: float) -> Tensor:
+    return (1 - e) * nls(h) + e * nls(-h)
+
+
+PAIRS: dict[str, Callable[..., Tensor]] = {  # rows, chosen row, rejected row, parameters -> the pair's loss
+    "asft": lambda r, w, l, lam, beta, sft_weight: (
+        sft_weight * r.nll[w] + lam * (nls(beta * odds(r.avg(w))) + nls(-beta * odds(r.avg(l))))
+    ),
+    "orpo": lambda r, w, l, lam, beta: r.nll[w] + lam * nls(beta * (odds(r.avg(w)) - odds(r.avg(l)))),
+    "simpo": lambda r, w, l, beta, gamma, label_smoothing: smoothed(
+        beta * (r.avg(w) - r.avg(l)) - gamma, label_smoothing
+    ),
+    "cpo": lambda r, w, l, beta, alpha, label_smoothing: (
+        smoothed(beta * (r.sums[w] - r.sums[l]), label_smoothing) + alpha * r.nll[w]
+    ),
+    "hinge": lambda r, w, l, gamma: torch.relu(1 - gamma * (r.sums[w] - r.sums[l])),
+    "dpo": lambda r, w, l, beta, label_smoothing: smoothed(beta * (r.ratio(w) - r.ratio(l)), label_smoothing),
+    "robust": lambda r, w, l, beta, label_smoothing: (
+        ((1 - label_smoothing) * nls(beta * (r.ratio(w) - r.ratio(l))) - label_smoothing * nls(-beta * (r.ratio(w) - r.ratio(l))))
+        / (1 - 2 * label_smoothing)
+    ),
+    "ipo": lambda r, w, l, beta: (
+        (r.ratio(w) / r.lengths[w] - r.ratio(l) / r.lengths[l] - 1 / (2 * beta)) ** 2
+    ),
+    "sigmoid_norm": lambda r, w, l, beta: nls(beta * (r.ratio(w) / r.lengths[w] - r.ratio(l) / r.lengths[l])),
+    "hinge_norm": lambda r, w, l, gamma: torch.relu(1 - gamma * (r.ratio(w) - r.ratio(l))),
+    "sppo_hard": lambda r, w, l, beta: (r.ratio(w) - 0.5 / beta) ** 2 + (r.ratio(l) + 0.5 / beta) ** 2,
+    "nca_pair": lambda r, w, l, beta: (
+        nls(beta * r.ratio(w)) + 0.5 * nls(-beta * r.ratio(w)) + 0.5 * nls(-beta * r.ratio(l))
+    ),
+    "apo_zero": lambda r, w, l, beta: 1 - torch.sigmoid(beta * r.ratio(w)) + torch.sigmoid(beta * r.ratio(l)),
+    "apo_down": lambda r, w, l, beta: (
+        torch.sigmoid(beta * r.ratio(w)) + 1 - torch.sigmoid(beta * (r.ratio(w) - r.ratio(l)))
+    ),
+}  # fmt: skip
+
+
+def losses_of(name: str, rows: Rows, parameters: dict[str, float]) -> tuple[list[Tensor], list[bool]]:
+    """(loss of each pair, or of each row for sft; whether it counts)."""
+    if name == "sft":
+        counts = [n > 0 for n in rows.lengths]
+        return [-s / max(n, 1) for s, n in zip(rows.sums, rows.lengths, strict=True)], counts
+    half = len(rows.sums) // 2
+    counts = [rows.lengths[i] > 0 < rows.lengths[half + i] for i in range(half)]
+    nothing = torch.zeros((), dtype=torch.float64)
+    losses = [PAIRS[name](rows, i, half + i, **parameters) if counts[i] else nothing for i in range(half)]
+    return losses, counts
+
+
+def reduced(losses: list[Tensor], counts: list[bool], reduction: str) -> Tensor:
+    each = torch.stack([x if counted else 0 * x for x, counted in zip(losses, counts, strict=True)])
+    if reduction == "none":
+        return each
+    return each.sum() / (max(sum(counts), 1) if reduction == "mean" else 1)
+
+
+def saturated(rows: Rows) -> bool:
+    """Whether the log-odds of some row are beyond where asft's and orpo's go on as straight lines."""
+    return any(n and math.exp(s.item() / n) > 1 - 1e-5 for s, n in zip(rows.sums, rows.lengths, strict=True))
