@@ -76,9 +76,7 @@ def _changes(source: str) -> Iterator[tuple[str, int, int, str]]:
     for node in _code(tree):
         match node:
             case ast.Compare():
-                for left, op, right in zip(
-                    [node.left, *node.comparators], node.ops, node.comparators, strict=False
-                ):
+                for left, op, right in zip([node.left, *node.comparators], node.ops, node.comparators, strict=False):
                     old, *others = COMPARISONS[type(op)]
                     for new in others:
                         yield "comparison", *between(left, right, old, new)

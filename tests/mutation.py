@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -47,8 +48,11 @@ TESTS = {  # modules -> the files of tests/ that are to fail, the quickest to do
     "kernels/*": "kernels triton_backend functional extremes token_stats noisy_kernels",
     "models/*": "models_fuse models_preference models_check models_refusals models_saving",
 }
-WITHOUT_TESTS = "__init__.py kernels/configs.py kernels/tile_choice.py models/smollm2.py"  # of a GPU, or of a download
-QUICK, ALL = "not slow and not compile and not emulated and not interpreter", "not slow and not compile and not emulated"
+WITHOUT_TESTS = "__init__.py kernels/configs.py kernels/tile_choice.py models/smollm2.py"  # a GPU's, or a download
+QUICK, ALL = (
+    "not slow and not compile and not emulated and not interpreter",
+    "not slow and not compile and not emulated",
+)
 PATIENCE, LEAST = 3, 60  # times the tests' own time; seconds
 MEMORY = 12 * 2**30  # bytes of a mutant's address space beyond this process's
 
@@ -106,10 +110,8 @@ def run_tests(folder: Path, files: list[str], limit: float | None, selection: st
 
 def _end(child: int, *, running: bool) -> None:
     """The group: workers of several ranks too."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     if running:
         os.waitpid(child, 0)
 
@@ -119,7 +121,7 @@ def _in_child(folder: Path, files: list[str], selection: str, report: Path, *, c
 
     class First:
         @pytest.hookimpl
-        def pytest_runtest_logreport(self, report):  # noqa: D102
+        def pytest_runtest_logreport(self, report):
             if report.failed:
                 target.write_text(report.nodeid)
 
@@ -148,7 +150,7 @@ def _in_child(folder: Path, files: list[str], selection: str, report: Path, *, c
 
 
 def _limit_memory() -> None:
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if sys.platform == "linux" else 0
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
 
 
@@ -224,7 +226,9 @@ def print_report(rows: list[dict]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Changes the source in one place at a time and runs its tests.")
-    parser.add_argument("--modules", nargs="+", default=["*"], metavar="PATTERN", help="below asft_kernels; default all")
+    parser.add_argument(
+        "--modules", nargs="+", default=["*"], metavar="PATTERN", help="below asft_kernels; default all"
+    )
     parser.add_argument("--sample", type=int, help="so many, drawn at random; default all")
     parser.add_argument("--seed", type=int, default=0, help="of the draw; default 0")
     parser.add_argument("--again", action="store_true", help="run those that survived again")
@@ -232,7 +236,9 @@ def main() -> int:
     options = parser.parse_args()
     chosen = all_mutants(options.modules)
     if not chosen:
-        parser.error(f"modules: no mutant of {' '.join(options.modules)}, need paths below {PACKAGE} with tests in TESTS")
+        parser.error(
+            f"modules: no mutant of {' '.join(options.modules)}, need paths below {PACKAGE} with tests in TESTS"
+        )
     if options.sample is not None:
         chosen = random.Random(options.seed).sample(chosen, min(options.sample, len(chosen)))
     chosen = [x for x in chosen if x.compiles()]

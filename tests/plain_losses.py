@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def tokens_of(labels: Tensor, borders: Sequence[int], ignore: int, shift: bool) 
     """Of each sequence [borders[i], borders[i + 1]) of the flat labels."""
     flat = labels.flatten().tolist()
     sequences = []
-    for start, stop in zip(borders[:-1], borders[1:], strict=True):
+    for start, stop in pairwise(borders):
         pairs = [(at - 1, at) for at in range(start + 1, stop)] if shift else [(at, at) for at in range(start, stop)]
         sequences.append([Token(row, flat[at], at) for row, at in pairs if flat[at] != ignore])
     return sequences
@@ -71,34 +72,34 @@ def smoothed(h: Tensor, e: float) -> Tensor:
 
 
 PAIRS: dict[str, Callable[..., Tensor]] = {  # rows, chosen row, rejected row, parameters -> the pair's loss
-    "asft": lambda r, w, l, lam, beta, sft_weight: (
-        sft_weight * r.nll[w] + lam * (nls(beta * odds(r.avg(w))) + nls(-beta * odds(r.avg(l))))
+    "asft": lambda r, w, x, lam, beta, sft_weight: (
+        sft_weight * r.nll[w] + lam * (nls(beta * odds(r.avg(w))) + nls(-beta * odds(r.avg(x))))
     ),
-    "orpo": lambda r, w, l, lam, beta: r.nll[w] + lam * nls(beta * (odds(r.avg(w)) - odds(r.avg(l)))),
-    "simpo": lambda r, w, l, beta, gamma, label_smoothing: smoothed(
-        beta * (r.avg(w) - r.avg(l)) - gamma, label_smoothing
+    "orpo": lambda r, w, x, lam, beta: r.nll[w] + lam * nls(beta * (odds(r.avg(w)) - odds(r.avg(x)))),
+    "simpo": lambda r, w, x, beta, gamma, label_smoothing: smoothed(
+        beta * (r.avg(w) - r.avg(x)) - gamma, label_smoothing
     ),
-    "cpo": lambda r, w, l, beta, alpha, label_smoothing: (
-        smoothed(beta * (r.sums[w] - r.sums[l]), label_smoothing) + alpha * r.nll[w]
+    "cpo": lambda r, w, x, beta, alpha, label_smoothing: (
+        smoothed(beta * (r.sums[w] - r.sums[x]), label_smoothing) + alpha * r.nll[w]
     ),
-    "hinge": lambda r, w, l, gamma: torch.relu(1 - gamma * (r.sums[w] - r.sums[l])),
-    "dpo": lambda r, w, l, beta, label_smoothing: smoothed(beta * (r.ratio(w) - r.ratio(l)), label_smoothing),
-    "robust": lambda r, w, l, beta, label_smoothing: (
-        ((1 - label_smoothing) * nls(beta * (r.ratio(w) - r.ratio(l))) - label_smoothing * nls(-beta * (r.ratio(w) - r.ratio(l))))
-        / (1 - 2 * label_smoothing)
+    "hinge": lambda r, w, x, gamma: torch.relu(1 - gamma * (r.sums[w] - r.sums[x])),
+    "dpo": lambda r, w, x, beta, label_smoothing: smoothed(beta * (r.ratio(w) - r.ratio(x)), label_smoothing),
+    "robust": lambda r, w, x, beta, label_smoothing: (
+        (1 - label_smoothing) * nls(beta * (r.ratio(w) - r.ratio(x)))
+        - label_smoothing * nls(beta * (r.ratio(x) - r.ratio(w)))
+    ) / (1 - 2 * label_smoothing),
+    "ipo": lambda r, w, x, beta: (
+        (r.ratio(w) / r.lengths[w] - r.ratio(x) / r.lengths[x] - 1 / (2 * beta)) ** 2
     ),
-    "ipo": lambda r, w, l, beta: (
-        (r.ratio(w) / r.lengths[w] - r.ratio(l) / r.lengths[l] - 1 / (2 * beta)) ** 2
+    "sigmoid_norm": lambda r, w, x, beta: nls(beta * (r.ratio(w) / r.lengths[w] - r.ratio(x) / r.lengths[x])),
+    "hinge_norm": lambda r, w, x, gamma: torch.relu(1 - gamma * (r.ratio(w) - r.ratio(x))),
+    "sppo_hard": lambda r, w, x, beta: (r.ratio(w) - 0.5 / beta) ** 2 + (r.ratio(x) + 0.5 / beta) ** 2,
+    "nca_pair": lambda r, w, x, beta: (
+        nls(beta * r.ratio(w)) + 0.5 * nls(-beta * r.ratio(w)) + 0.5 * nls(-beta * r.ratio(x))
     ),
-    "sigmoid_norm": lambda r, w, l, beta: nls(beta * (r.ratio(w) / r.lengths[w] - r.ratio(l) / r.lengths[l])),
-    "hinge_norm": lambda r, w, l, gamma: torch.relu(1 - gamma * (r.ratio(w) - r.ratio(l))),
-    "sppo_hard": lambda r, w, l, beta: (r.ratio(w) - 0.5 / beta) ** 2 + (r.ratio(l) + 0.5 / beta) ** 2,
-    "nca_pair": lambda r, w, l, beta: (
-        nls(beta * r.ratio(w)) + 0.5 * nls(-beta * r.ratio(w)) + 0.5 * nls(-beta * r.ratio(l))
-    ),
-    "apo_zero": lambda r, w, l, beta: 1 - torch.sigmoid(beta * r.ratio(w)) + torch.sigmoid(beta * r.ratio(l)),
-    "apo_down": lambda r, w, l, beta: (
-        torch.sigmoid(beta * r.ratio(w)) + 1 - torch.sigmoid(beta * (r.ratio(w) - r.ratio(l)))
+    "apo_zero": lambda r, w, x, beta: 1 - torch.sigmoid(beta * r.ratio(w)) + torch.sigmoid(beta * r.ratio(x)),
+    "apo_down": lambda r, w, x, beta: (
+        torch.sigmoid(beta * r.ratio(w)) + 1 - torch.sigmoid(beta * (r.ratio(w) - r.ratio(x)))
     ),
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from asft_kernels import fused_asft_loss, fused_linear_logps, fused_preference_loss
 from asft_kernels.objectives import get_objective
+from bounds import entry_bound, unit_roundoff
 from plain_losses import PAIRS, Rows, capped, label_logps, losses_of, reduced, saturated, tokens_of
 
 DEEP = int(os.environ.get("ASFT_KERNELS_FUZZ", 0))
@@ -78,9 +79,9 @@ def calls(draw, packed=None) -> Call:
     shape = (borders[-1],) if packed else (rows, T)
     spread = draw(st.sampled_from([0.0, 0.3, 1.0, 4.0]))
     hidden = torch.randn(*shape, D, generator=g).to(dtype)
-    weight = (torch.randn(V, D, generator=g) * spread).to(draw(st.sampled_from([dtype, dtype, torch.float32]))
-                                                          if dtype != torch.float64 else dtype)  # fmt: skip
-    bias = (torch.randn(V, generator=g) * spread).to(weight.dtype) if draw(st.booleans()) else None
+    of_head = draw(st.sampled_from([dtype, dtype, torch.float32])) if dtype != torch.float64 else dtype
+    weight = (torch.randn(V, D, generator=g) * spread).to(of_head)
+    bias = (torch.randn(V, generator=g) * spread).to(of_head) if draw(st.booleans()) else None
     ignore = draw(st.sampled_from([-100, -1, 0, V, V + 7]))
     labels = torch.randint(V, shape, generator=g)
     labels[torch.rand(shape, generator=g) > draw(st.sampled_from([0.0, 0.2, 0.6, 1.0]))] = ignore
@@ -89,8 +90,10 @@ def calls(draw, packed=None) -> Call:
     leaves = [x for x in (hidden, weight, bias) if x is not None and draw(st.sampled_from([True, True, False]))]
     options = {
         "shift": draw(st.booleans()), "ignore_index": ignore, "cu_seqlens": None,
-        "logit_scale": draw(st.sampled_from([1.0, 0.37, -1.6])), "softcap": draw(st.sampled_from([None, None, 1.5, 20.0])),
-        "chunk_size": draw(st.none() | st.integers(1, V + 2)), "cache_bytes": draw(st.sampled_from([None, 0, 150, 600])),
+        "logit_scale": draw(st.sampled_from([1.0, 0.37, -1.6])),
+        "softcap": draw(st.sampled_from([None, None, 1.5, 20.0])),
+        "chunk_size": draw(st.none() | st.integers(1, V + 2)),
+        "cache_bytes": draw(st.sampled_from([None, 0, 150, 600])),
         "num_valid": None,
     }  # fmt: skip
     if packed:
@@ -102,20 +105,8 @@ def calls(draw, packed=None) -> Call:
 
 
 def roundings(call: Call) -> float:
-    """Largest relative error of an exponential and of what is made of it.
-
-    A logit is a sum of D products and a bias, then scaled, less a reference and in other units: D + 6 roundings of a
-    number up to |scale| (|H||W|' + |b|), and the difference of two such counts twice. Sums over the vocabulary and the
-    tokens add a rounding a term; 20 for the functions and products after them. The slope of a softcap has the logit's
-    error twice over the cap, and the oracle's cap one rounding of it.
-    """
-    unit = torch.finfo(torch.float64 if call.hidden.dtype == torch.float64 else torch.float32).eps / 2
-    offset = 0 if call.bias is None else call.bias.detach().double().abs()
-    sizes = call.hidden.detach().double().abs() @ call.weight.detach().double().abs().T + offset
-    largest = abs(call.options["logit_scale"]) * (sizes.max().item() if sizes.numel() else 0.0)
-    cap = call.options["softcap"]
-    exponent = 2 * (call.hidden.shape[-1] + 6) * largest * (1 if cap is None else 1 + 2 / cap)
-    return unit * (exponent + (cap or 0) + len(call.weight) + call.labels.numel() + 20)
+    options = call.options
+    return entry_bound(call.hidden, call.weight, call.bias, scale=options["logit_scale"], cap=options["softcap"])
 
 
 def exact_logps(call: Call, tokens) -> tuple[Tensor, Tensor]:
@@ -157,14 +148,13 @@ def assert_gradients(call: Call, got: tuple[Tensor, ...], logps: Tensor, raw: Te
     }  # fmt: skip
     for leaf, grad in zip(call.leaves, got, strict=True):
         right = exact[id(leaf)]
-        info = torch.finfo(leaf.dtype)
         assert grad.dtype == leaf.dtype
         assert grad.shape == leaf.shape
-        once = right.abs() * info.eps / 2 if leaf.dtype.itemsize == 2 else 0.0
-        # In 16 bits what is below the smallest normal number is rounded to a multiple of the smallest of all.
-        least = info.smallest_normal * info.eps
-        allowed = (4 * roundings(call) + 40 * torch.finfo(torch.float32).eps * (leaf.dtype != torch.float64)) * size[id(leaf)]
-        assert ((grad.double() - right).abs() <= allowed * 1.01 + once + least).all()
+        once = right.abs() * unit_roundoff(leaf.dtype) * 1.01 if leaf.dtype.itemsize == 2 else 0.0
+        least = torch.finfo(leaf.dtype).smallest_normal * torch.finfo(leaf.dtype).eps  # the spacing of subnormals
+        of_losses = 40 * unit_roundoff(torch.float32) * (leaf.dtype != torch.float64)
+        allowed = 1.01 * (4 * roundings(call) + of_losses) * size[id(leaf)]
+        assert ((grad.double() - right).abs() <= allowed + once + least).all()
 
 
 @profile(120)
@@ -192,8 +182,8 @@ def test_losses(call, name, data):
     given: dict[str, Any] = {}
     weights = torch.ones(labels.numel(), dtype=torch.float64)
     if data.draw(st.booleans(), label="weights"):
-        weights = call.uniform(labels.numel())
-        given["token_weights"] = weights.view(labels.shape).to(data.draw(st.sampled_from([torch.float32, torch.float64])))
+        dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+        given["token_weights"] = call.uniform(*labels.shape).to(dtype)
         weights = given["token_weights"].double().flatten()
     refs = (-2 * call.uniform(len(of_rows)) * torch.tensor(of_rows)).tolist()
     if name in HAS_REFERENCE:
