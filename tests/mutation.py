@@ -184,7 +184,8 @@ def run(chosen: list[Mutant], out: Path) -> None:
             if tuple(files) not in baselines:
                 ended, failed, seconds = run_tests(folder, files, None, selection)
                 if ended != "passed":
-                    raise SystemExit(f"mutation: without a mutant {failed} fails; {folder / 'output.txt'} says why")
+                    said = (folder / "output.txt").read_text()[-4000:]
+                    raise SystemExit(f"{said}\nmutation: {failed} fails without a mutant; mend that first")
                 baselines[tuple(files)] = seconds
             target = folder / mutant.path
             original = target.read_text()

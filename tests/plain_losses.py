@@ -60,7 +60,7 @@ class Rows:
 
 def nls(x: Tensor) -> Tensor:
     """-log sigmoid(x)."""
-    return torch.where(x > 0, torch.log1p(torch.exp(-x.abs())), torch.log1p(torch.exp(-x.abs())) - x)
+    return torch.nn.functional.softplus(-x, threshold=50)  # where e^-50 adds nothing
 
 
 def odds(avg: Tensor) -> Tensor:

@@ -62,10 +62,11 @@ class Extreme:
         of_hidden = [[mpmath.fsum(g[v] * W[v][d] for v in range(V)) for d in range(D)] for g in G]
         of_weight = [[mpmath.fsum(G[n][v] * H[n][d] for n in range(len(H))) for d in range(D)] for v in range(V)]
         of_bias = [mpmath.fsum(g[v] for g in G) for v in range(V)]
-        return [
+        hidden, weight, bias = (
             torch.tensor([[float(x) for x in row] for row in M], dtype=torch.float64)
             for M in (of_hidden, of_weight, [of_bias])
-        ]
+        )
+        return [hidden, weight, bias[0]]
 
 
 def assert_exact(case: Extreme, **options: Any) -> None:
