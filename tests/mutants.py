@@ -42,15 +42,15 @@ class Mutant:
 
 def mutants(path: str, source: str) -> list[Mutant]:
     """All mutants of a file, in its order."""
-    found: dict[str, Mutant] = {}
+    found: dict[bytes, Mutant] = {}
+    data = source.encode()
     for kind, start, stop, text in _changes(source):
-        data = source.encode()
-        changed = (data[:start] + text.encode() + data[stop:]).decode()
-        line = data[:start].count(b"\n")
-        last = changed.encode()[: start + len(text)].count(b"\n")
-        before = " ".join(x.strip() for x in source.splitlines()[line : data[:stop].count(b"\n") + 1])
-        after = " ".join(x.strip() for x in changed.splitlines()[line : last + 1])
-        found.setdefault(changed, Mutant(path, line + 1, kind, before, after, changed))
+        changed = data[:start] + text.encode() + data[stop:]
+        first, last = data.rfind(b"\n", 0, start) + 1, data.find(b"\n", stop)
+        before, after = data[first:last], changed[first : last + len(changed) - len(data)]
+        texts = (" ".join(x.strip().decode() for x in lines.splitlines()) for lines in (before, after))
+        line = data.count(b"\n", 0, start) + 1
+        found.setdefault(changed, Mutant(path, line, kind, *texts, changed.decode()))
     return sorted(found.values(), key=lambda mutant: mutant.line)
 
 
