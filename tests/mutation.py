@@ -32,7 +32,7 @@ from tests.mutants import Mutant, mutants
 from tests.mutation_fork import ROOT, Lines, run_tests
 
 PACKAGE = "asft_kernels"
-CORE = "contract fuzz functional"
+CORE = "contract edges fuzz functional"
 TESTS = {  # modules -> the files of tests/ that are to fail, the quickest to do so first
     "batch.py sequence.py functional.py token_loss.py linear_logps.py": (
         f"batch {CORE} base_objectives extremes token_stats reentrancy autocast host_reads torch_compile"
@@ -41,12 +41,14 @@ TESTS = {  # modules -> the files of tests/ that are to fail, the quickest to do
     "heads.py": "heads checks autocast",
     "backends/torch_chunked.py": f"{CORE} extremes accuracy token_stats cost",
     "backends/sharding.py distributed.py": "sharding vocab_parallel",
-    "objectives/*": "every_objective objectives base_objectives neighbour_objectives fuzz",
+    "objectives/asft_fused.py": "edges kernels every_objective functional",
+    "objectives/*": "every_objective objectives base_objectives neighbour_objectives edges fuzz",
     "kernels/*": "kernels triton_backend functional extremes token_stats noisy_kernels",
     "models/*": "models_fuse models_preference models_check models_refusals models_saving",
 }
 WITHOUT_TESTS = "__init__.py kernels/configs.py kernels/tile_choice.py models/smollm2.py"  # a GPU's, or a download
-ALL = "not slow and not compile and not emulated"  # pytest's -m, for kernels/
+INTERPRETED = ("asft_kernels/kernels/", "asft_kernels/objectives/asft_fused.py")
+ALL = "not slow and not compile and not emulated"  # pytest's -m, for those
 QUICK = f"{ALL} and not interpreter"
 PATIENCE, LEAST = 5, 60  # times the tests' own time; seconds
 
@@ -109,7 +111,7 @@ def run(chosen: list[Mutant], out: Path) -> None:
         folder = Path(name)
         copy_tree(folder)
         for mutant in tqdm(chosen, desc="mutants", unit="mutant"):
-            selection = ALL if "/kernels/" in mutant.path else QUICK
+            selection = ALL if mutant.path.startswith(INTERPRETED) else QUICK
             files = [x for x in files_for(mutant.path.removeprefix(f"{PACKAGE}/")) if (folder / x).exists()]
             if tuple(files) not in baselines:
                 alike = {x.path for x in chosen if files_for(x.path.removeprefix(f"{PACKAGE}/"))[:1] == files[:1]}

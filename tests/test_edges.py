@@ -1,0 +1,106 @@
+"""Edges that a mutant has gone over unseen, or a random call has gone over once: each is named."""
+
+import pytest
+import torch
+
+from asft_kernels import fused_asft_loss, fused_linear_logps, fused_preference_loss, get_objective
+from asft_kernels.objectives import kto_kl
+from bounds import fp32_bound, relative_error
+from cases import IGNORE, make_case
+
+
+@pytest.mark.parametrize("above", [31.0, 60.0, 84.0, 86.0])
+@pytest.mark.parametrize("cache_bytes", [None, 0])
+def test_many_logits_far_above_the_label(above, cache_bytes, as_on_a_gpu):
+    """5,000 of them: exp(84) is finite in fp32, their sum is not, nor is one of them times a large row of the head."""
+    hidden = torch.ones(1, 3, 1)
+    weight = torch.full((5001, 1), above)
+    weight[0] = 0.0
+    labels = torch.zeros(1, 3, dtype=torch.int64)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    logps = fused_linear_logps(hidden, weight, labels, shift=False, chunk_size=1000, cache_bytes=cache_bytes)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    truth = (exact[0] @ exact[1].T).log_softmax(-1)[..., 0]
+    assert relative_error(logps, truth) <= fp32_bound(above)
+    for got, right in zip(
+        torch.autograd.grad(logps.sum(), leaves), torch.autograd.grad(truth.sum(), exact), strict=True
+    ):
+        assert relative_error(got, right) <= fp32_bound(above)
+
+
+@pytest.mark.parametrize("name", ["asft", "orpo", "cpo"])
+def test_a_likelihood_of_no_tokens_is_0(name):
+    """A chosen row without nll_labels: its likelihood term is 0 and not 0 / 0; its pair still counts."""
+    case = make_case(dtype=torch.float64, valid=1.0)
+    nll = case.labels[:2].clone()
+    nll[1] = IGNORE
+    parameters = {"cpo": {"alpha": 1.0}, "orpo": {}, "asft": {}}[name]
+    without = {"cpo": {"alpha": 0.0}, "asft": {"sft_weight": 0.0}}
+    loss, out = fused_preference_loss(
+        case.hidden, case.head, case.labels, get_objective(name, **parameters), nll_labels=nll, reduction="none",
+        return_outputs=True,
+    )  # fmt: skip
+    assert out.num_pairs == 2
+    (grad,) = torch.autograd.grad(loss[1], case.hidden, retain_graph=True)
+    assert grad.isfinite().all()
+    if name in without:
+        alone = fused_preference_loss(
+            case.hidden, case.head, case.labels, get_objective(name, **without[name]), reduction="none"
+        )
+        assert loss[1].item() == pytest.approx(alone[1].item(), rel=1e-13)
+        assert loss[0].item() > alone[0].item() + 0.1
+    else:
+        assert loss[1] < loss[0] / 2  # the odds term alone
+
+
+def test_a_weight_that_is_nan_shows_where_its_row_counts():
+    """Nan in, NaN out; beside it a row's loss stays what it is, and so does one whose NaN stands in a row of no use."""
+    case = make_case(rows=4, valid=1.0)
+    case.labels[3] = IGNORE
+    weights = torch.ones(case.labels.shape)
+    weights[1, 4] = torch.nan
+    weights[3, 4] = torch.nan
+    losses = fused_preference_loss(case.hidden, case.head, case.labels, "sft", token_weights=weights, reduction="none")
+    assert losses.isnan().tolist() == [False, True, False, False]
+    with_pair = fused_preference_loss(
+        case.hidden, case.head, case.labels, "simpo", token_weights=weights, reduction="none"
+    )
+    assert with_pair.tolist()[1] == 0.0
+    assert with_pair[0].isfinite()
+
+
+def test_float64_stays_float64_under_autocast():
+    """A product in bf16 would be wrong in the third digit."""
+    case = make_case(dtype=torch.float64, bias=True)
+    expected = fused_asft_loss(case.hidden, case.head, case.labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = fused_asft_loss(case.hidden, case.head, case.labels)
+    assert loss.dtype == torch.float64
+    assert torch.equal(loss, expected)
+
+
+def test_the_reference_point_of_kto_is_0_without_rows():
+    nothing = torch.empty(0)
+    assert kto_kl(nothing, nothing) == 0
+
+
+def test_sft_may_be_smoothed_whole():
+    """label_smoothing 1: the mean over the vocabulary alone."""
+    case = make_case(rows=2, dtype=torch.float64, valid=1.0)
+    loss = fused_preference_loss(case.hidden, case.head, case.labels, get_objective("sft", label_smoothing=1.0))
+    z = case.hidden[:, :-1] @ case.weight.T
+    assert loss.item() == pytest.approx((z.logsumexp(-1) - z.mean(-1)).mean().item(), rel=1e-12)
+
+
+@pytest.mark.interpreter
+def test_asfts_operators_and_their_fakes_agree():
+    from asft_kernels.objectives.asft_fused import asft_sequence_op
+
+    logps = (-torch.rand(9)).requires_grad_()
+    offsets = torch.tensor([0, 2, 5, 5, 9])
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    arguments = (logps, offsets, 0.7, 0.5, 0.3)
+    torch.library.opcheck(asft_sequence_op, arguments, test_utils=checks)
+    *_, coef = asft_sequence_op(*arguments)
+    backward = torch.ops.asft_kernels.asft_sequence_backward.default
+    torch.library.opcheck(backward, (torch.rand(2), coef.detach(), offsets, 9), test_utils=checks[::2])
