@@ -1,10 +1,12 @@
 """Edges that a mutant has gone over unseen, or a random call has gone over once: each is named."""
 
+import inspect
+
 import pytest
 import torch
 
 from asft_kernels import fused_asft_loss, fused_linear_logps, fused_preference_loss, get_objective
-from asft_kernels.objectives import kto_kl
+from asft_kernels.objectives import OBJECTIVES, kto_kl
 from bounds import fp32_bound, relative_error
 from cases import IGNORE, make_case
 
@@ -90,6 +92,34 @@ def test_sft_may_be_smoothed_whole():
     loss = fused_preference_loss(case.hidden, case.head, case.labels, get_objective("sft", label_smoothing=1.0))
     z = case.hidden[:, :-1] @ case.weight.T
     assert loss.item() == pytest.approx((z.logsumexp(-1) - z.mean(-1)).mean().item(), rel=1e-12)
+
+
+DPO = {"beta": 0.1, "f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5}
+DEFAULTS = {  # as the docstrings say; a reference that reads the objective's own would not see another
+    "asft": {"lam": 1.0, "beta": 1.0, "sft_weight": 1.0},
+    "sft": {"normalization": "sequence", "lse_square_scale": 0.0, "label_smoothing": 0.0, "token_accuracy": False},
+    "dpo": DPO | {"label_smoothing": 0.0}, "robust": DPO | {"label_smoothing": 0.0}, "ipo": DPO, "sigmoid_norm": DPO,
+    "hinge": {"gamma": 0.05}, "hinge_norm": {k: x for k, x in DPO.items() if k != "beta"} | {"gamma": 0.05},
+    "exo_pair": DPO | {"label_smoothing": 1e-3}, "discopop": DPO | {"discopop_tau": 0.05},
+    "nca_pair": {"beta": 0.1}, "bco_pair": {"beta": 0.1}, "sppo_hard": {"beta": 0.1}, "apo_zero": {"beta": 0.1},
+    "apo_down": {"beta": 0.1}, "aot": {"beta": 0.1, "label_smoothing": 0.0},
+    "aot_unpaired": {"beta": 0.1, "label_smoothing": 0.0},
+    "orpo": {"lam": 0.1, "beta": 1.0, "nll_normalization": "sequence"},
+    "simpo": {"beta": 2.0, "gamma": 0.5, "label_smoothing": 0.0},
+    "cpo": {"beta": 0.1, "alpha": 1.0, "label_smoothing": 0.0, "nll_normalization": "sequence"},
+    "kto": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+    "dnpo": {"lam": 0.1, "alpha": 1.0}, "poft": {"beta": 1.0, "gamma": 0.0},
+    "fpo": {"beta": 0.1, "alpha": 0.5, "top_k": 50}, "rpo": {"beta": 0.1, "eta": 0.005, "normalization": "sum"},
+    "mrpo": {"beta": 0.1, "alpha": None, "clip": 0.1, "swap_weights": False},
+    "lmpo": {"beta": 2.0, "gamma_beta_ratio": 0.25, "lam": 0.2, "power": 5},
+    "bmc": {"base": None, "delta": 2.0, "ref_weighting": "own"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_of_objectives(name):
+    parameters = inspect.signature(OBJECTIVES[name]).parameters.values()
+    assert {x.name: x.default for x in parameters} == DEFAULTS[name]
 
 
 @pytest.mark.interpreter
