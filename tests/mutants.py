@@ -48,9 +48,9 @@ def mutants(path: str, source: str) -> list[Mutant]:
         changed = data[:start] + text.encode() + data[stop:]
         first, last = data.rfind(b"\n", 0, start) + 1, data.find(b"\n", stop)
         before, after = data[first:last], changed[first : last + len(changed) - len(data)]
-        texts = (" ".join(x.strip().decode() for x in lines.splitlines()) for lines in (before, after))
+        old, new = (" ".join(x.strip().decode() for x in lines.splitlines()) for lines in (before, after))
         line = data.count(b"\n", 0, start) + 1
-        found.setdefault(changed, Mutant(path, line, kind, *texts, changed.decode()))
+        found.setdefault(changed, Mutant(path, line, kind, old, new, changed.decode()))
     return sorted(found.values(), key=lambda mutant: mutant.line)
 
 
@@ -81,25 +81,27 @@ def _changes(source: str) -> Iterator[tuple[str, int, int, str]]:
                     for new in others:
                         yield "comparison", *between(left, right, old, new)
             case ast.BinOp() if type(node.op) in ARITHMETIC:
-                yield "arithmetic", *between(node.left, node.right, *ARITHMETIC[type(node.op)])
+                old, new = ARITHMETIC[type(node.op)]
+                yield "arithmetic", *between(node.left, node.right, old, new)
             case ast.AugAssign():
                 if type(node.op) in ARITHMETIC:
-                    yield "arithmetic", *between(node.target, node.value, *ARITHMETIC[type(node.op)])
+                    old, new = ARITHMETIC[type(node.op)]
+                    yield "arithmetic", *between(node.target, node.value, old, new)
                 yield "statement", *span(node), "pass"
             case ast.BoolOp():
-                words = ("and", "or") if isinstance(node.op, ast.And) else ("or", "and")
-                yield "and or", *between(*node.values[:2], *words)
+                old, new = ("and", "or") if isinstance(node.op, ast.And) else ("or", "and")
+                yield "and or", *between(node.values[0], node.values[1], old, new)
             case ast.UnaryOp(op=ast.Not() | ast.USub()):
                 first, last = span(node)
                 kind = "not" if isinstance(node.op, ast.Not) else "arithmetic"
                 yield kind, first, last, f"({data[span(node.operand)[0] : last].decode()})"
             case ast.Constant(value=bool()):
                 yield "constant", *span(node), str(not node.value)
-            case ast.Constant(value=int()):
-                for new in (node.value + 1, node.value - 1):
+            case ast.Constant(value=int() as number):
+                for new in (number + 1, number - 1):
                     yield "constant", *span(node), str(new) if new >= 0 else f"({new})"
-            case ast.Constant(value=float()):
-                yield "constant", *span(node), repr(node.value * 2 if node.value else 1.0)
+            case ast.Constant(value=float() as number):
+                yield "constant", *span(node), repr(number * 2 if number else 1.0)
             case ast.Return(value=ast.expr()) if not (
                 isinstance(node.value, ast.Constant) and node.value.value is None
             ):

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY = 12 * 2**30  # bytes of a fork's address space beyond this process's
-Lines = dict[str, list[tuple[str, int]]]  # test -> (path, line) of what it ran, of the files asked for
+Lines = dict[str, list[list[str | int]]]  # test -> [path, line] of what it ran, of the files asked for
 
 
 @dataclass
@@ -90,7 +90,7 @@ def run_tests(
             _in_child(folder, files, selection, limit, _Plugin(folder, wanted, traced))
         finally:
             os._exit(70)
-    ended = (0, 0, None)
+    ended: Any = (0, 0, None)
     try:
         while not (ended := os.wait4(child, os.WNOHANG))[0]:
             if limit is not None and time.monotonic() - began > limit[1]:
@@ -125,12 +125,13 @@ def _in_child(
     sys.path[:] = paths + [x for x in sys.path if Path(x or ".").resolve() not in (ROOT, ROOT / "tests")]
     os.environ["PYTHONPATH"] = ":".join(paths)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     if limit is not None:
         # A stale .pyc would stand for a mutant of the same length, written in the same second.
         sys.dont_write_bytecode = True
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-        resource.setrlimit(resource.RLIMIT_CPU, (int(limit[0]) + 1,) * 2)
+        seconds = int(limit[0]) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     for name in [x for x in sys.modules if x.split(".")[0] == "tests"]:
         del sys.modules[name]
     quiet = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # of what this process has imported

@@ -13,6 +13,7 @@ from asft_kernels import fused_asft_loss, fused_linear_logps, fused_preference_l
 from bounds import entry_bound, unit_roundoff
 from cases import IGNORE
 
+Number = Any  # mpmath.mpf, which has no type
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.interpreter)]
 FLOOR = mpf("1e-6")  # of -avg: from there on asft's and orpo's terms are straight lines
 
@@ -72,7 +73,7 @@ class Extreme:
 def assert_exact(case: Extreme, **options: Any) -> None:
     leaves = [x for x in (case.hidden, case.weight, case.bias) if x is not None]
     leaves = [x.detach().clone().requires_grad_() for x in leaves]
-    head = leaves[1] if case.bias is None else tuple(leaves[1:])
+    head = leaves[1] if case.bias is None else (leaves[1], leaves[2])
     got = fused_linear_logps(leaves[0][:, None], head, case.labels[:, None], shift=False, **options)
     logps, grads, sizes = case.exact()
     bound = entry_bound(case.hidden, case.weight, case.bias)
@@ -170,38 +171,38 @@ def test_extremes_in_kernels(name):
 AVERAGES = ["-1e-12", "-1e-9", "-0.99e-6", "-1.01e-6", "-1e-4", "-0.1", "-1", "-30", "-100", "-700", "-800", "-1e4"]
 
 
-def odds(avg: mpf) -> mpf:
+def odds(avg: Number) -> Number:
     return avg - mpmath.log(-mpmath.expm1(avg))
 
 
-def term(avg: mpf, beta: mpf) -> mpf:
+def term(avg: Number, beta: Number) -> Number:
     """-log sigmoid(beta f), a straight line past the floor."""
     at = min(avg, -FLOOR)
 
-    def curve(x: mpf) -> mpf:
+    def curve(x: Number) -> Number:
         return mpmath.log1p(mpmath.exp(-beta * odds(x)))
 
     slope = -beta / (1 + mpmath.exp(beta * odds(at))) / -mpmath.expm1(at)
     return curve(at) + slope * (avg - at)
 
 
-def asft(chosen: mpf, rejected: mpf) -> mpf:
+def asft(chosen: Number, rejected: Number) -> Number:
     beta = mpf("0.5")
     return -mpf("0.3") * chosen + mpf("0.7") * (term(chosen, beta) + term(rejected, -beta))
 
 
-def orpo(chosen: mpf, rejected: mpf) -> mpf:
-    def continued(avg: mpf) -> mpf:
+def orpo(chosen: Number, rejected: Number) -> Number:
+    def continued(avg: Number) -> Number:
         at = min(avg, -FLOOR)
         return odds(at) - (avg - at) / mpmath.expm1(at)
 
     return -chosen + mpf("0.1") * mpmath.log1p(mpmath.exp(-(continued(chosen) - continued(rejected))))
 
 
-def slopes(loss, chosen: mpf, rejected: mpf) -> tuple[mpf, mpf]:
+def slopes(loss, chosen: Number, rejected: Number) -> tuple[Number, Number]:
     """Derivatives by central differences of 60 digits: wrong by 1e-20 of them."""
 
-    def along(f, x: mpf) -> mpf:
+    def along(f, x: Number) -> Number:
         step = x * mpf("1e-20")
         return (f(x + step) - f(x - step)) / (2 * step)
 

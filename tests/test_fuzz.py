@@ -214,7 +214,10 @@ def test_losses(call, name, data):
     if nll is not None:
         padded = torch.cat([nll, torch.full_like(nll, call.ignore)])
         nll_rows = call.tokens(padded)
-        rows.nll = [-sum((logps[x.row] for x in row), 0 * logps.sum()) / max(len(row), 1) for row in nll_rows]
+        rows.nll = [
+            -sum((logps[x.row] for x in row), torch.zeros((), dtype=torch.float64)) / max(len(row), 1)
+            for row in nll_rows
+        ]
     assume(name not in ("asft", "orpo") or not saturated(rows))
     losses, counts = losses_of(name, rows, parameters)
     reduction = data.draw(st.sampled_from(["mean", "sum", "none"]), label="reduction")
