@@ -35,7 +35,7 @@ PACKAGE = "asft_kernels"
 CORE = "contract edges fuzz functional"
 TESTS = {  # modules -> the files of tests/ that are to fail, the quickest to do so first
     "batch.py sequence.py functional.py token_loss.py linear_logps.py": (
-        f"batch {CORE} base_objectives extremes token_stats autocast torch_compile"
+        f"batch {CORE} base_objectives autocast extremes token_stats"
     ),
     "checks.py": "checks contract functional base_objectives batch",
     "heads.py": "heads checks autocast",

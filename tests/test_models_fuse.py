@@ -362,6 +362,8 @@ def test_models_without_a_head_and_encoder_decoders_are_refused():
     ("options", "text"),
     [
         ({"outputs": ("logits",)}, "outputs: got .*, need a tuple of 'log_probs'"),
+        ({"differentiable": ("is_top1",)}, r"differentiable: got \('is_top1',\), need a tuple of 'entropy', 'lse'"),
+        ({"differentiable": "lse"}, "differentiable: got 'lse', need a tuple of 'entropy', 'lse'"),
         ({"outputs": "entropy"}, "outputs: got 'entropy', need a tuple"),
         ({"temperature": 0.0}, "temperature: got 0.0, need a finite number > 0"),
     ],
