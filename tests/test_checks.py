@@ -8,7 +8,7 @@ from torch import nn
 
 from asft_kernels import FusedASFTLoss, fused_asft_loss, fused_linear_logps, fused_preference_loss
 from asft_kernels.backends import choose_backend, interpreter_fault
-from asft_kernels.objectives import ASFT
+from asft_kernels.objectives import ASFT, get_objective
 from cases import make_case
 
 
@@ -310,6 +310,16 @@ def test_triton_with_float64(monkeypatch):
         (
             {"objective": "asft", "ref_logps": torch.zeros(4)},
             "ref_logps: got a tensor, need None: ASFT has no reference",
+        ),
+        (
+            {"objective": get_objective("dpo", ld_alpha=0.5), "ref_logps": torch.zeros(4, 12)},
+            "ref_logps: got (4, 12) torch.float32, need a floating tensor (4, 13) as fused_linear_logps returns, "
+            "one value a label",
+        ),
+        (
+            {"objective": "dpo", "ref_logps": torch.zeros(3)},
+            "ref_logps: got (3,) torch.float32, need a floating tensor (4,), or (K, 4) where the objective takes "
+            "several references, one sum a row of hidden",
         ),
         (
             {"objective": "asft", "token_weights": torch.ones(4, 12)},

@@ -1,11 +1,13 @@
 """Heads that are more than a matrix, against their own forward: adapters, quantised and sharded weights."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from asft_kernels import fused_asft_loss, fused_linear_logps
+from asft_kernels import fused_asft_loss, fused_linear_logps, heads
 from asft_kernels.heads import resolve_head
 from bounds import fp32_bound, relative_error
 
@@ -382,3 +384,15 @@ def test_a_dtensor_head_takes_every_ranks_gradient(tmp_path):
         torch.multiprocessing.spawn(_on_two_ranks, (str(tmp_path / "store"), out), nprocs=2)
         assert len(out) == 2
         assert max(out.values()) <= BOUND
+
+
+def test_a_sharded_head_is_streamed_above_2_gib_alone(monkeypatch):
+    """At the limit itself it is gathered."""
+    from torch.distributed.tensor import Shard
+
+    weight = SimpleNamespace(
+        device_mesh=SimpleNamespace(ndim=1), placements=[Shard(0)], numel=lambda: 10, new_empty=torch.empty
+    )
+    for limit, streams in ((39, True), (40, False), (41, False)):  # 10 entries of 4 bytes
+        monkeypatch.setattr(heads, "GATHERED_BYTES", limit)
+        assert heads._streams(weight, None, "lm_head") == streams
