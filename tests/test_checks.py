@@ -355,3 +355,16 @@ def test_nothing_is_lost_by_an_error():
         fused_asft_loss(case.hidden, case.head, case.labels, reduction="avg")
     assert all(torch.equal(a, b) for a, b in zip(before, case.leaves, strict=True))
     assert ASFT() == ASFT(1.0, 1.0, 1.0)
+
+
+def test_a_tensor_of_another_kind_is_refused():
+    """A subclass may stand for other numbers than those that its memory holds."""
+
+    class Odd(torch.Tensor):
+        pass
+
+    case = make_case()
+    weight = case.weight.detach().as_subclass(Odd)
+    with pytest.raises(ValueError, match=r"lm_head weight: got a Odd, need a plain tensor; dequantise a quantised one"):
+        fused_linear_logps(case.hidden, weight, case.labels)
+    assert fused_linear_logps(case.hidden, torch.nn.Parameter(case.weight.detach()), case.labels).requires_grad

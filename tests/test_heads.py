@@ -396,3 +396,9 @@ def test_a_sharded_head_is_streamed_above_2_gib_alone(monkeypatch):
     for limit, streams in ((39, True), (40, False), (41, False)):  # 10 entries of 4 bytes
         monkeypatch.setattr(heads, "GATHERED_BYTES", limit)
         assert heads._streams(weight, None, "lm_head") == streams
+    monkeypatch.setattr(heads, "GATHERED_BYTES", 0)
+    for shape in ({"placements": [Shard(1)]}, {"device_mesh": SimpleNamespace(ndim=2)}):
+        other = SimpleNamespace(**vars(weight) | shape)
+        assert not heads._streams(other, None, "lm_head")
+        with pytest.raises(ValueError, match=r"stream=True with placements .*, need Shard\(0\) on a mesh of one"):
+            heads._streams(other, True, "lm_head")
