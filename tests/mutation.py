@@ -35,11 +35,11 @@ PACKAGE = "asft_kernels"
 CORE = "contract edges fuzz functional"
 TESTS = {  # modules -> the files of tests/ that are to fail, the quickest to do so first
     "batch.py sequence.py functional.py token_loss.py linear_logps.py": (
-        f"batch {CORE} base_objectives every_objective autocast extremes token_stats"
+        f"batch {CORE} base_objectives every_objective autocast extremes token_stats ranks"
     ),
     "checks.py": "checks contract functional base_objectives batch",
-    "heads.py": "heads checks autocast vocab_parallel sharded_data_parallel",
-    "backends/torch_chunked.py": f"{CORE} extremes accuracy token_stats cost",
+    "heads.py": "heads checks autocast sharding vocab_parallel sharded_data_parallel",
+    "backends/torch_chunked.py": f"{CORE} extremes token_stats distributed_schedules accuracy cost",
     "backends/sharding.py distributed.py": "sharding vocab_parallel",
     "objectives/asft_fused.py": "edges kernels every_objective functional",
     "objectives/*": "every_objective objectives base_objectives neighbour_objectives edges fuzz",

@@ -402,3 +402,12 @@ def test_a_sharded_head_is_streamed_above_2_gib_alone(monkeypatch):
         assert not heads._streams(other, None, "lm_head")
         with pytest.raises(ValueError, match=r"stream=True with placements .*, need Shard\(0\) on a mesh of one"):
             heads._streams(other, True, "lm_head")
+
+
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
+def test_a_head_that_is_not_quantised_yet_is_refused(kind):
+    """bitsandbytes quantises in .to(device): before, there are no codes to read."""
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, of the test extra")
+    head = getattr(bitsandbytes.nn, kind)(D, V, bias=False)
+    with pytest.raises(ValueError, match=rf"lm_head: got a {kind} that is not quantised yet, need one on its device"):
+        fused_linear_logps(torch.randn(1, 3, D), head, torch.zeros(1, 3, dtype=torch.int64))
