@@ -77,17 +77,23 @@ def test_a_weight_that_is_nan_shows_where_its_row_counts():
     assert with_pair[0].isfinite()
 
 
+def loss_of_logps(*given, **options) -> torch.Tensor:
+    loss = preference_loss_from_logps(*given, **options)
+    assert isinstance(loss, torch.Tensor)
+    return loss
+
+
 def test_layouts_of_a_loss_from_log_probabilities():
     """(R, T - 1) and (R, T) with shift, (R, T) without; nothing longer, no odd number of rows for pairs."""
     case = make_case(dtype=torch.float64)
     logps = fused_linear_logps(case.hidden, case.head, case.labels).detach()
     expected = fused_preference_loss(case.hidden, case.head, case.labels, "simpo").detach()
     for given in (logps, logps[:, :-1]):
-        assert torch.equal(preference_loss_from_logps(given, case.labels, "simpo"), expected)
+        assert torch.equal(loss_of_logps(given, case.labels, "simpo"), expected)
     at_labels = logps.roll(1, dims=1)
     masked = case.labels.clone()
     masked[:, 0] = IGNORE
-    assert torch.equal(preference_loss_from_logps(at_labels, masked, "simpo", shift=False), expected)
+    assert torch.equal(loss_of_logps(at_labels, masked, "simpo", shift=False), expected)
     longer = torch.nn.functional.pad(logps, (0, 1))
     for given, labels, shift in (
         (longer, case.labels, True), (logps[:, :-2], case.labels, True), (logps[:, :-1], case.labels, False),
@@ -96,10 +102,10 @@ def test_layouts_of_a_loss_from_log_probabilities():
     ):  # fmt: skip
         need = r"labels \(R, T\) and logps \(R, T - 1\) or" if shift else r"both \(R, T\), as shift is False"
         with pytest.raises(ValueError, match=rf"logps: got shape .* and labels .*, need {need}"):
-            preference_loss_from_logps(given, labels, "simpo", shift=shift)
+            loss_of_logps(given, labels, "simpo", shift=shift)
     with pytest.raises(ValueError, match="labels: got 3 rows, need chosen and rejected of each pair: an even number"):
-        preference_loss_from_logps(logps[:3], case.labels[:3], "simpo")
-    assert preference_loss_from_logps(logps[:3], case.labels[:3], "sft").isfinite()
+        loss_of_logps(logps[:3], case.labels[:3], "simpo")
+    assert loss_of_logps(logps[:3], case.labels[:3], "sft").isfinite()
 
 
 def test_float64_stays_float64_under_autocast():
