@@ -75,6 +75,8 @@ def test_a_weight_that_is_nan_shows_where_its_row_counts():
     )
     assert with_pair.tolist()[1] == 0.0
     assert with_pair[0].isfinite()
+    (grad,) = torch.autograd.grad(with_pair.sum(), case.hidden)
+    assert grad.isfinite().all()
 
 
 def loss_of_logps(*given, **options) -> torch.Tensor:
@@ -106,6 +108,10 @@ def test_layouts_of_a_loss_from_log_probabilities():
     with pytest.raises(ValueError, match="labels: got 3 rows, need chosen and rejected of each pair: an even number"):
         loss_of_logps(logps[:3], case.labels[:3], "simpo")
     assert loss_of_logps(logps[:3], case.labels[:3], "sft").isfinite()
+    with pytest.raises(
+        ValueError, match=r"stats: got none called 'lse', need it for SFT; ask the model for it: fuse\("
+    ):
+        loss_of_logps(logps, case.labels, get_objective("sft", lse_square_scale=0.1))
 
 
 def test_float64_stays_float64_under_autocast():
