@@ -108,9 +108,7 @@ def test_layouts_of_a_loss_from_log_probabilities():
     with pytest.raises(ValueError, match="labels: got 3 rows, need chosen and rejected of each pair: an even number"):
         loss_of_logps(logps[:3], case.labels[:3], "simpo")
     assert loss_of_logps(logps[:3], case.labels[:3], "sft").isfinite()
-    with pytest.raises(
-        ValueError, match=r"stats: got none called 'lse', need it for SFT; ask the model"
-    ):
+    with pytest.raises(ValueError, match=r"stats: got none called 'lse', need it for SFT; ask the model"):
         loss_of_logps(logps, case.labels, get_objective("sft", lse_square_scale=0.1))
 
 

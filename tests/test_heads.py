@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from asft_kernels import fused_asft_loss, fused_linear_logps, heads
 from asft_kernels.heads import resolve_head
+from asft_kernels.sharded_linear import ShardedLinear
 from bounds import fp32_bound, relative_error
 
 peft = pytest.importorskip("peft", reason="needs peft, of the test extra")
@@ -411,3 +412,16 @@ def test_a_head_that_is_not_quantised_yet_is_refused(kind):
     head = getattr(bitsandbytes.nn, kind)(D, V, bias=False)
     with pytest.raises(ValueError, match=rf"lm_head: got a {kind} that is not quantised yet, need one on its device"):
         fused_linear_logps(torch.randn(1, 3, D), head, torch.zeros(1, 3, dtype=torch.int64))
+
+
+def test_a_sharded_linear_goes_in_with_its_own_dtype():
+    """param_dtype, as FSDP2's policy has it; the gradient comes back in the weight's."""
+    weight = torch.randn(V, D, requires_grad=True)
+    head = ShardedLinear(weight, param_dtype=torch.bfloat16)
+    assert resolve_head(head).rows.weight.dtype == torch.bfloat16
+    hidden, labels = torch.randn(1, 3, D).bfloat16(), torch.zeros(1, 3, dtype=torch.int64)
+    logps = fused_linear_logps(hidden, head, labels)
+    assert torch.equal(logps, fused_linear_logps(hidden, weight.bfloat16(), labels))
+    logps.sum().backward()
+    assert head.weight.grad is not None
+    assert head.weight.grad.dtype == torch.float32

@@ -473,3 +473,27 @@ def test_the_check_leaves_dropout_and_modes_as_they_were():
         outputs.append(model(**batch(), fused_lm_head=True).log_probs)
         assert [module.training for module in model.modules()] == before
     assert outputs[0].equal(outputs[1])
+
+
+def test_gradients_go_through_what_a_hook_of_the_head_has_put_there():
+    """As DeepSpeed's, which gathers the weight in the backward of an operator that it puts behind the output."""
+    passed = []
+
+    class Marked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            passed.append(grads[0].shape)
+            return grads[0]
+
+    model, data = built("Llama"), batch()
+    model.lm_head.register_forward_hook(lambda module, args, output: Marked.apply(output))
+    fuse(model)
+    log_probs = model(**data, fused_lm_head=True).log_probs
+    assert not passed
+    log_probs.sum().backward()
+    assert len(passed) == 1
+    assert model.lm_head.weight.grad is not None
