@@ -44,6 +44,8 @@ TESTS = {  # modules -> the files of tests/ that are to fail, the quickest to do
     "objectives/asft_fused.py": "edges kernels every_objective functional",
     "objectives/*": "every_objective objectives base_objectives neighbour_objectives edges fuzz",
     "kernels/*": "kernels triton_backend functional extremes token_stats noisy_kernels",
+    "models/exact.py models/shard.py": "models_fuse models_check sharded_data_parallel models_ranks",
+    "models/loading.py": "models_saving cli score",
     "models/*": "models_fuse models_preference models_check models_refusals models_saving",
 }
 WITHOUT_TESTS = "__init__.py kernels/configs.py kernels/tile_choice.py models/smollm2.py"  # a GPU's, or a download
