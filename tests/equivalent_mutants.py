@@ -36,4 +36,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "has_room = v < (width + 15) // 16 * 16  # of the products, too",
         "has_room = v < (width + 15) // 15 * 16  # of the products, too",
     ): "reads past a strip what is masked afterwards: a GPU's memory checker would see it, the interpreter cannot",
+    (
+        "asft_kernels/kernels/row_statistics.py",
+        "others = tl.load(others_ptr + m, mask=is_token, other=0.0)",
+        "others = tl.load(others_ptr + m, mask=is_token, other=1.0)",
+    ): "of tokens that are not there, whose results are not stored",
 }
