@@ -69,6 +69,7 @@ setup(
             *DOCS,  # the site's links and anchors
             "bitsandbytes>=0.49; platform_system == 'Linux'",  # heads of 4 and 8 bits
             "hypothesis>=6.100",
+            "mpmath>=1.3",  # extremes; torch brings it with sympy
             "pytest>=8.4",
             "pytest-xdist>=3.6",
             # Compiled kernels are executed with it; newer and older releases are untested.

@@ -125,7 +125,7 @@ def preference_loss_from_logps(
         if isinstance(objective, str):
             objective = get_objective(objective)
         checks.objective_object(objective)
-        facts.about, facts.rows = text_of(objective), len(labels)
+        facts.about, facts.rows = text_of(objective), labels.shape[0] if labels.dim() else 0
         facts.ref_logps = None if objective.ref_per_token else ref_logps
         options = Options(ignore_index=ignore_index, shift=shift)
         given = given.on_group(objective, shift)

@@ -1,6 +1,7 @@
 """Tolerances, each with its derivation. Error is relative in the Frobenius norm, against float64 on the same inputs."""
 
 import torch
+from torch import Tensor
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -28,3 +29,20 @@ def fp32_bound(max_logit: float) -> float:
 def rounded_once(exact: torch.Tensor, dtype: torch.dtype) -> float:
     """The error that one rounding of the exact result into dtype makes: what no method can go below."""
     return relative_error(exact.double().to(dtype), exact)
+
+
+def entry_bound(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, scale=1.0, cap: float | None = None) -> float:
+    """Largest relative error of an exponential of a logit, and of what is summed of them.
+
+    A logit is a sum of D products and a bias, then scaled, less a reference and in other units: D + 6 roundings of a
+    number up to |scale| (|H||W|' + |b|), and the difference of two such counts twice. Sums over the vocabulary and the
+    tokens add a rounding a term; 20 for the functions and products after them. The slope of a softcap has the logit's
+    error twice over the cap; the cap itself is rounded once. float32 inside for 16-bit inputs.
+    """
+    hidden, weight = hidden.detach(), weight.detach()
+    offset = 0 if bias is None else bias.detach().double().abs().nan_to_num(0, 0, 0)  # of -inf there is no error
+    sizes = hidden.double().abs() @ weight.double().abs().T + offset
+    largest = abs(scale) * (sizes.max().item() if sizes.numel() else 0.0)
+    exponent = 2 * (hidden.shape[-1] + 6) * largest * (1 if cap is None else 1 + 2 / cap) + (cap or 0)
+    unit = unit_roundoff(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    return unit * (exponent + len(weight) + hidden[..., 0].numel() + 20)

@@ -37,8 +37,8 @@ PARTS = {  # name -> pytest's -m, one process group for each
 }
 DEFAULT = ("plain", "compile", "emulated")
 CORE = (  # of the quick part: they import no more than torch
-    "autocast", "base_objectives", "batch", "checks", "contract", "every_objective", "functional", "layers",
-    "objectives", "plan",
+    "autocast", "base_objectives", "batch", "checks", "contract", "edges", "every_objective", "extremes", "functional",
+    "fuzz", "layers", "objectives", "plan",
 )  # fmt: skip
 EMULATOR_DIR = "ASFT_KERNELS_EMULATOR_DIR"
 NO_TESTS = 5  # pytest's exit code for an empty selection

@@ -8,7 +8,7 @@ from torch import nn
 
 from asft_kernels import FusedASFTLoss, fused_asft_loss, fused_linear_logps, fused_preference_loss
 from asft_kernels.backends import choose_backend, interpreter_fault
-from asft_kernels.objectives import ASFT
+from asft_kernels.objectives import ASFT, get_objective
 from cases import make_case
 
 
@@ -312,6 +312,16 @@ def test_triton_with_float64(monkeypatch):
             "ref_logps: got a tensor, need None: ASFT has no reference",
         ),
         (
+            {"objective": get_objective("dpo", ld_alpha=0.5), "ref_logps": torch.zeros(4, 12)},
+            "ref_logps: got (4, 12) torch.float32, need a floating tensor (4, 13) as fused_linear_logps returns, "
+            "one value a label",
+        ),
+        (
+            {"objective": "dpo", "ref_logps": torch.zeros(3)},
+            "ref_logps: got (3,) torch.float32, need a floating tensor (4,), or (K, 4) where the objective takes "
+            "several references, one sum a row of hidden",
+        ),
+        (
             {"objective": "asft", "token_weights": torch.ones(4, 12)},
             "token_weights: got (4, 12) torch.float32, need a floating tensor of shape (4, 13)",
         ),
@@ -345,3 +355,16 @@ def test_nothing_is_lost_by_an_error():
         fused_asft_loss(case.hidden, case.head, case.labels, reduction="avg")
     assert all(torch.equal(a, b) for a, b in zip(before, case.leaves, strict=True))
     assert ASFT() == ASFT(1.0, 1.0, 1.0)
+
+
+def test_a_tensor_of_another_kind_is_refused():
+    """A subclass may stand for other numbers than those that its memory holds."""
+
+    class Odd(torch.Tensor):
+        pass
+
+    case = make_case()
+    weight = case.weight.detach().as_subclass(Odd)
+    with pytest.raises(ValueError, match=r"lm_head weight: got a Odd, need a plain tensor; dequantise a quantised one"):
+        fused_linear_logps(case.hidden, weight, case.labels)
+    assert fused_linear_logps(case.hidden, torch.nn.Parameter(case.weight.detach()), case.labels).requires_grad

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from asft_kernels import fused_linear_logps
-from asft_kernels.backends import Logits
+from asft_kernels.backends import Logits, plan
 from asft_kernels.backends.head_rows import HeadRows, stream_text
 from asft_kernels.backends.streamed_order import StreamedOrder
 from asft_kernels.distributed import VocabParallelHead
@@ -98,8 +98,12 @@ def test_vocabulary_parallel(fake_group, sums, outputs):
 
 @pytest.mark.parametrize("fake_group", SIZES, indirect=True, ids=lambda size: f"{size} ranks")
 @pytest.mark.parametrize("cached", [True, False], ids=["all kept", "none kept"])
-def test_streamed(fake_group, cached):
-    """One all-gather of rows and one reduce-scatter of dW a chunk; shards of the last ranks may be empty."""
+def test_streamed(fake_group, cached, monkeypatch):
+    """One all-gather of rows and one reduce-scatter of dW a chunk; shards of the last ranks may be empty.
+
+    All tokens take a chunk of rows at once, however many they are.
+    """
+    monkeypatch.setitem(plan.TOKEN_BLOCK, "cpu", 4)
     N, D, V, chunk, size = 6, 8, 2000, 600, fake_group.size()
     shard = -(-V // size)
     hidden = torch.randn(N, D, dtype=torch.bfloat16, requires_grad=True)

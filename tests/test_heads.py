@@ -1,12 +1,15 @@
 """Heads that are more than a matrix, against their own forward: adapters, quantised and sharded weights."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from asft_kernels import fused_asft_loss, fused_linear_logps
+from asft_kernels import fused_asft_loss, fused_linear_logps, heads
 from asft_kernels.heads import resolve_head
+from asft_kernels.sharded_linear import ShardedLinear
 from bounds import fp32_bound, relative_error
 
 peft = pytest.importorskip("peft", reason="needs peft, of the test extra")
@@ -382,3 +385,43 @@ def test_a_dtensor_head_takes_every_ranks_gradient(tmp_path):
         torch.multiprocessing.spawn(_on_two_ranks, (str(tmp_path / "store"), out), nprocs=2)
         assert len(out) == 2
         assert max(out.values()) <= BOUND
+
+
+def test_a_sharded_head_is_streamed_above_2_gib_alone(monkeypatch):
+    """At the limit itself it is gathered."""
+    from torch.distributed.tensor import Shard
+
+    weight = SimpleNamespace(
+        device_mesh=SimpleNamespace(ndim=1), placements=[Shard(0)], numel=lambda: 10, new_empty=torch.empty
+    )
+    for limit, streams in ((39, True), (40, False), (41, False)):  # 10 entries of 4 bytes
+        monkeypatch.setattr(heads, "GATHERED_BYTES", limit)
+        assert heads._streams(weight, None, "lm_head") == streams
+    monkeypatch.setattr(heads, "GATHERED_BYTES", 0)
+    for shape in ({"placements": [Shard(1)]}, {"device_mesh": SimpleNamespace(ndim=2)}):
+        other = SimpleNamespace(**vars(weight) | shape)
+        assert not heads._streams(other, None, "lm_head")
+        with pytest.raises(ValueError, match=r"stream=True with placements .*, need Shard\(0\) on a mesh of one"):
+            heads._streams(other, True, "lm_head")
+
+
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
+def test_a_head_that_is_not_quantised_yet_is_refused(kind):
+    """bitsandbytes quantises in .to(device): before, there are no codes to read."""
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, of the test extra")
+    head = getattr(bitsandbytes.nn, kind)(D, V, bias=False)
+    with pytest.raises(ValueError, match=rf"lm_head: got a {kind} that is not quantised yet, need one on its device"):
+        fused_linear_logps(torch.randn(1, 3, D), head, torch.zeros(1, 3, dtype=torch.int64))
+
+
+def test_a_sharded_linear_goes_in_with_its_own_dtype():
+    """param_dtype, as FSDP2's policy has it; the gradient comes back in the weight's."""
+    weight = torch.randn(V, D, requires_grad=True)
+    head = ShardedLinear(weight, param_dtype=torch.bfloat16)
+    assert resolve_head(head).rows.weight.dtype == torch.bfloat16
+    hidden, labels = torch.randn(1, 3, D).bfloat16(), torch.zeros(1, 3, dtype=torch.int64)
+    logps = fused_linear_logps(hidden, head, labels)
+    assert torch.equal(logps, fused_linear_logps(hidden, weight.bfloat16(), labels))
+    logps.sum().backward()
+    assert head.weight.grad is not None
+    assert head.weight.grad.dtype == torch.float32

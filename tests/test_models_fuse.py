@@ -362,6 +362,8 @@ def test_models_without_a_head_and_encoder_decoders_are_refused():
     ("options", "text"),
     [
         ({"outputs": ("logits",)}, "outputs: got .*, need a tuple of 'log_probs'"),
+        ({"differentiable": ("is_top1",)}, r"differentiable: got \('is_top1',\), need a tuple of 'entropy', 'lse'"),
+        ({"differentiable": "lse"}, "differentiable: got 'lse', need a tuple of 'entropy', 'lse'"),
         ({"outputs": "entropy"}, "outputs: got 'entropy', need a tuple"),
         ({"temperature": 0.0}, "temperature: got 0.0, need a finite number > 0"),
     ],
@@ -471,3 +473,32 @@ def test_the_check_leaves_dropout_and_modes_as_they_were():
         outputs.append(model(**batch(), fused_lm_head=True).log_probs)
         assert [module.training for module in model.modules()] == before
     assert outputs[0].equal(outputs[1])
+
+
+def test_gradients_go_through_what_a_hook_of_the_head_has_put_there():
+    """As DeepSpeed's, which gathers the weight in the backward of an operator that it puts behind the output."""
+    passed = []
+
+    class Marked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            passed.append(grads[0].shape)
+            return grads[0]
+
+    model, data = built("Llama"), batch()
+
+    def post_forward(module, args, output):
+        return Marked.apply(output)
+
+    post_forward.__module__ = "deepspeed.runtime.zero"  # anyone else's hook is refused
+    model.lm_head.register_forward_hook(post_forward)
+    fuse(model)
+    log_probs = model(**data, fused_lm_head=True).log_probs
+    assert not passed
+    log_probs.sum().backward()
+    assert len(passed) == 1
+    assert model.lm_head.weight.grad is not None

@@ -49,6 +49,15 @@ def test_total_of_the_step_replaces_the_mean():
         model(**data, num_items_in_batch=torch.tensor(30))
 
 
+def test_hidden_states_of_a_first_batch_with_padding():
+    """The batch is held against the model's own logits where there is a token."""
+    model, data = PreferenceModel(built("Llama"), "simpo"), batch()
+    hidden = model.hidden_states(data["input_ids"], data["attention_mask"])
+    expected = model.model.model(data["input_ids"], data["attention_mask"]).last_hidden_state
+    torch.testing.assert_close(hidden, expected, rtol=0, atol=0)
+    assert model.fused_head.difference is not None
+
+
 @pytest.mark.parametrize("name", ["sft", "kto", "poft"])
 def test_objectives_of_single_rows(name):
     model, data = PreferenceModel(built("Granite"), name), batch()
