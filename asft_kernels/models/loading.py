@@ -93,10 +93,15 @@ def load_trainable_adapter(folder: str, keywords: dict[str, Any]) -> Any:
         from peft import PeftModel
     except ImportError as error:
         raise InputError(f"model: {folder} is an adapter: peft is not installed; pip install peft") from error
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     with loading(folder):
-        model = AutoModelForCausalLM.from_pretrained(_base_of_adapter(folder) or folder, **keywords)
+        base = _base_of_adapter(folder) or folder
+        names = ("trust_remote_code", "revision")
+        config = AutoConfig.from_pretrained(base, **{name: keywords[name] for name in names if name in keywords})
+        kinds: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+        of_text = type(config) in kinds or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+        model = (AutoModelForCausalLM if of_text else AutoModelForImageTextToText).from_pretrained(base, **keywords)
         return PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 

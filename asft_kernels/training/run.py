@@ -289,9 +289,12 @@ def _read(
         split = data.dataset_test_split
         if split == "test" and all(Path(name).is_file() for name in data.eval_dataset_name):
             split = "train"  # as all of a file is called, which has no splits
-        evaluation, of_evaluation = load_pairs(data.eval_dataset_name, processor, split=split, **limits)
+        images = "images" in train.column_names
+        evaluation, of_evaluation = load_pairs(data.eval_dataset_name, processor, split=split, images=images, **limits)
+        if "images" in evaluation.column_names and not images:
+            raise InputError("eval_dataset_name: got rows with images, need text alone, as all training rows are")
         text += f"\n{of_evaluation}"
-    if evaluation is not None and "prompt_ids" in evaluation.column_names:
+    if evaluation is not None:
         evaluation = evaluation.select(longest_first(evaluation))  # too large a batch shows at once
     return Data(train, evaluation, text)
 

@@ -142,6 +142,8 @@ class PreferenceTrainer(PairTrainer):
                 optimizers=optimizers, quantization_config=quantization_config, peft_config=peft_config,
             )  # fmt: skip
         _refuse_pieces(self.accelerator.parallelism_config)
+        if self._is_vision_dataset:
+            self._refuse_beside_images()
         if args.disable_dropout:
             models: list[Any] = [self.model, self.ref_model]
             for of_trl in filter(None, models):
@@ -154,6 +156,15 @@ class PreferenceTrainer(PairTrainer):
         self.head_goes = place_head(self)
         self.method.start(self)
         self._change_datasets(self._with_columns)
+
+    def _refuse_beside_images(self) -> None:
+        """InputError for what reads tokens before TRL's collator makes them, image by image, of chats."""
+        for name, got, need in (
+            ("method", self.method.name, "none"), ("nll_on_prompt", self.args.nll_on_prompt, "False"),
+            ("ref_scores", self.brings_reference, "a reference model: the data brings log-probabilities"),
+        ):  # fmt: skip
+            if got:
+                raise InputError(f"{name}: got {got!r} with rows that have images, need {need}; or rows of text alone")
 
     # Datasets
 
