@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from asft_kernels.cost import of_head
 from asft_kernels.data.images import images_in
@@ -16,6 +17,7 @@ from asft_kernels.memory import in_units
 from asft_kernels.models.seam import causal_lm, output_head
 from asft_kernels.options import Options
 from asft_kernels.training.collator import longest_first, token_counts
+from asft_kernels.training.tensor_parallel import data_ranks
 from asft_kernels.training.trainer import PreferenceTrainer
 
 MARKS = ("⟦", "⟧")  # around what carries loss
@@ -37,7 +39,7 @@ def describe(trainer: PreferenceTrainer) -> str:
     args = trainer.args
     batches = len(trainer.get_train_dataloader())  # of this process
     an_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
-    pairs_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    pairs_a_step = args.train_batch_size * args.gradient_accumulation_steps * data_ranks(trainer)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(an_epoch * args.num_train_epochs)
     text = [
         f"tokens: {tokens:,} in {len(rows)} pairs, {of_loss / max(tokens, 1):.0%} carry loss",
@@ -71,7 +73,8 @@ def _measured(trainer: PreferenceTrainer, tokens_a_pair: float, steps: int) -> s
         seconds = min(seconds, time.perf_counter() - start)
     model.zero_grad(set_to_none=True)
     trainer.windows["train"].take(lambda sums: sums)
-    own = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    here = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters() if p.requires_grad)
+    own = sum(p.numel() for p in here)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident()
     rate = int(batch["attention_mask"].sum()) / seconds
     of_step = args.train_batch_size * args.gradient_accumulation_steps * tokens_a_pair
@@ -84,8 +87,10 @@ def _measured(trainer: PreferenceTrainer, tokens_a_pair: float, steps: int) -> s
 
 
 def _of_head(trainer: PreferenceTrainer, batch: dict[str, torch.Tensor]) -> str:
-    """What of that the head takes; nothing under autocast or where it is streamed, which `estimate` does not know."""
+    """What of that the head takes; nothing under autocast or where it is streamed or sharded, as estimate knows none."""
     args, model = trainer.args, causal_lm(trainer.model)
+    if trainer.is_distributed_loading_by_transformers:
+        return ""
     head = resolve_head(output_head(model))
     if args.bf16 or args.fp16 or head.rows.is_streamed:
         return ""

@@ -1,5 +1,6 @@
 """What surrounds the loss in `PreferenceTrainer`: what is logged, evaluation pair by pair, state in checkpoints."""
 
+import functools
 import pickle
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from asft_kernels.training.checkpoints import write_digests
 from asft_kernels.training.config import PreferenceConfig
 from asft_kernels.training.figures import BEFORE, Evaluation, Window, pair_figures, pair_table, token_figures
 from asft_kernels.training.hooks import Method
+from asft_kernels.training.tensor_parallel import data_rank, gathered_rows, sum_over_data
 
 # In checkpoints, where there is any.
 OBJECTIVE_STATE, REFERENCE_STATE = "objective.pt", "ref_model.pt"
@@ -62,7 +64,7 @@ class PairTrainer(DPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        figures = self.windows[mode].take(lambda sums: self.accelerator.reduce(sums, "sum"))
+        figures = self.windows[mode].take(lambda sums: sum_over_data(self, sums))
         loss, tokens = figures.pop("loss", None), figures.pop("tokens", 0.0)
         if mode == "train" and "loss" in logs and loss is not None and self.window_start is not None:
             logs["loss"] = loss  # the Trainer's is a mean of the steps' means, ours are all per pair
@@ -111,11 +113,16 @@ class PairTrainer(DPOTrainer):
         inputs = self._prepare_inputs(inputs)
         state, rows = self.accelerator.gradient_state, len(inputs["completion_mask"]) // 2
         if state.end_of_dataloader and state.remainder > 0:  # pairs that fill the last batch count nowhere
-            own = self.args.process_index * rows + torch.arange(rows, device=inputs["completion_mask"].device)
+            own = data_rank(self) * rows + torch.arange(rows, device=inputs["completion_mask"].device)
             inputs["completion_mask"] = inputs["completion_mask"] * (own < state.remainder).repeat(2)[:, None]
         with torch.no_grad(), self.compute_loss_context_manager():
             losses, out, _ = self._losses(model, inputs)
         return None, *pair_table(out, losses)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        if self.get_tp_size() > 1:
+            self.gather_function = functools.partial(gathered_rows, self)
+        return super().evaluation_loop(*args, **kwargs)
 
     def _evaluation_figures(self, prediction: EvalPrediction) -> dict[str, float]:
         self.evaluation = Evaluation(np.asarray(prediction.predictions))

@@ -305,7 +305,8 @@ def _head_checked(trainer: PreferenceTrainer) -> str:
 
     Sharded models are held against them at their first batch: they are whole in no place before.
     """
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.method.makes_pairs:
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.is_distributed_loading_by_transformers
+    if sharded or trainer.method.makes_pairs:
         goes = f"{trainer.head_goes}; " if trainer.head_goes else ""
         return f"output head: {goes}checked at the first batch"
     rows = [trainer.train_dataset[i] for i in (0, min(1, len(trainer.train_dataset) - 1))]
