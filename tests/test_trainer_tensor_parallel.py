@@ -16,10 +16,10 @@ pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
 
 from accelerate import ParallelismConfig
 from safetensors.torch import load_file
-from torch import nn
 
 from asft_kernels.cli import main as asft
 from asft_kernels.errors import InputError
+from asft_kernels.objectives import DPO
 from asft_kernels.training.figures import BEFORE, Evaluation
 from asft_kernels.training.tensor_parallel import check_parallelism, check_tensor_parallel
 from tiny_lm import pairs, saved_tiny_model, write_lines
@@ -174,7 +174,7 @@ REFUSED = [
     ({"is_distributed_loading_by_transformers": False}, "model: got one that transformers did not shard"),
     ({"model": SimpleNamespace(peft_config={})}, "peft_config: got True with tp_size 2, need none"),
     ({"model": SimpleNamespace(is_quantized=True)}, "quantization_config: got True"),
-    ({"objective": nn.Identity()}, r"objective: got Identity\(\) with tp_size 2, need one without statistics"),
+    ({"_state_of_objective": dict(mean=0)}, r"objective: got DPO\(.*\) with tp_size 2, need one without statistics"),
     ({"method": SimpleNamespace(name="sapo", of_rank=("random",))}, "method: got 'sapo' with tp_size 2"),
     ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs: got True"),
     ({"load_best_model_at_end": True}, "load_best_model_at_end: got True"),
@@ -185,7 +185,8 @@ REFUSED = [
 def test_what_would_be_wrong_on_ranks_that_share_pairs_is_refused(changes, text):
     args = SimpleNamespace(precompute_ref_log_probs=False, sync_ref_model=False, load_best_model_at_end=False)
     trainer: Any = SimpleNamespace(
-        args=args, get_tp_size=lambda: 2, is_fsdp_enabled=False, is_deepspeed_enabled=False, objective=object(),
+        args=args, get_tp_size=lambda: 2, is_fsdp_enabled=False, is_deepspeed_enabled=False, objective=DPO(),
+        _state_of_objective=dict,
         is_distributed_loading_by_transformers=True, model=SimpleNamespace(),
         method=SimpleNamespace(name="", of_rank=()),
     )  # fmt: skip

@@ -87,7 +87,7 @@ def _measured(trainer: PreferenceTrainer, tokens_a_pair: float, steps: int) -> s
 
 
 def _of_head(trainer: PreferenceTrainer, batch: dict[str, torch.Tensor]) -> str:
-    """What of that the head takes; nothing under autocast or where it is streamed or sharded, as estimate knows none."""
+    """What of that the head takes; nothing under autocast or where it is streamed or sharded: estimate knows none."""
     args, model = trainer.args, causal_lm(trainer.model)
     if trainer.is_distributed_loading_by_transformers:
         return ""

@@ -7,7 +7,7 @@ prepares such a model with a class (`ReplicateParallel`) that transformers 5.23 
 import os
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from asft_kernels.errors import InputError
 
@@ -65,11 +65,7 @@ def check_tensor_parallel(trainer: Any) -> None:
     for name, got, need in (
         ("peft_config", hasattr(trainer.model, "peft_config"), "none: an adapter is whole on each rank"),
         ("quantization_config", getattr(trainer.model, "is_quantized", False), "none"),
-        (
-            "objective",
-            isinstance(trainer.objective, nn.Module) and trainer.objective,
-            "one without statistics: these are sums over all ranks",
-        ),
+        ("objective", trainer._state_of_objective() and trainer.objective, "one without statistics of all ranks"),
         ("precompute_ref_log_probs", args.precompute_ref_log_probs, "False: TRL gathers each pair once a rank"),
         ("sync_ref_model", args.sync_ref_model, "False"),
         ("load_best_model_at_end", args.load_best_model_at_end, "False: the Trainer loads whole weights alone"),
