@@ -174,7 +174,10 @@ REFUSED = [
     ({"is_distributed_loading_by_transformers": False}, "model: got one that transformers did not shard"),
     ({"model": SimpleNamespace(peft_config={})}, "peft_config: got True with tp_size 2, need none"),
     ({"model": SimpleNamespace(is_quantized=True)}, "quantization_config: got True"),
-    ({"_state_of_objective": dict(mean=0)}, r"objective: got DPO\(.*\) with tp_size 2, need one without statistics"),
+    (
+        {"_state_of_objective": lambda: {"mean": 0}},
+        r"objective: got DPO\(.*\) with tp_size 2, need one without statistics",
+    ),
     ({"method": SimpleNamespace(name="sapo", of_rank=("random",))}, "method: got 'sapo' with tp_size 2"),
     ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs: got True"),
     ({"load_best_model_at_end": True}, "load_best_model_at_end: got True"),
