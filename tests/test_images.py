@@ -19,7 +19,7 @@ from asft_kernels.data import load_pairs
 from asft_kernels.errors import InputError
 from asft_kernels.training import PreferenceConfig, PreferenceTrainer
 from tiny_lm import CHAT_TEMPLATE, pairs, saved_tiny_model, tiny_tokenizer, write_lines
-from tiny_vlm import TEMPLATE, picture, picture_pairs, said, saved_tiny_llava, tiny_processor
+from tiny_vlm import TEMPLATE, picture, picture_pairs, said, saved_tiny_llava, tiny_idefics3, tiny_processor
 
 pytestmark = [
     # peft and trl ask for names that transformers renamed; nothing of ours does
@@ -99,6 +99,26 @@ def test_pil_images_in_a_dataset_train_as_trl(folder, trls, tmp_path):
         str(folder / "model"), args=args, train_dataset=of_trl(folder), processing_class=tiny_processor()
     )
     assert losses(trainer) == pytest.approx(trls[0], **CLOSE)
+
+
+def test_a_model_that_cuts_images_into_tiles_trains_as_trl(folder, tmp_path):
+    """Idefics3: images nested by row, some rows without, a mask of pixels, more tokens than parts."""
+    model, processor = tiny_idefics3()
+    model.save_pretrained(tmp_path / "model")
+    read, report = load_pairs(folder / "pairs.jsonl", processor)
+    assert report.images == 6
+    assert len(set(read["prompt_tokens"])) > 2, "pictures of other widths have other numbers of tiles"
+    kinds: Any = {
+        "trl": (DPOTrainer, DPOConfig, {}),
+        "ours": (PreferenceTrainer, PreferenceConfig, {"objective": "dpo"}),
+    }
+    found = {}
+    for name, (kind, config, own) in kinds.items():
+        args = config(str(tmp_path / name), logging_steps=1, **SAME_STEPS, **own)
+        rows = of_trl(folder) if name == "trl" else read
+        trainer = kind(str(tmp_path / "model"), args=args, train_dataset=rows, processing_class=processor)
+        found[name] = losses(trainer)
+    assert found["ours"] == pytest.approx(found["trl"], **CLOSE)
 
 
 def test_images_matter_evaluation_and_lora(folder, tmp_path):

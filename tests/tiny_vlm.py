@@ -1,11 +1,21 @@
-"""A tiny image-text model with its processor, and pairs about pictures of one colour, made on the spot."""
+"""Tiny image-text models with their processors, and pairs about pictures of one colour, made on the spot."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    CLIPVisionConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3Processor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)  # fmt: skip
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from tiny_lm import tiny_config, tiny_tokenizer
 
@@ -75,3 +85,25 @@ def picture_pairs(folder: Path, count: int = 6) -> list[dict]:
             }
         )
     return rows
+
+
+def tiny_idefics3() -> tuple[Idefics3ForConditionalGeneration, Idefics3Processor]:
+    """Cuts an image into tiles, each with a token of its own before it."""
+    tokenizer = tiny_tokenizer()
+    tiles = [f"<row_{i}_col_{j}>" for i in range(1, 4) for j in range(1, 4)]
+    marks = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*marks, *tiles]})
+    images = Idefics3ImageProcessorPil(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
+    vision = dict(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE,
+        patch_size=PATCH,
+    )  # fmt: skip
+    text = tiny_config(vocab_size=len(tokenizer), tie_word_embeddings=False, max_position_embeddings=512)
+    torch.manual_seed(0)
+    made: Any = Idefics3Config
+    config = made(
+        text_config=text.to_dict(), vision_config=vision, scale_factor=2, pad_token_id=0,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    processor = Idefics3Processor(images, tokenizer, image_seq_len=1, chat_template=TEMPLATE)
+    return Idefics3ForConditionalGeneration(config).float(), processor
