@@ -138,6 +138,48 @@ def test_images_matter_evaluation_and_lora(folder, tmp_path):
     assert all(abs(one - other) > 1e-4 for one, other in zip(*both, strict=True))
 
 
+def test_a_run_goes_on_and_ends_with_its_best(folder, tmp_path, capsys):
+    """transformers saves LLaVA's weights under other names than the model has."""
+    more = ("--objective", "dpo", "--save_strategy", "steps", "--save_steps", "1", "--lr_scheduler_type", "constant")
+    assert asft(words(*of(folder), tmp_path / "whole", *more)) == 0
+    assert asft(words(*of(folder), tmp_path / "part", *more, "--max_steps", "2")) == 0
+    assert asft(words(*of(folder), tmp_path / "part", *more, "--resume")) == 0
+    whole, part = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "part"))
+    assert whole == part
+    best = (
+        "--eval_every_nth",
+        "3",
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "1",
+        "--load_best_model_at_end",
+        "true",
+    )
+    worse = ("--learning_rate", "0.3", "--load_best_model_at_end", "true", "--metric_for_best_model", "eval_loss")
+    assert asft(words(*of(folder), tmp_path / "best", *more, *best, *worse)) == 0
+    said = capsys.readouterr().out
+    step = int(said.partition("best after step ")[2].partition(":")[0])
+    assert step < 3, "else nothing would have been loaded"
+    best, final = (tmp_path / "best" / x / "model.safetensors" for x in (f"checkpoint-{step}", "."))
+    assert best.read_bytes() == final.read_bytes()
+
+
+def test_weights_of_another_model_are_refused(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from asft_kernels.models.loading import load_renamed
+    from tiny_vlm import tiny_llava
+
+    shutil.copytree(folder / "model", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    assert load_renamed(tiny_llava(seed=1), str(tmp_path / "model"))
+    del weights["language_model.lm_head.weight"]
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"got a checkpoint of another model: lm_head\.weight"):
+        load_renamed(tiny_llava(), str(tmp_path / "model"))
+
+
 def test_an_adapter_is_gone_on_with(folder, tmp_path):
     pytest.importorskip("peft", reason="needs peft")
     lora = ("--use_peft", "true", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj")

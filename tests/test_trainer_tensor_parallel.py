@@ -129,8 +129,8 @@ def test_a_checkpoint_to_resume_from_is_refused(words, tmp_path):
     assert "Traceback" not in done.stderr.split("torch/distributed/run.py")[0].rsplit("Traceback", 1)[0]
 
 
-def given(**changes):
-    return SimpleNamespace(parallelism_config=None, model_init_kwargs=None, **changes)
+def given():
+    return SimpleNamespace(parallelism_config=None, model_init_kwargs=None, fsdp=None)
 
 
 def test_accelerates_sizes_become_transformers(monkeypatch):
@@ -151,6 +151,9 @@ def test_accelerates_sizes_become_transformers(monkeypatch):
     launched: Any = given()
     check_parallelism(launched)
     assert launched.model_init_kwargs["distributed_config"] == {"tp_size": 2, "fsdp_size": 1}
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="fsdp: got accelerate's with tp_size 2, need model_init_kwargs="):
+        check_parallelism(launched)
 
 
 def test_pieces_of_sequences_and_replicas_are_refused():

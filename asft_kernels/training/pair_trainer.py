@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import EvalPrediction
 from trl import DPOTrainer
 
 from asft_kernels.errors import InputError
+from asft_kernels.models.loading import load_renamed
 from asft_kernels.models.seam import causal_lm
 from asft_kernels.training.checkpoints import write_digests
 from asft_kernels.training.config import PreferenceConfig
@@ -183,6 +185,19 @@ class PairTrainer(DPOTrainer):
             if self.method.of_rank:
                 state |= _state(checkpoint, RANKS_STATE.format(rank=self.args.process_index))
             self.method.load_state_dict(state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._load_renamed(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_renamed(str(self.state.best_model_checkpoint)):
+            super()._load_best_model()
+
+    def _load_renamed(self, checkpoint: str) -> bool:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or is_peft_model(self.model):
+            return False
+        return load_renamed(self.accelerator.unwrap_model(self.model), checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Tied weights are stored once; anything else that does not match is another model's."""

@@ -40,6 +40,8 @@ def check_parallelism(args: Any) -> None:
                 f"parallelism_config: got dp_replicate_size {asked.dp_replicate_size} with tp_size {asked.tp_size}, "
                 "need dp_shard_size for the ranks of data parallelism"
             )
+        if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise InputError(f"fsdp: got accelerate's with tp_size {asked.tp_size}, {INSTEAD}; leave it out")
         sizes = {"tp_size": asked.tp_size, "fsdp_size": asked.dp_shard_size}
         if (other := given.setdefault("distributed_config", sizes)) != sizes:
             raise InputError(
