@@ -82,7 +82,7 @@ oldest-trl:
 	@grep -vE '^trl=' constraints.txt >.venv-$@/constraints.txt
 	.venv-$@/bin/python -m pip install -c .venv-$@/constraints.txt -e ".[test]" trl==1.15.0
 	.venv-$@/bin/python -m pytest -n logical tests/test_patch_trl.py tests/test_parity_trl.py \
-	    tests/test_preference_trainer.py tests/test_trainer_objectives.py tests/test_train_command.py
+	    tests/test_preference_trainer.py tests/test_trainer_objectives.py tests/test_train_command.py tests/test_images.py
 
 venv:
 	@if $(PY) -m pip --version >/dev/null 2>&1; then exit 0; fi; \

@@ -217,7 +217,7 @@ def fused_preference_loss(
         lm_head: {lm_head}
         labels: (R, T) or (M,) integers, aligned with input_ids; ignore_index at prompts and padding.
         objective: A name (`asft_kernels.objectives.OBJECTIVES`: the paper's defaults), a sum of names
-            ("dpo + 0.005 sft"), or an object (`get_objective(name, ...)`, or your own: `Objective`).
+            ("dpo(beta=0.2) + 0.005 sft"), or an object (`get_objective(name, ...)`, or your own: `Objective`).
         ref_logps: (R,) sums under a frozen reference, or (K, R) for K of them, for objectives that need them; for
             those that weigh tokens after the policy, log-probabilities per token as `fused_linear_logps` returns them.
         token_weights: Like labels, floating: weight of each label's log-probability in its sequence's sum; detached.

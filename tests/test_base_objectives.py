@@ -406,6 +406,20 @@ def test_a_sum_is_the_sum_of_its_parts():
     assert terms.metrics.keys() == dpo.metrics.keys()
 
 
+def test_terms_have_their_own_parameters():
+    made = get_objective(
+        "dpo(beta=2e-1, f_divergence_type=js_divergence) + 1e+1*sft(normalization='sum') + .5 asft(lam = 3)"
+    )
+    expected = WeightedSum((
+        (1.0, get_objective("dpo", beta=0.2, f_divergence_type="js_divergence")),
+        (10.0, get_objective("sft", normalization="sum")), (0.5, get_objective("asft", lam=3)),
+    ))  # fmt: skip
+    assert made == expected
+    assert get_objective("dpo(beta=0.2)") == DPO(beta=0.2), "one name without a weight is no sum"
+    assert get_objective("dpo()") == DPO()
+    assert get_objective("1 dpo(use_weighting=true)") == WeightedSum(((1.0, get_objective("dpo", use_weighting=True)),))
+
+
 def test_terms_of_a_sum_are_weighed_in_the_alignment_and_not_in_the_likelihood():
     policy, ref = random_pairs()
     own = Logps(policy.sum, policy.length, 3 * policy.sum, policy.length)  # a likelihood term of other tokens
@@ -484,11 +498,20 @@ def test_a_sum_says_what_its_parts_need():
     [
         (lambda: get_objective("dpo + 0.1 aft"), "objective: got 'aft', need one of 'asft', "),
         (lambda: get_objective("DPPO"), r"parameters\); did you mean 'dpo'\?"),
-        (lambda: get_objective("dpo + "), "objective: got the term '' in a sum, need 'name' or 'weight name'"),
-        (lambda: get_objective("dpo + 1.2.3 sft"), "objective: got the term '1.2.3 sft' in a sum"),
-        (lambda: get_objective("dpo + -1 sft"), "objective: got the term '-1 sft' in a sum"),
-        (lambda: get_objective("dpo + sft", beta=1.0), r"got the sum 'dpo \+ sft' with beta, need a sum alone"),
-        (lambda: get_objective("2 dpo", beta=1.0), "got the sum '2 dpo' with beta, need a sum alone"),
+        (lambda: get_objective("dpo + "), "objective: got the term '', need 'name' or 'weight name', its parameters"),
+        (lambda: get_objective("dpo + 1.2.3 sft"), "objective: got the term '1.2.3 sft', need"),
+        (lambda: get_objective("dpo + -1 sft"), "objective: got the term '-1 sft', need"),
+        (lambda: get_objective("dpo + sft", beta=1.0), r"got 'dpo \+ sft' and beta beside it, need parameters"),
+        (lambda: get_objective("2 dpo", beta=1.0), "got '2 dpo' and beta beside it, need parameters behind the name"),
+        (lambda: get_objective("dpo(beta=1)", beta=1.0), r"got 'dpo\(beta=1\)' and beta beside it"),
+        (lambda: get_objective("dpo(bet=1) + sft"), "dpo: got the parameter 'bet', need one of .*did you mean 'beta'"),
+        (lambda: get_objective("dpo(beta=-1) + sft"), "beta: got -1, need "),
+        (lambda: get_objective("dpo(beta) + sft"), r"got the term 'dpo\(beta\)', need .*name\(parameter=value"),
+        (lambda: get_objective("dpo(beta=1)(beta=2)"), "got the term"),
+        (lambda: get_objective("dpo(beta=1, beta=2)"), "got the term"),
+        (lambda: get_objective("dpo(**{})"), "got the term"),
+        (lambda: get_objective("dpo(beta=0.2 + sft"), "got the term"),
+        (lambda: get_objective("dpo(beta=0.2 sft"), "got the term"),
         (lambda: get_objective("dpo + bmc"), "bmc: base: got None, need a name such as 'dpo' or an Objective"),
         (lambda: get_objective("dpo + poft"), "got DPO, whose ref_logps are sums and PoFT, whose ref_logps are means"),
         (lambda: WeightedSum((DPO(),)), r"got the term DPO\(.*\), need a pair \(weight, objective\), such as"),
@@ -499,7 +522,9 @@ def test_a_sum_says_what_its_parts_need():
         (lambda: WeightedSum(((1.0, get_objective("bmc", base="dpo")),)), "weighted sum: got BMC, which weighs tokens"),
     ],
     ids=[
-        "name", "near name", "empty term", "number", "sign", "parameters", "parameters of one", "bmc", "two references",
+        "name", "near name", "empty term", "number", "sign", "parameters", "parameters of one",
+        "beside its own", "unknown", "not allowed", "no value", "twice behind", "twice", "stars", "open", "no comma",
+        "bmc", "two references",
         "no pair", "bool", "nothing", "weight", "no object", "weighs tokens",
     ],
 )  # fmt: skip

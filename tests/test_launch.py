@@ -176,9 +176,14 @@ def test_the_example_configs_are_what_their_names_say(path, monkeypatch):
     assert defaults is not None
     assert (args.num_machines, args.num_processes, args.mixed_precision) == (nodes, nodes * local, "bf16")
     assert args.module
-    assert (args.use_deepspeed, args.use_fsdp) == (kind == "zero3", kind != "zero3")
+    assert (args.use_deepspeed, args.use_fsdp) == (kind == "zero3", kind == "fsdp2")
     if kind == "zero3":
         assert args.zero_stage == 3
+        return
+    if kind.startswith("tp"):
+        assert args.multi_gpu
+        sizes = json.loads(path.read_text().partition("--model_init_kwargs '")[2].partition("'")[0])
+        assert sizes == {"distributed_config": {"tp_size": int(kind[2]), "fsdp_size": nodes * local // int(kind[2])}}
         return
     told = prepare_multi_gpu_env(args)
     for name in told.keys() - os.environ.keys():

@@ -74,7 +74,11 @@ TRLS = [
     ("dpo", {"use_weighting": True}, {"use_weighting": True}),
     ("dpo", {"f_divergence_type": "js_divergence"}, {"f_divergence_type": "js_divergence"}),
     ("discopop", {"discopop_tau": 0.1}, {"loss_type": ["discopop"], "discopop_tau": 0.1}),
-    ("dpo + 0.5 bco_pair", {}, {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [1.0, 0.5]}),
+    (
+        "dpo(beta=0.2) + 0.5 bco_pair(beta=0.2)",
+        {},
+        {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [1.0, 0.5], "beta": 0.2},
+    ),
 ]
 
 
@@ -90,7 +94,7 @@ def test_losses_weights_and_metrics_are_trls(tmp_path, model, objective, ours, t
     shared = set(rows[0]) & set(expected[0]) - {"epoch", "step"}
     assert {"loss", "rewards/chosen", "rewards/margins", "logps/chosen", "entropy", "logits/chosen"} <= shared
     assert {"mean_token_accuracy", "num_tokens", "rewards/accuracies", "grad_norm"} <= shared
-    if objective in ("dpo + 0.5 bco_pair", "ipo") or "f_divergence_type" in ours:
+    if "+" in objective or objective == "ipo" or "f_divergence_type" in ours:
         shared -= {name for name in shared if name.startswith("rewards/")}  # ours are those of the loss itself
     if "ld_alpha" in ours:
         shared -= {"logps/chosen", "logps/rejected"}  # TRL logs the weighed sums
@@ -326,7 +330,7 @@ REFUSED = [
     ({"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [1.0, 0.5]}, "need objective='1 dpo .* 0.5 bco_pair'"),
     ({"objective": "dpoo"}, "did you mean 'dpo'"),
     ({"objective": "asft", "objective_args": ["beta"]}, "objective_args: got 'beta', need NAME=VALUE"),
-    ({"objective": "dpo + sft", "beta": 0.3}, "got the sum .* and values for beta"),
+    ({"objective": "dpo + sft", "beta": 0.3}, r"got 'dpo \+ sft' and beta beside it, need param"),
     ({"objective": "asft", "f_divergence_type": "forward_kl"}, "asft: got the parameter 'f_divergence_type'"),
     ({"method": "sapoo"}, "method: got 'sapoo', need one of"),
 ]

@@ -561,18 +561,3 @@ def test_a_model_whose_sequences_are_in_pieces(four):
         assert found.pop("labels").startswith("labels: got labels with sequence_group, need shift_labels")
         for key, error in found.items():
             assert error <= EXACT, key
-
-
-def test_the_trainer_refuses_pieces_of_sequences():
-    from accelerate import ParallelismConfig
-
-    from asft_kernels.errors import InputError
-    from asft_kernels.training.trainer import _refuse_pieces
-
-    _refuse_pieces(None)
-    with pytest.raises(InputError, match=r"got tp_size 2, need 1: PreferenceTrainer counts .* each rank's own"):
-        _refuse_pieces(ParallelismConfig(tp_size=2, dp_shard_size=2))
-    with pytest.raises(InputError, match=r"got cp_size 2, .* train on pieces: PreferenceModel"):
-        _refuse_pieces(ParallelismConfig(cp_size=2, dp_shard_size=2))
-    with pytest.raises(InputError, match="got sp_size 4"):
-        _refuse_pieces(ParallelismConfig(sp_size=4))

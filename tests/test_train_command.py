@@ -385,6 +385,7 @@ BAD = [
     (["--resume", "a", "b"], "got 'b' behind no option"),
     (["--learning_rate", "abc"], "argument --learning_rate: invalid float value: 'abc'"),
     (["--objective_args", "lam=-1"], "objective: asft: lam: got -1, need a finite number >= 0"),
+    (["--objective", "dpo(bta=1) + sft"], "objective: dpo: got the parameter 'bta', need one of beta, "),
     (["--beta", "0"], "objective: asft: beta: got 0.0, need a finite number > 0"),
     (["--loss_type", "sigmoid"], "loss_type: got 'sigmoid', which is called objective here: need objective='dpo'"),
     (["--max_length", "999"], "got 999, need at most 256, the model's positions"),

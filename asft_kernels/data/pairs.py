@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from asft_kernels.data import limits
+from asft_kernels.data.images import ImagePairTokenizer, Stored, images_in, take_images, undecoded
 from asft_kernels.data.pair import BOTH, Pair, parse_pair
 from asft_kernels.data.reference import reference_columns, with_references
 from asft_kernels.data.report import DataReport
@@ -38,6 +39,7 @@ def load_pairs(
     vocab_size: int | None = None,
     num_proc: int | None = None,
     answers: tuple[str, ...] = BOTH,
+    images: bool = False,
 ) -> "tuple[Dataset, DataReport]":
     """Reads, checks and tokenises preference pairs as TRL's DPOTrainer would.
 
@@ -54,11 +56,15 @@ def load_pairs(
         vocab_size: rows of the model's embedding, which no id may pass. None: not checked.
         num_proc: processes that tokenise.
         answers: ("chosen",) for rows whose rejected answer does not matter; the column is then left out.
+        images: True: in the form of data with images (below) though no row has one, for evaluation beside training
+            data with images. Default: in that form where a row has one and processing_class takes it.
 
     Returns:
         The dataset, with the columns line (int, from 1, over all files), id (`pair_id`), prompt_ids, chosen_ids and
         rejected_ids (int32), the rows' own ref_chosen_logps, ref_rejected_logps, ref_chosen_token_logps and
-        ref_rejected_token_logps where they have them, and the report.
+        ref_rejected_token_logps where they have them, and the report. With images the ids' place is taken by prompt,
+        chosen and rejected (as the chat template writes them), images (a list of `datasets.Image`), which TRL's vision
+        collator encodes batch by batch, and their counts prompt_tokens, chosen_tokens and rejected_tokens.
 
     Raises:
         InputError: data that cannot be read, has no such split or no usable pair; references in some rows alone; an id
@@ -73,10 +79,11 @@ def load_pairs(
     if vocab_size and tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= vocab_size:
         raise InputError(f"data: the pad token's id is {tokenizer.pad_token_id}, need less than {vocab_size}, the rows "
                          "of the model's embedding; resize it or give the tokenizer another pad token")  # fmt: skip
-    encode = PairTokenizer(processing_class, max_length)
     rows, source = _stored_rows(listed, split, config)
     if not len(rows):
         raise InputError(f"data: {source} has no rows, need preference pairs")
+    images = hasattr(processing_class, "image_processor") and (images or "images" in rows.column_names)
+    encode = ImagePairTokenizer(processing_class, max_length) if images else PairTokenizer(processing_class, max_length)
     found = _mapped(rows, encode, vocab_size, num_proc, answers)
     report = DataReport(source, rows=len(found))
     kept = []
@@ -97,34 +104,48 @@ def load_pairs(
             f"mend them, or go without --strict to leave them out\n{report}"
         )
     pairs = found if len(kept) == len(found) else found.select(kept)
+    if images:
+        from datasets import Image, List
+
+        report.images = images_in(pairs)[1]
+        pairs = pairs.cast_column("images", List(Image()))
     references = [json.loads(text) for text in pairs["references"][:]]
     return with_references(pairs.remove_columns(["problem", "notes", "references"]), references, answers), report
 
 
-def pair_id(pair: Pair) -> str:
-    """sha256 (hex) over prompt, answers and tools as given: the same for every kind of file and every tokenizer."""
-    content = [pair.prompt, *pair.answers.values(), *([pair.context] if pair.context else [])]
+def pair_id(pair: Pair, images: Sequence[str] = ()) -> str:
+    """sha256 (hex) over prompt, answers and tools as given: the same for every kind of file and every tokenizer.
+
+    Args:
+        images: the digests of its images' files.
+    """
+    content = [pair.prompt, *pair.answers.values(), *([pair.context] if pair.context else []), *images]
     return hashlib.sha256(json.dumps(without_nulls(content), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _stored_rows(names: list[str | Path], split: str, config: str | None) -> "tuple[Dataset, str]":
-    """(columns line and row, a row as JSON text; what the report calls it): rows of any schema travel as text."""
-    from datasets import Dataset, Features, Value
+    """(columns line, row, images where a row has some; what the report calls it): rows travel as JSON text."""
+    from datasets import Dataset, Features, List, Value
 
-    lines, texts, sources = [], [], []
+    lines, texts, images, sources = [], [], [], []
     for name in names:
         files = files_of(Path(name), split)
         rows = _hub_rows(str(name), split, config) if files is None else _file_rows(files)
         start = len(lines)
-        for text in rows:
+        for text, of_row in rows:
             lines.append(len(lines) + 1)
             texts.append(text)
+            images.append(of_row)
         sources.append(str(name) if len(names) == 1 else f"{name} (lines {start + 1} to {len(lines)})")
-    features = Features({"line": Value("int64"), "row": Value("large_string")})
-    return Dataset.from_dict({"line": lines, "row": texts}, features=features), ", ".join(sources)
+    columns: dict[str, Any] = {"line": lines, "row": texts}
+    features: dict[str, Any] = {"line": Value("int64"), "row": Value("large_string")}
+    if any(images):
+        columns["images"] = images
+        features["images"] = List({"bytes": Value("binary"), "path": Value("string")})
+    return Dataset.from_dict(columns, features=Features(features)), ", ".join(sources)
 
 
-def _file_rows(files: list[Path]) -> Iterator[str]:
+def _file_rows(files: list[Path]) -> Iterator[tuple[str, list[Stored]]]:
     for file in files:
         bad = 0  # one after another
         for number, stored in RowFile(file):
@@ -133,10 +154,10 @@ def _file_rows(files: list[Path]) -> Iterator[str]:
             if bad > limits.BAD_ROWS:
                 raise InputError(f"data: {file}: more than {limits.BAD_ROWS:,} rows up to {number} that cannot be read "
                                  f"(the last: {row}); need a file of {KINDS}")  # fmt: skip
-            yield json.dumps(_problem(row) if isinstance(row, BadRow) else row, default=str)
+            yield _as_text(row, file if file.is_dir() else file.parent)
 
 
-def _hub_rows(name: str, split: str, config: str | None) -> Iterator[str]:
+def _hub_rows(name: str, split: str, config: str | None) -> Iterator[tuple[str, list[Stored]]]:
     from datasets import load_dataset
 
     try:
@@ -145,10 +166,19 @@ def _hub_rows(name: str, split: str, config: str | None) -> Iterator[str]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"data: {name!r} cannot be loaded ({reason}); need {KINDS}, or a name on the hub with its "
                          "split and config") from error  # fmt: skip
-    if images := sorted({"image", "images"} & set(rows.column_names or [])):
-        raise InputError(f"data: {name!r} has the column {images[0]}; need rows without images")
-    for row in rows:
-        yield json.dumps(without_nulls(dict(row)), default=str)
+    for row in undecoded(rows):
+        yield _as_text(without_nulls(dict(row)), None)
+
+
+def _as_text(row: dict[str, Any] | BadRow, folder: Path | None) -> tuple[str, list[Stored]]:
+    """(the row, or what is wrong with it, as JSON; its images)."""
+    try:
+        if isinstance(row, BadRow):
+            raise row
+        images = take_images(row, folder)
+        return json.dumps(row, default=str), images
+    except BadRow as problem:
+        return json.dumps(_problem(problem)), []
 
 
 def _problem(problem: BadRow) -> list[str]:
@@ -156,39 +186,37 @@ def _problem(problem: BadRow) -> list[str]:
 
 
 def _mapped(
-    rows: "Dataset", encode: PairTokenizer, vocab_size: int | None, num_proc: int | None, answers: tuple[str, ...]
+    rows: "Dataset", encode: Any, vocab_size: int | None, num_proc: int | None, answers: tuple[str, ...]
 ) -> "Dataset":
     from datasets import Features, List, Value
 
-    ids = {f"{name}_ids": List(Value("int32")) for name in ("prompt", *answers)}
-    text = List(Value("string"))
-    features = Features({"line": Value("int64"), "id": Value("string"), **ids, "references": Value("string"),
+    text, own = List(Value("string")), encode.features(answers)
+    features = Features({"line": Value("int64"), "id": Value("string"), **own, "references": Value("string"),
                          "problem": text, "notes": text})  # fmt: skip
     arguments = {"encode": encode, "vocab_size": vocab_size, "answers": answers}
+    unused = [name for name in rows.column_names if name not in features]
     return rows.map(
-        _tokenised, fn_kwargs=arguments, remove_columns=["row"], features=features, num_proc=num_proc, desc="Tokenising"
+        _tokenised, fn_kwargs=arguments, remove_columns=unused, features=features, num_proc=num_proc, desc="Tokenising"
     )
 
 
 def _tokenised(
-    example: dict[str, Any], encode: PairTokenizer, vocab_size: int | None, answers: tuple[str, ...]
+    example: dict[str, Any], encode: Any, vocab_size: int | None, answers: tuple[str, ...]
 ) -> dict[str, Any]:
     row = json.loads(example["row"])
     try:
         if isinstance(row, list):  # what the reader found wrong
             raise BadRow(*row)
-        if images := sorted({"image", "images"} & {name for name, value in row.items() if value}):
-            raise BadRow("row with images", f"{images[0]}: need rows without")
         pair = parse_pair(row, answers)
-        tokens = encode(pair)
+        tokens = encode(pair, example.get("images", ()))
         references = reference_columns(row, tokens)
+        if references and "images" in tokens.columns():
+            raise BadRow("reference's log-probabilities in data with images", min(references))
     except limits.SlowTemplate as error:
         raise InputError(f"data: line {example['line']}: {error}") from error
     except BadRow as problem:
-        return {"id": "", "prompt_ids": [], **{f"{name}_ids": [] for name in answers},
-                "references": "{}", "problem": _problem(problem), "notes": []}  # fmt: skip
-    ids = {"prompt_ids": tokens.prompt, **{f"{name}_ids": tokens.answers[name] for name in answers}}
-    largest = max(map(max, ids.values()))
+        return {"id": "", **encode.nothing(answers), "references": "{}", "problem": _problem(problem), "notes": []}
+    largest = tokens.largest()
     if vocab_size and largest >= vocab_size:
         token = encode.tokenizer.convert_ids_to_tokens(largest)
         raise InputError(f"data: line {example['line']} has the token {token!r} of id {largest}, need less than "
@@ -198,7 +226,8 @@ def _tokenised(
         *tokens.notes,
         *(f"column {name}, which is not read" for name in row if row[name] and UNREAD.fullmatch(name)),
     ]
-    return {"id": pair_id(pair), **ids, "references": json.dumps(references), "problem": [], "notes": notes}
+    columns = {"id": pair_id(pair, tokens.digests()), **tokens.columns(), "references": json.dumps(references)}
+    return {**columns, "problem": [], "notes": notes}
 
 
 def split_every_nth(pairs: "Dataset", nth: int) -> "tuple[Dataset, Dataset]":

@@ -17,6 +17,7 @@ class DataReport:
         bad: kind of problem -> lines left out for it.
         notes: what is worth a look -> lines kept nevertheless.
         first_bad: the first line left out, with its own message.
+        images: rows kept that have some.
     """
 
     source: str
@@ -25,6 +26,7 @@ class DataReport:
     bad: dict[str, list[int]] = field(default_factory=dict)
     notes: dict[str, list[int]] = field(default_factory=dict)
     first_bad: str = ""
+    images: int = 0
 
     @property
     def left_out(self) -> int:
@@ -38,7 +40,8 @@ class DataReport:
         self.notes.setdefault(what, []).append(line)
 
     def __str__(self) -> str:
-        text = [f"{self.source}: {self.rows} rows, {self.kept} kept, {self.left_out} left out"]
+        with_images = f", {self.images} of them with images" if self.images else ""
+        text = [f"{self.source}: {self.rows} rows, {self.kept} kept{with_images}, {self.left_out} left out"]
         for what, tallies in (("left out", self.bad), ("kept", self.notes)):
             for kind, lines in sorted(tallies.items(), key=lambda item: -len(item[1])):
                 text.append(f"  {what}, {kind}: {len(lines)} ({line_numbers(lines)})")

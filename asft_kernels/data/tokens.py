@@ -12,6 +12,7 @@ from asft_kernels.data.pair import Messages, Pair, Text
 from asft_kernels.data.rows import BadRow
 from asft_kernels.errors import InputError
 
+WITHOUT_CONTENT = ("image", "image_url", "video", "audio")  # parts of a message that a text cannot stand for
 PROBE = "Qx7"  # a text that no template holds
 
 
@@ -22,6 +23,46 @@ class Tokens:
     prompt: list[int]
     answers: dict[str, list[int]]
     notes: list[str] = field(default_factory=list)
+
+    def columns(self) -> dict[str, Any]:
+        """Returns prompt_ids, chosen_ids, ...: what TRL's collator reads."""
+        return {"prompt_ids": self.prompt, **{f"{name}_ids": ids for name, ids in self.answers.items()}}
+
+    def digests(self) -> list[str]:
+        """Returns those of its images."""
+        return []
+
+    def largest(self) -> int:
+        return max(map(max, (self.prompt, *self.answers.values())))
+
+
+def cut(tokens: Tokens, max_length: int | None) -> None:
+    """Cuts answers at max_length tokens of prompt and answer. BadRow where nothing is left of one."""
+    if max_length is not None:
+        room = max_length - len(tokens.prompt)
+        if room <= 0:
+            raise BadRow("prompt fills max_length", f"{len(tokens.prompt)} tokens, max_length is {max_length}")
+        if any(len(answer) > room for answer in tokens.answers.values()):
+            tokens.notes.append(f"answer cut at max_length {max_length}")
+        tokens.answers = {name: answer[:room] for name, answer in tokens.answers.items()}
+    for name, answer in tokens.answers.items():
+        if not answer:
+            raise BadRow("answer without a token", name)
+
+
+def compare(pair: Pair, tokens: Tokens) -> None:
+    """Raises BadRow for answers that are the same, as written or as trained."""
+    if len(pair.answers) < 2:
+        return
+    chosen, rejected = pair.answers.values()
+    if chosen == rejected:
+        raise BadRow("chosen equals rejected")
+    if len({tuple(answer) for answer in tokens.answers.values()}) == 1:
+        was_cut = any(note.startswith("answer cut") for note in tokens.notes)
+        raise BadRow("chosen equals rejected up to max_length" if was_cut else
+                     "the template does not show the difference", "between chosen and rejected")  # fmt: skip
+    if "".join(str(chosen).split()) == "".join(str(rejected).split()):
+        tokens.notes.append("answers that differ in white space alone")
 
 
 class PairTokenizer:
@@ -55,8 +96,20 @@ class PairTokenizer:
             raise InputError("processing_class: its chat template shows neither the text nor the parts of a user's "
                              "message; need one that does")  # fmt: skip
 
-    def __call__(self, pair: Pair) -> Tokens:
+    def features(self, answers: tuple[str, ...]) -> dict[str, Any]:
+        """The columns of `Tokens.columns`, as datasets stores them."""
+        from datasets import List, Value
+
+        return {f"{name}_ids": List(Value("int32")) for name in ("prompt", *answers)}
+
+    def nothing(self, answers: tuple[str, ...]) -> dict[str, Any]:
+        """The columns of a row that is left out."""
+        return Tokens([], {name: [] for name in answers}).columns()
+
+    def __call__(self, pair: Pair, images: list[Any] | tuple[()] = ()) -> Tokens:
         """Encodes one pair. BadRow where nothing could be learned from it, or not what its row says."""
+        if images:
+            raise BadRow("row with images", "need text alone, or a model that takes images, with its processor")
         plain = isinstance(pair.prompt, str)
         if not plain and not self.has_template:
             raise BadRow(
@@ -69,19 +122,10 @@ class PairTokenizer:
         tokens = Tokens(prompt[:shared], {name: whole[shared:] for name, whole in wholes.items()})
         if not tokens.prompt:
             raise BadRow("prompt without a token", "the first token of an answer has nothing to be predicted from")
-        if self.max_length is not None:
-            room = self.max_length - shared
-            if room <= 0:
-                raise BadRow("prompt fills max_length", f"{shared} tokens, max_length is {self.max_length}")
-            if any(len(answer) > room for answer in tokens.answers.values()):
-                tokens.notes.append(f"answer cut at max_length {self.max_length}")
-            tokens.answers = {name: answer[:room] for name, answer in tokens.answers.items()}
-        for name, answer in tokens.answers.items():
-            if not answer:
-                raise BadRow("answer without a token", name)
+        cut(tokens, self.max_length)
         if shared < len(prompt):
             tokens.notes.append("prompt ids are no beginning of the whole: the template rewrites it, or tokens merge")
-        self._compare(pair, tokens)
+        compare(pair, tokens)
         tokens.notes += self._plain_notes(pair) if plain else self._chat_notes(pair, wholes)
         return tokens
 
@@ -131,6 +175,8 @@ class PairTokenizer:
         """The content in a form that the template takes."""
         if isinstance(content, str):
             return content if self.takes_text or not self.has_template else [{"type": "text", "text": content}]
+        if shown := [part["type"] for part in content if part["type"] in WITHOUT_CONTENT]:
+            raise BadRow("content part without what it shows", f"{shown[0]}; need it in the column images")
         if self.takes_parts:
             return content
         if any(part["type"] != "text" for part in content):
@@ -147,19 +193,6 @@ class PairTokenizer:
         except Exception:  # whatever a template raises on a form that it does not take
             return False
         return PROBE in shown and "'type'" not in shown and '"type"' not in shown
-
-    def _compare(self, pair: Pair, tokens: Tokens) -> None:
-        if len(pair.answers) < 2:
-            return
-        chosen, rejected = pair.answers.values()
-        if chosen == rejected:
-            raise BadRow("chosen equals rejected")
-        if len({tuple(answer) for answer in tokens.answers.values()}) == 1:
-            cut = any(note.startswith("answer cut") for note in tokens.notes)
-            raise BadRow("chosen equals rejected up to max_length" if cut else
-                         "the template does not show the difference", "between chosen and rejected")  # fmt: skip
-        if "".join(str(chosen).split()) == "".join(str(rejected).split()):
-            tokens.notes.append("answers that differ in white space alone")
 
     def _plain_notes(self, pair: Pair) -> list[str]:
         notes = []

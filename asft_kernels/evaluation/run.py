@@ -49,8 +49,6 @@ def run(args: Namespace, say: Callable[[str], None] = print) -> dict[str, Any]:
             args.data, tokenizer, split=args.split, max_length=args.max_length, vocab_size=configs[model].vocab_size
         )
         say(str(report))
-        if "prompt_ids" not in pairs.column_names:
-            raise InputError("--dataset_name: got rows with images, need text alone; leave them out")
         if args.max_pairs is not None:
             pairs = pairs.select(range(min(args.max_pairs, len(pairs))))
         ids[model] = pairs["id"][:]

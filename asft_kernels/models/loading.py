@@ -93,11 +93,50 @@ def load_trainable_adapter(folder: str, keywords: dict[str, Any]) -> Any:
         from peft import PeftModel
     except ImportError as error:
         raise InputError(f"model: {folder} is an adapter: peft is not installed; pip install peft") from error
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     with loading(folder):
-        model = AutoModelForCausalLM.from_pretrained(_base_of_adapter(folder) or folder, **keywords)
+        base = _base_of_adapter(folder) or folder
+        names = ("trust_remote_code", "revision")
+        config = AutoConfig.from_pretrained(base, **{name: keywords[name] for name in names if name in keywords})
+        kinds: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+        of_text = type(config) in kinds or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+        model = (AutoModelForCausalLM if of_text else AutoModelForImageTextToText).from_pretrained(base, **keywords)
         return PeftModel.from_pretrained(model, folder, is_trainable=True)
+
+
+def load_renamed(model: Any, folder: str) -> bool:
+    """Loads the weights of a folder where transformers has saved them under other names than the model has now.
+
+    It does so with image-text models whose first checkpoints had other names; only `from_pretrained` knows both.
+
+    Args:
+        model: a PreTrainedModel, its weights whole on this rank.
+        folder: as `save_pretrained` writes it.
+
+    Returns:
+        Whether it was so; otherwise nothing is loaded.
+
+    Raises:
+        InputError: the weights are another model's.
+    """
+    from safetensors import safe_open
+
+    saved = set()
+    for path in Path(folder).glob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            saved |= set(file.keys())
+    if saved <= set(model.state_dict()):
+        return False
+    with loading(folder):
+        loaded, found = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    wrong = sorted({*found["missing_keys"], *found["unexpected_keys"], *(x[0] for x in found["mismatched_keys"])})
+    if wrong:
+        raise InputError(
+            f"resume_from_checkpoint: got a checkpoint of another model: {', '.join(wrong[:3])} ... do not match"
+        )
+    model.load_state_dict(loaded.state_dict())
+    return True
 
 
 def _base_of_adapter(model: str) -> str | None:

@@ -2,7 +2,6 @@
 
 import difflib
 import inspect
-import re
 from collections.abc import Callable
 
 from asft_kernels.objectives.aot import AOT, AOTUnpaired
@@ -18,6 +17,7 @@ from asft_kernels.objectives.dnpo import DNPO
 from asft_kernels.objectives.dpo import DPO, IPO, Robust, SigmoidNorm
 from asft_kernels.objectives.exo import ExoPair
 from asft_kernels.objectives.fpo import FPO
+from asft_kernels.objectives.grammar import is_plain, read_terms
 from asft_kernels.objectives.hinge import Hinge, HingeNorm
 from asft_kernels.objectives.kto import KTO, kto_kl
 from asft_kernels.objectives.ld_dpo import LDDPO
@@ -68,8 +68,8 @@ def get_objective(name: str, **parameters) -> Objective:
     """Makes the objective called `name`, with its paper's defaults where a parameter is not given.
 
     Args:
-        name: One of `OBJECTIVES`, or a weighted sum of them with their defaults: "dpo + 0.005 sft", "0.5 dpo" (then
-            without parameters; `WeightedSum` takes objects).
+        name: One of `OBJECTIVES`, or a weighted sum of them: "dpo + 0.005 sft", "0.5 dpo". Parameters may stand behind
+            a name, those of a sum there alone: "dpo(beta=0.2) + 0.005 sft". `WeightedSum` takes objects.
         **parameters: The objective's own, as on docs/api.md; and two of TRL's DPO trainer: ld_alpha, 0 to 1 or None
             (default), for paired losses on log-ratios (`LDDPO`); use_weighting, default False, for paired ones (`WPO`).
 
@@ -81,13 +81,16 @@ def get_objective(name: str, **parameters) -> Objective:
     """
     if not isinstance(name, str):
         raise ValueError(f"objective: got {name!r}, need a name, such as 'dpo', or a sum of names")
-    if "+" in name or re.match(r"\s*[\d.]", name):
+    if not is_plain(name):
         if parameters:
             raise ValueError(
-                f"objective: got the sum {name!r} with {', '.join(parameters)}, need a sum alone, of defaults; "
-                "for others WeightedSum(((1.0, get_objective(...)), ...))"
+                f"objective: got {name!r} and {', '.join(parameters)} beside it, need parameters behind the name that "
+                "they are of, as in 'dpo(beta=0.2) + 0.005 sft'"
             )
-        return WeightedSum(tuple(_term(term) for term in re.split(r"(?<![\d.]e)\+", name)))  # but for that of 1e+3
+        terms = [(weight, get_objective(term, **own)) for weight, term, own in read_terms(name)]
+        if len(terms) == 1 and terms[0][0] is None:
+            return terms[0][1]
+        return WeightedSum(tuple((1.0 if weight is None else weight, term) for weight, term in terms))
     if name not in OBJECTIVES:
         trls = {"sigmoid": "dpo"}  # nearest in letters is sigmoid_norm, which is another loss
         near = [trls[name]] if name in trls else difflib.get_close_matches(name.lower(), OBJECTIVES, n=1)
@@ -110,13 +113,6 @@ def get_objective(name: str, **parameters) -> Objective:
     made = OBJECTIVES[name](**parameters)
     made = WPO(made) if use_weighting else made
     return made if ld_alpha is None else LDDPO(made, ld_alpha)
-
-
-def _term(term: str) -> tuple[float, Objective]:
-    match = re.fullmatch(r"\s*(?:((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*\*?\s*)?([a-z_]+)\s*", term)
-    if match is None:
-        raise ValueError(f"objective: got the term {term.strip()!r} in a sum, need 'name' or 'weight name'")
-    return float(match[1] or 1), get_objective(match[2])
 
 
 __all__ = [

@@ -26,7 +26,7 @@ class Collator:
         self.of_trl, self.method, self.nll_on_prompt = of_trl, method, nll_on_prompt
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        batch = dict(self.of_trl(list(rows)))
+        batch = dict(self.of_trl([dict(row) for row in rows]))  # TRL's changes rows with images
         entries = {}
         if self.nll_on_prompt:
             chosen = slice(len(rows))
@@ -57,8 +57,15 @@ def counting_pairs(completion_mask: Tensor) -> Tensor:
     return chosen & rejected
 
 
+def token_counts(pairs: Any) -> np.ndarray:
+    """Returns (3, rows): tokens of prompt, chosen and rejected answer of a dataset of `load_pairs`."""
+    names = ("prompt", "chosen", "rejected")
+    if "prompt_tokens" in pairs.column_names:  # with images
+        return np.array([pairs[f"{name}_tokens"][:] for name in names])
+    return np.array([[len(ids) for ids in pairs[f"{name}_ids"][:]] for name in names])
+
+
 def longest_first(pairs: Any) -> np.ndarray:
-    """Returns the rows of a tokenised dataset in falling order of their longer sequence."""
-    columns = (pairs[f"{name}_ids"][:] for name in ("prompt", "chosen", "rejected"))
-    lengths = [len(p) + max(len(c), len(r)) for p, c, r in zip(*columns, strict=True)]
-    return np.argsort(np.negative(lengths), kind="stable")
+    """Returns the rows of a dataset of `load_pairs` in falling order of their longer sequence."""
+    prompt, chosen, rejected = token_counts(pairs)
+    return np.argsort(-(prompt + np.maximum(chosen, rejected)), kind="stable")

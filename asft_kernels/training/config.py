@@ -1,6 +1,5 @@
 """`PreferenceConfig`: TRL's DPOConfig, with the objective by our names."""
 
-import ast
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from trl import DPOConfig
 
 from asft_kernels.errors import InputError
 from asft_kernels.objectives import OBJECTIVES, get_objective
+from asft_kernels.objectives.grammar import literal
 from asft_kernels.options import Options
 
 # Of TRL's loss: given ones are parameters of the objective.
@@ -36,8 +36,8 @@ class PreferenceConfig(DPOConfig):
     ld_alpha, f_divergence_type, use_weighting, ...) are parameters of the objective.
 
     Args:
-        objective: the loss, by name, or a sum of names such as "dpo + 0.005 sft"; default "asft".
-        objective_args: its parameters as ["NAME=VALUE", ...] or a dict; None (default): the paper's.
+        objective: the loss, by name, or a sum such as "dpo(beta=0.2) + 0.005 sft"; default "asft".
+        objective_args: parameters of one that is no sum, as ["NAME=VALUE", ...] or a dict; None (default): the paper's.
         method: what makes the pairs or their further inputs, where the objective does not say ("sapo"); default None.
         ref_scores: files of `asft score` with the reference's log-probabilities, one a reference model; default None.
         nll_on_prompt: True: the likelihood term is over prompt and answer, as TRL's ORPO; default False.
@@ -57,11 +57,16 @@ class PreferenceConfig(DPOConfig):
     logging_steps: float = field(default=1, metadata={"help": "Steps between rows of metrics.jsonl."})
     objective: str = field(
         default="asft",
-        metadata={"help": "The loss, by name, or a sum such as 'dpo + 0.005 sft'; docs/objectives.md lists them."},
+        metadata={
+            "help": "The loss, by name, or a sum such as 'dpo(beta=0.2) + 0.005 sft'; docs/objectives.md lists them."
+        },
     )
     objective_args: list[str] | None = field(
         default=None,
-        metadata={"help": "Its parameters as NAME=VALUE, such as lam=0.5 beta=0.1; the paper's where none is given."},
+        metadata={
+            "help": "Its parameters as NAME=VALUE, such as lam=0.5 beta=0.1; the paper's where none is given. A sum "
+            "has them inside."
+        },
     )
     method: str | None = field(
         default=None,
@@ -187,17 +192,11 @@ class PreferenceConfig(DPOConfig):
             key, equals, value = word.partition("=")
             if not (key and equals):
                 raise InputError(f"objective_args: got {word!r}, need NAME=VALUE")
-            parameters[key] = _literal(value)
+            parameters[key] = literal(value)
         twice = parameters.keys() & shorts.keys()
         if twice:
             raise InputError(f"objective_args: got {min(twice)} there and as an option of its own, need it once")
         parameters |= shorts
-        if parameters and "+" in name:
-            raise InputError(
-                f"objective: got the sum {name!r} and values for {', '.join(parameters)}, need a sum alone: "
-                "its terms have their papers' defaults; in Python PreferenceTrainer(objective=WeightedSum(...)) has "
-                "objects"
-            )
         try:
             return get_objective(name, **parameters)
         except (TypeError, ValueError) as error:
@@ -223,13 +222,3 @@ def _named_otherwise(loss_type: str | list[str], weights: list[float] | None) ->
     parts = zip(weights or [1.0] * len(names), names, strict=False)
     ours = names[0] if len(names) == 1 else " + ".join(f"{weight:g} {name}" for weight, name in parts)
     return f"loss_type: got {', '.join(map(repr, types))}, which is called objective here: need objective={ours!r}"
-
-
-def _literal(value: str) -> Any:
-    """A number, a tuple, None, True or False (in small letters, too); else the text itself."""
-    if value.lower() in ("true", "false", "none"):
-        value = value.capitalize()
-    try:
-        return ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        return value

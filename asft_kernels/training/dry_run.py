@@ -1,18 +1,23 @@
 """What a run would do: tokens, share that carries loss, time and memory by one measured batch, the first pair."""
 
 import math
+import re
 import resource
 import time
 from typing import Any
 
+import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from asft_kernels.cost import of_head
+from asft_kernels.data.images import images_in
 from asft_kernels.heads import resolve_head
 from asft_kernels.memory import in_units
 from asft_kernels.models.seam import causal_lm, output_head
 from asft_kernels.options import Options
-from asft_kernels.training.collator import longest_first
+from asft_kernels.training.collator import longest_first, token_counts
+from asft_kernels.training.tensor_parallel import data_ranks
 from asft_kernels.training.trainer import PreferenceTrainer
 
 MARKS = ("⟦", "⟧")  # around what carries loss
@@ -25,25 +30,32 @@ def describe(trainer: PreferenceTrainer) -> str:
     Time and memory come of one forward and backward on the longest training pairs.
     """
     rows = trainer.train_dataset
-    if "prompt_ids" not in rows.column_names:
-        return "dry run: images are read batch by batch, so that nothing can be said of them before"
     tokens = of_loss = 0
-    for start in range(0, 0 if trainer.method.makes_pairs else len(rows), 64):
-        batch = trainer.collator.of_trl([rows[i] for i in range(start, min(start + 64, len(rows)))])
-        tokens += int(batch["attention_mask"].sum())
-        of_loss += int(batch["completion_mask"].sum())
+    if not trainer.method.makes_pairs:
+        prompt, *answers = token_counts(rows)
+        most = trainer.args.max_length or np.inf  # the collator cuts there; which end, changes no count
+        tokens = int(sum(np.minimum(prompt + answer, most).sum() for answer in answers))
+        of_loss = int(sum(np.minimum(answer, most).sum() for answer in answers))
     args = trainer.args
     batches = len(trainer.get_train_dataloader())  # of this process
     an_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
-    pairs_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    pairs_a_step = args.train_batch_size * args.gradient_accumulation_steps * data_ranks(trainer)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(an_epoch * args.num_train_epochs)
     text = [
         f"tokens: {tokens:,} in {len(rows)} pairs, {of_loss / max(tokens, 1):.0%} carry loss",
+        *_images(rows),
         f"steps: {steps} of {pairs_a_step} pairs",
     ]
     if not trainer.method.makes_pairs:
         text += [_measured(trainer, tokens / len(rows), steps), _first_pair(trainer)]
     return "\n".join(text)
+
+
+def _images(rows: Any) -> list[str]:
+    if "images" not in rows.column_names:
+        return []
+    images, having = images_in(rows)
+    return [f"images: {images} in {having} of {len(rows)} pairs, read batch by batch"]
 
 
 def _measured(trainer: PreferenceTrainer, tokens_a_pair: float, steps: int) -> str:
@@ -61,7 +73,8 @@ def _measured(trainer: PreferenceTrainer, tokens_a_pair: float, steps: int) -> s
         seconds = min(seconds, time.perf_counter() - start)
     model.zero_grad(set_to_none=True)
     trainer.windows["train"].take(lambda sums: sums)
-    own = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    here = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters() if p.requires_grad)
+    own = sum(p.numel() for p in here)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident()
     rate = int(batch["attention_mask"].sum()) / seconds
     of_step = args.train_batch_size * args.gradient_accumulation_steps * tokens_a_pair
@@ -74,8 +87,10 @@ def _measured(trainer: PreferenceTrainer, tokens_a_pair: float, steps: int) -> s
 
 
 def _of_head(trainer: PreferenceTrainer, batch: dict[str, torch.Tensor]) -> str:
-    """What of that the head takes; nothing under autocast or where it is streamed, which `estimate` does not know."""
+    """What of that the head takes; nothing under autocast or where it is streamed or sharded: estimate knows none."""
     args, model = trainer.args, causal_lm(trainer.model)
+    if trainer.is_distributed_loading_by_transformers:
+        return ""
     head = resolve_head(output_head(model))
     if args.bf16 or args.fp16 or head.rows.is_streamed:
         return ""
@@ -108,6 +123,14 @@ def _first_pair(trainer: PreferenceTrainer) -> str:
         ("chosen", "rejected"), batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True
     ):
         ids, mask = ids[attention.bool()], mask[attention.bool()].bool()
-        prompt, answer = (tokenizer.decode(part) for part in (ids[~mask], ids[mask]))
+        prompt, answer = (_shortened(tokenizer.decode(part), trainer) for part in (ids[~mask], ids[mask]))
         shown.append(f"first pair, {name} ({MARKS[0]}carries loss{MARKS[1]}):\n{prompt}{MARKS[0]}{answer}{MARKS[1]}")
     return "\n".join(shown)
+
+
+def _shortened(text: str, trainer: PreferenceTrainer) -> str:
+    """Of the token that stands for an image's parts, one and how many they are."""
+    token = getattr(trainer.processing_class, "image_token", None)
+    if not token:
+        return text
+    return re.sub(f"(?:{re.escape(token)}){{2,}}", lambda run: f"{token} x{len(run[0]) // len(token)}", text)

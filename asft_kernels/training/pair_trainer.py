@@ -1,5 +1,6 @@
 """What surrounds the loss in `PreferenceTrainer`: what is logged, evaluation pair by pair, state in checkpoints."""
 
+import functools
 import pickle
 import time
 from pathlib import Path
@@ -7,16 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import EvalPrediction
 from trl import DPOTrainer
 
 from asft_kernels.errors import InputError
+from asft_kernels.models.loading import load_renamed
 from asft_kernels.models.seam import causal_lm
 from asft_kernels.training.checkpoints import write_digests
 from asft_kernels.training.config import PreferenceConfig
 from asft_kernels.training.figures import BEFORE, Evaluation, Window, pair_figures, pair_table, token_figures
 from asft_kernels.training.hooks import Method
+from asft_kernels.training.tensor_parallel import data_rank, gathered_rows, sum_over_data
 
 # In checkpoints, where there is any.
 OBJECTIVE_STATE, REFERENCE_STATE = "objective.pt", "ref_model.pt"
@@ -62,7 +66,7 @@ class PairTrainer(DPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        figures = self.windows[mode].take(lambda sums: self.accelerator.reduce(sums, "sum"))
+        figures = self.windows[mode].take(lambda sums: sum_over_data(self, sums))
         loss, tokens = figures.pop("loss", None), figures.pop("tokens", 0.0)
         if mode == "train" and "loss" in logs and loss is not None and self.window_start is not None:
             logs["loss"] = loss  # the Trainer's is a mean of the steps' means, ours are all per pair
@@ -111,11 +115,16 @@ class PairTrainer(DPOTrainer):
         inputs = self._prepare_inputs(inputs)
         state, rows = self.accelerator.gradient_state, len(inputs["completion_mask"]) // 2
         if state.end_of_dataloader and state.remainder > 0:  # pairs that fill the last batch count nowhere
-            own = self.args.process_index * rows + torch.arange(rows, device=inputs["completion_mask"].device)
+            own = data_rank(self) * rows + torch.arange(rows, device=inputs["completion_mask"].device)
             inputs["completion_mask"] = inputs["completion_mask"] * (own < state.remainder).repeat(2)[:, None]
         with torch.no_grad(), self.compute_loss_context_manager():
             losses, out, _ = self._losses(model, inputs)
         return None, *pair_table(out, losses)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        if self.get_tp_size() > 1:
+            self.gather_function = functools.partial(gathered_rows, self)
+        return super().evaluation_loop(*args, **kwargs)
 
     def _evaluation_figures(self, prediction: EvalPrediction) -> dict[str, float]:
         self.evaluation = Evaluation(np.asarray(prediction.predictions))
@@ -176,6 +185,19 @@ class PairTrainer(DPOTrainer):
             if self.method.of_rank:
                 state |= _state(checkpoint, RANKS_STATE.format(rank=self.args.process_index))
             self.method.load_state_dict(state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._load_renamed(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_renamed(str(self.state.best_model_checkpoint)):
+            super()._load_best_model()
+
+    def _load_renamed(self, checkpoint: str) -> bool:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or is_peft_model(self.model):
+            return False
+        return load_renamed(self.accelerator.unwrap_model(self.model), checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Tied weights are stored once; anything else that does not match is another model's."""

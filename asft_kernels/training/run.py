@@ -289,9 +289,12 @@ def _read(
         split = data.dataset_test_split
         if split == "test" and all(Path(name).is_file() for name in data.eval_dataset_name):
             split = "train"  # as all of a file is called, which has no splits
-        evaluation, of_evaluation = load_pairs(data.eval_dataset_name, processor, split=split, **limits)
+        images = "images" in train.column_names
+        evaluation, of_evaluation = load_pairs(data.eval_dataset_name, processor, split=split, images=images, **limits)
+        if "images" in evaluation.column_names and not images:
+            raise InputError("eval_dataset_name: got rows with images, need text alone, as all training rows are")
         text += f"\n{of_evaluation}"
-    if evaluation is not None and "prompt_ids" in evaluation.column_names:
+    if evaluation is not None:
         evaluation = evaluation.select(longest_first(evaluation))  # too large a batch shows at once
     return Data(train, evaluation, text)
 
@@ -302,7 +305,8 @@ def _head_checked(trainer: PreferenceTrainer) -> str:
 
     Sharded models are held against them at their first batch: they are whole in no place before.
     """
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.method.makes_pairs:
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.is_distributed_loading_by_transformers
+    if sharded or trainer.method.makes_pairs:
         goes = f"{trainer.head_goes}; " if trainer.head_goes else ""
         return f"output head: {goes}checked at the first batch"
     rows = [trainer.train_dataset[i] for i in (0, min(1, len(trainer.train_dataset) - 1))]

@@ -28,6 +28,12 @@ from asft_kernels.training.pair_trainer import PairTrainer
 from asft_kernels.training.reference import SIDES, TOKENS, given_columns, require_whole, with_scores
 from asft_kernels.training.seams import exchanged
 from asft_kernels.training.sharded import place_head
+from asft_kernels.training.tensor_parallel import (
+    check_parallelism,
+    check_tensor_parallel,
+    data_ranks,
+    sum_over_data,
+)  # fmt: skip
 
 OF_BATCH = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", ENTRIES}  # no keywords of the model
 TRL_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
@@ -92,6 +98,7 @@ class PreferenceTrainer(PairTrainer):
             raise InputError(f"args: got {type(args).__name__}, need PreferenceConfig, which has DPOConfig's fields")
         if compute_metrics is not None:
             raise InputError("compute_metrics: got a function, need None: there are no logits to compute them from")
+        check_parallelism(args)
         given = args.build_objective(objective)
         self.objective = on_pairs(given)
         self.method = method or find_method(args.method, given)
@@ -141,7 +148,9 @@ class PreferenceTrainer(PairTrainer):
                 eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
                 optimizers=optimizers, quantization_config=quantization_config, peft_config=peft_config,
             )  # fmt: skip
-        _refuse_pieces(self.accelerator.parallelism_config)
+        check_tensor_parallel(self)
+        if self._is_vision_dataset:
+            self._refuse_beside_images()
         if args.disable_dropout:
             models: list[Any] = [self.model, self.ref_model]
             for of_trl in filter(None, models):
@@ -154,6 +163,15 @@ class PreferenceTrainer(PairTrainer):
         self.head_goes = place_head(self)
         self.method.start(self)
         self._change_datasets(self._with_columns)
+
+    def _refuse_beside_images(self) -> None:
+        """InputError for what reads tokens before TRL's collator makes them, image by image, of chats."""
+        for name, got, need in (
+            ("method", self.method.name, "none"), ("nll_on_prompt", self.args.nll_on_prompt, "False"),
+            ("ref_scores", self.brings_reference, "a reference model: the data brings log-probabilities"),
+        ):  # fmt: skip
+            if got:
+                raise InputError(f"{name}: got {got!r} with rows that have images, need {need}; or rows of text alone")
 
     # Datasets
 
@@ -221,7 +239,7 @@ class PreferenceTrainer(PairTrainer):
         counts = [counting_pairs(batch["completion_mask"]).sum() for batch in batch_samples]
         pairs = torch.stack(counts).sum().to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            pairs = self.accelerator.reduce(pairs, "sum")
+            pairs = sum_over_data(self, pairs)
         return pairs  # pyright: ignore[reportReturnType]
 
     def compute_loss(
@@ -240,7 +258,7 @@ class PreferenceTrainer(PairTrainer):
         of_step = self._pairs_of_step
         loss = total / torch.as_tensor(out.num_pairs if of_step is None else of_step, device=total.device).clamp(min=1)
         if of_step is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # the count is of all ranks, their gradients are averaged
+            loss = loss * data_ranks(self)  # the count is of all ranks, their gradients are averaged
         return loss
 
     def _losses(self, model: Any, inputs: Any) -> tuple[Tensor, Any, Tensor | None]:
@@ -345,18 +363,6 @@ class PreferenceTrainer(PairTrainer):
             sums = self.reference_token_logps(model, inputs, labels).double().sum(dim=1)
         chosen, rejected = sums.chunk(2)
         return chosen, rejected
-
-
-def _refuse_pieces(parallelism: Any) -> None:
-    """InputError for an accelerate ParallelismConfig by which several ranks have the same pairs, or pieces of them."""
-    pieces = "pieces: PreferenceModel(..., sequence_group=mesh)"
-    for name, instead in (("tp_size", "the model's shards: PreferenceModel"), ("cp_size", pieces), ("sp_size", pieces)):
-        size = getattr(parallelism, name, 1)
-        if size > 1:
-            raise InputError(
-                f"parallelism_config: got {name} {size}, need 1: PreferenceTrainer counts and evaluates each rank's "
-                f"own whole pairs; train on {instead} (docs/distributed.md has the loop)"
-            )
 
 
 def _without_functional_dropout(model: nn.Module) -> None:
