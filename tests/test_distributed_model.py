@@ -143,7 +143,7 @@ def test_what_the_page_says_of_the_schemes():
             of("gathered once (FSDP2)", 64, model).seconds, rel=0.1
         )
         assert of("streamed", 1024, model).seconds > of("gathered twice (FSDP2)", 1024, model).seconds
-    assert of(MEGATRON, 8).seconds < of(VOCABULARY, 8).seconds
+    assert of(VOCABULARY, 8).seconds < of(MEGATRON, 8).seconds
     assert of(MEGATRON, 8).memory.total < of(VOCABULARY, 8).memory.total
     assert of(VOCABULARY, 8, small).seconds < of(MEGATRON, 8, small).seconds
     assert of(VOCABULARY, 8, small).memory.total < of(MEGATRON, 8, small).memory.total
@@ -151,7 +151,7 @@ def test_what_the_page_says_of_the_schemes():
         [c.wire for c in made] for made in (vocabulary_parallel(V // 2, D, packed(8)), gathered_whole(D, V, packed(8)))
     )
     assert dh[-1] == pytest.approx(sum(weights))
-    # A chunk comes during two products and leaves, in fp32, during one: 4 N R D and 2 N R D operations at 728 TFLOP/s.
-    come, leave = 728.2e12 * 2 / (4 * 370.8e9), 728.2e12 * 4 / (2 * 370.8e9)
+    # A chunk comes during two products and leaves, in fp32, during one: 4 N R D and 2 N R D operations at 717 TFLOP/s.
+    come, leave = 717.3e12 * 2 / (4 * 370.8e9), 717.3e12 * 4 / (2 * 370.8e9)
     assert f"from {come:.0f} tokens" in distributed_model.hidden_from()
     assert f"from {leave:.0f}," in distributed_model.hidden_from()
