@@ -46,7 +46,7 @@ class VocabParallelHead(Shard):
             probability and gradient 0. Default: all rows count.
 
     Raises:
-        ValueError: For arguments that are none of these.
+        ValueError: For arguments that are none of these, here or on another rank, and for a vocab that ranks differ in.
 
     The constructor is a collective: one all-gather of the lengths.
     """
@@ -57,17 +57,33 @@ class VocabParallelHead(Shard):
         if not isinstance(group, dist.ProcessGroup):
             need = "a torch.distributed.ProcessGroup that this rank is in: mesh.get_group('tp'), or dist.group.WORLD"
             checks.refuse("group", type(group).__name__, need)
-        own = _length(weight)
+        try:
+            own, refusal = _length(weight), None
+        except ValueError as error:
+            own, refusal = -1, error  # once the others have heard of it, as they wait for this rank's length
         super().__init__(weight if bias is None else (weight, bias), group, 0, own, 0)
-        gathered = torch.zeros(dist.get_world_size(group), 1, dtype=torch.int64, device=self.device)
-        dist.all_gather(list(gathered), gathered.new_tensor([own]), group=group)
-        lengths: list[int] = gathered[:, 0].tolist()
+        place = self.device if refusal is None else _device_of(group)
+        gathered = torch.zeros(dist.get_world_size(group), 2, dtype=torch.int64, device=place)
+        dist.all_gather(list(gathered), gathered.new_tensor([own, vocab or 0]), group=group)
+        lengths, vocabs = (gathered[:, i].tolist() for i in range(2))
+        if refusal is not None:
+            raise refusal
+        if refusing := [rank for rank, length in enumerate(lengths) if length < 0]:
+            checks.refuse("weight", f"one that rank {refusing[0]} of the group refuses", "rows (V_r, D) on all ranks")
+        if len(set(vocabs)) > 1:
+            checks.refuse("vocab", f"{vocabs} on the ranks of the group (0: none)", "the same on all")
         total = sum(lengths)
         if vocab is not None and not 1 <= vocab <= total:
             checks.refuse("vocab", vocab, f"1 to {total}, the rows of all ranks together")
         self.vocab = total if vocab is None else vocab
         self.first = sum(lengths[: dist.get_rank(group)])
         self.rows = max(0, min(own, self.vocab - self.first))
+
+
+def _device_of(group: dist.ProcessGroup) -> torch.device:
+    """Where its collectives take tensors."""
+    on_gpu = dist.get_backend(group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def _length(weight: Tensor | nn.Module) -> int:

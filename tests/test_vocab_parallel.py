@@ -122,6 +122,9 @@ def test_refusals_reach_all_ranks(tmp_path):
     assert said[0]["shape"] == said[2]["shape"]
     assert said[0]["shape"].startswith("rank 1 of lm_head's group refuses its arguments: ValueError: labels: got shape")
     assert said[1]["shape"].startswith("labels: got shape")
+    assert said[1]["constructor"].startswith("weight: got Tensor, need this rank's rows (V_r, D)")
+    assert said[0]["constructor"] == said[2]["constructor"]
+    assert said[0]["constructor"].startswith("weight: got one that rank 1 of the group refuses")
     assert said[0]["keyword"].startswith("rank 2 of lm_head's group refuses its arguments: ValueError: softcap: got -1")
     for rank in range(3):
         assert said[rank]["labels"].startswith("labels: got what differs between ranks, need the same on all")
@@ -133,6 +136,8 @@ def test_refusals_reach_all_ranks(tmp_path):
         assert "orpoo" in said[rank]["objective"]
         assert said[rank]["beta"].startswith("options: got what differs between ranks")
         assert "lam: got -1.0" in said[rank]["lam"]
+        assert said[rank]["vocabs"].startswith("vocab: got [90, 91, 92] on the ranks of the group")
+        assert said[rank]["large vocab"].startswith("vocab: got 1000, need 1 to")
         assert said[rank]["fine"] == ""
 
 

@@ -211,6 +211,16 @@ def refusals(rank: int, world: int) -> dict:
             said[name] = ""
         except ValueError as error:
             said[name] = str(error)
+    rows = case.weight.detach()
+    for name, (weight, vocab) in {
+        "constructor": (rows if rank != 1 else rows[0], None),
+        "vocabs": (rows, 90 + rank),
+        "large vocab": (rows, 1000),
+    }.items():
+        try:
+            VocabParallelHead(weight, group=dist.group.WORLD, vocab=vocab)
+        except ValueError as error:
+            said[name] = str(error)
     return {"said": said}
 
 
