@@ -603,3 +603,9 @@ def test_inputs_of_kto(inputs, message):
         fused_preference_loss(
             case.hidden, case.head, case.labels, "kto", ref_logps=torch.zeros(4), objective_inputs=inputs
         )
+
+
+def test_a_sum_of_weights_of_0_trains_nothing():
+    with pytest.raises(ValueError, match="weighted sum: got weights of 0 alone, need one above 0"):
+        get_objective("0 dpo + 0 sft")
+    get_objective("dpo + 0 sft")

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from asft_kernels.cli import main as asft
 from asft_kernels.errors import InputError
 from asft_kernels.objectives import DPO
+from asft_kernels.training import PreferenceConfig
 from asft_kernels.training.figures import BEFORE, Evaluation
 from asft_kernels.training.tensor_parallel import check_parallelism, check_tensor_parallel
 from tiny_lm import pairs, saved_tiny_model, write_lines
@@ -203,3 +204,18 @@ def test_what_would_be_wrong_on_ranks_that_share_pairs_is_refused(changes, text)
         check_tensor_parallel(trainer)
     trainer.get_tp_size = lambda: 1
     check_tensor_parallel(trainer)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"distributed_config": {"tp_sise": 2}}, r"got 'tp_sise', need .*did you mean 'tp_size'\?"),
+        ({"distributed_config": {"tp_size": "two"}}, "tp_size: got 'two', need an integer >= 1"),
+        ({"distributed_config": {"tp_size": 0}}, "tp_size: got 0, need an integer >= 1"),
+        ({"torch_dtype": "bfloat16"}, "got 'torch_dtype', need its name of today, 'dtype'"),
+        ("tp_size=2", "got 'tp_size=2', need a mapping, on the command line as JSON"),
+    ],
+)
+def test_keywords_of_the_model_that_would_be_dropped(given, message, tmp_path):
+    with pytest.raises(InputError, match=f"model_init_kwargs: (distributed_config: )?{message}"):
+        PreferenceConfig(output_dir=str(tmp_path), use_cpu=True, model_init_kwargs=given)

@@ -73,6 +73,8 @@ class WeightedSum(Composite):
         self.terms = tuple(_checked_term(term) for term in terms)
         if not self.terms:
             raise ValueError("weighted sum: got no terms, need at least one (weight, objective)")
+        if not any(weight for weight, _ in self.terms):
+            raise ValueError("weighted sum: got weights of 0 alone, need one above 0: nothing would be trained")
         objectives = [objective for _, objective in self.terms]
         self.parts = nn.ModuleList(o for o in objectives if isinstance(o, nn.Module))
         for name in ("paired", "needs_reference", "uses_nll_labels"):

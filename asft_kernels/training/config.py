@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -142,6 +143,7 @@ class PreferenceConfig(DPOConfig):
         if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
             self.bf16 = False
         super().__post_init__()
+        _check_model_init_kwargs(self.model_init_kwargs)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it
 
@@ -222,3 +224,29 @@ def _named_otherwise(loss_type: str | list[str], weights: list[float] | None) ->
     parts = zip(weights or [1.0] * len(names), names, strict=False)
     ours = names[0] if len(names) == 1 else " + ".join(f"{weight:g} {name}" for weight, name in parts)
     return f"loss_type: got {', '.join(map(repr, types))}, which is called objective here: need objective={ours!r}"
+
+
+def _check_model_init_kwargs(given: Any) -> None:
+    """InputError for what transformers would drop without a word, or fail at far away."""
+    if given is None:
+        return
+    if not isinstance(given, dict):
+        example = '\'{"distributed_config": {"tp_size": 2}}\''
+        raise InputError(f"model_init_kwargs: got {given!r}, need a mapping, on the command line as JSON: {example}")
+    if "torch_dtype" in given:
+        raise InputError("model_init_kwargs: got 'torch_dtype', need its name of today, 'dtype'")
+    sizes = given.get("distributed_config")
+    if sizes is None or not isinstance(sizes, dict):
+        return
+    from transformers.distributed import DistributedConfig
+
+    known = [field.name for field in fields(DistributedConfig)]
+    for name, value in sizes.items():
+        if name not in known:
+            near = get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(
+                f"model_init_kwargs: distributed_config: got {name!r}, need names out of {', '.join(known)}{hint}"
+            )
+        if name.endswith("_size") and (not isinstance(value, int) or value < 1):
+            raise InputError(f"model_init_kwargs: distributed_config: {name}: got {value!r}, need an integer >= 1")
