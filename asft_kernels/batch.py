@@ -12,7 +12,7 @@ from torch import Tensor
 
 from asft_kernels import checks
 
-BY_KERNEL = 2**17  # positions that one program of a kernel walks over in 0.2 ms
+BY_KERNEL = 2**17  # positions at most that one program of a kernel walks over
 
 
 @dataclass(frozen=True)

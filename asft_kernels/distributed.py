@@ -14,6 +14,7 @@ from asft_kernels.errors import InputError
 __all__ = ["VocabParallelHead"]
 COLUMNS = 8  # of hidden states, that the ranks compare
 FACTS = 3 + COLUMNS
+NONE = -1  # of a vocab or a length that a rank has not
 APART = 0.05  # of a column's norm: one from other data is nearer about once in 20, and 8 are once in 10^10
 
 
@@ -59,19 +60,24 @@ class VocabParallelHead(Shard):
             checks.refuse("group", type(group).__name__, need)
         try:
             own, refusal = _length(weight), None
+            if vocab is not None and not isinstance(vocab, int):
+                checks.refuse("vocab", repr(vocab), "an integer, or None")
         except ValueError as error:
-            own, refusal = -1, error  # once the others have heard of it, as they wait for this rank's length
+            own, refusal = NONE, error  # once the others have heard of it, as they wait for this rank's length
         super().__init__(weight if bias is None else (weight, bias), group, 0, own, 0)
         place = self.device if refusal is None else _device_of(group)
         gathered = torch.zeros(dist.get_world_size(group), 2, dtype=torch.int64, device=place)
-        dist.all_gather(list(gathered), gathered.new_tensor([own, vocab or 0]), group=group)
-        lengths, vocabs = (gathered[:, i].tolist() for i in range(2))
+        dist.all_gather(
+            list(gathered), gathered.new_tensor([own, NONE if vocab is None or refusal else vocab]), group=group
+        )
         if refusal is not None:
             raise refusal
+        lengths, vocabs = map(list, zip(*gathered.tolist(), strict=True))
         if refusing := [rank for rank, length in enumerate(lengths) if length < 0]:
-            checks.refuse("weight", f"one that rank {refusing[0]} of the group refuses", "rows (V_r, D) on all ranks")
+            need = "this rank's rows (V_r, D) and an integer vocab or None on all ranks"
+            checks.refuse("weight, vocab", f"what rank {refusing[0]} of the group refuses", need)
         if len(set(vocabs)) > 1:
-            checks.refuse("vocab", f"{vocabs} on the ranks of the group (0: none)", "the same on all")
+            checks.refuse("vocab", f"{vocabs} on the ranks of the group ({NONE}: none)", "the same on all")
         total = sum(lengths)
         if vocab is not None and not 1 <= vocab <= total:
             checks.refuse("vocab", vocab, f"1 to {total}, the rows of all ranks together")

@@ -247,16 +247,14 @@ class _Eager(torch.autograd.Function):
         output = _phase1(*inputs)
         _save_for_phase2(ctx, inputs, output)
         logps, *_, stats = output
-        ctx.mark_non_differentiable(*_fixed(stats, inputs[-1]))
+        ctx.mark_non_differentiable(*_fixed(stats[: len(NAMES)], inputs[-1]))
         ctx.count = len(inputs)
         return logps, *stats[: len(NAMES)]
 
     @staticmethod
     def backward(ctx, grad_logps, *grad_stats):  # pyright: ignore[reportIncompatibleMethodOverride]
         checks.no_transform()
-        plain = (
-            checks.is_eager() and not torch.is_grad_enabled()
-        )  # else a graph of the gradients, which ends in a refusal
+        plain = checks.is_eager() and not torch.is_grad_enabled()  # a graph of the gradients ends in a refusal
         grads = _gradients(ctx, _phase2 if plain else _operator2, grad_logps, grad_stats)
         return *grads, *(None,) * (ctx.count - 4)
 

@@ -8,6 +8,7 @@ result is a written one.
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -792,7 +793,14 @@ def test_pack_labels(shape, borders, second, shift, valid, device):
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("dtype", "ignore"),
-    [(torch.uint8, -100), (torch.int16, 70_000), (torch.int32, 2**32 + 1), (torch.int64, -(2**63)), (torch.int8, 0)],
+    [
+        (torch.uint8, -100),
+        (torch.int16, 70_000),
+        (torch.int32, 2**32 + 1),
+        (torch.int64, -(2**63)),
+        (torch.int8, 0),
+        (torch.int64, np.int64(-100)),
+    ],
 )
 def test_an_ignore_index_outside_the_labels_dtype(dtype, ignore, device):
     """The last position of a sequence has no label, whatever ignore_index becomes in the labels' dtype."""

@@ -124,7 +124,9 @@ def test_refusals_reach_all_ranks(tmp_path):
     assert said[1]["shape"].startswith("labels: got shape")
     assert said[1]["constructor"].startswith("weight: got Tensor, need this rank's rows (V_r, D)")
     assert said[0]["constructor"] == said[2]["constructor"]
-    assert said[0]["constructor"].startswith("weight: got one that rank 1 of the group refuses")
+    assert said[0]["constructor"].startswith("weight, vocab: got what rank 1 of the group refuses")
+    assert said[0]["no vocab"].startswith("weight, vocab: got what rank 2 of the group refuses")
+    assert said[2]["no vocab"].startswith("vocab: got '97', need an integer, or None")
     assert said[0]["keyword"].startswith("rank 2 of lm_head's group refuses its arguments: ValueError: softcap: got -1")
     for rank in range(3):
         assert said[rank]["labels"].startswith("labels: got what differs between ranks, need the same on all")

@@ -216,6 +216,7 @@ def refusals(rank: int, world: int) -> dict:
         "constructor": (rows if rank != 1 else rows[0], None),
         "vocabs": (rows, 90 + rank),
         "large vocab": (rows, 1000),
+        "no vocab": (rows, "97" if rank == 2 else 97),
     }.items():
         try:
             VocabParallelHead(weight, group=dist.group.WORLD, vocab=vocab)
