@@ -291,6 +291,7 @@ def _plan(
         n_tokens, *weight.size, exp_bytes=exp_bytes,
         chunk_size=chunk_size, cache_bytes=cache_bytes if keeps else 0, device_type=hidden.device.type,
         multiprocessors=multiprocessors(hidden.device) if chunk_size is None else 0, order=order,
+        copies=not weight.is_plain or weight.weight.stride(1) != 1 or exp_dtype(backend, hidden.dtype) != hidden.dtype,
     )  # fmt: skip
 
 

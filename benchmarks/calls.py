@@ -88,9 +88,9 @@ def bare_products(case: Case, inputs: Inputs) -> Result:
     return None, None, None
 
 
-def ours(case: Case, inputs: Inputs, *, backend: str, cache_bytes: int | None = None) -> Result:
+def ours(case: Case, inputs: Inputs, *, backend: str, **options: Any) -> Result:
     """fused_asft_loss, and for the other losses the same log-probabilities by fused_linear_logps."""
-    how: dict[str, Any] = {"shift": False, "backend": backend, "cache_bytes": cache_bytes}
+    how: dict[str, Any] = {"shift": False, "backend": backend, **options}
     if case.loss == "asft":
         asft_loss: Any = fused_asft_loss
         return gradients(case, inputs, partial(asft_loss, labels=inputs.labels, **how))

@@ -282,7 +282,7 @@ part_2() {
 part_3() {
     look
     step kernels 60 bash -c 'probe "$@"' - --stages kernels
-    step small-n 50 bash -c 'probe "$@"' - --tokens 512 --stages calls kernels
+    step small-n 50 bash -c 'probe "$@"' - --tokens 512 --stages calls kernels graphs
     if [ -n "$DRY_RUN" ]; then
         step launch 90 bash -c 'probe "$@"' - --stages one
     elif command -v ncu > /dev/null; then

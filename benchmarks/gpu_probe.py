@@ -11,6 +11,7 @@ Stages, in the order in which they are named:
     peers     the same of the peers
     tiles     the candidates of the tile table, variants of its first row, and the ways to make dW
     kernels   what torch's profiler sees in one call
+    graphs    ours, given num_valid, and plain torch as CUDA graphs: without the host
     one       a few launches of the table's first tile, for a profiler that replays kernels
 
 Each figure is a row of JSON, written at once. A stage that raises has a row, and the next begins; the exit code is 1
@@ -38,7 +39,7 @@ from asft_kernels.backends import triton_runs_on_cpu
 from asft_kernels.backends.plan import Plan, default_cache_bytes, make_plan
 from asft_kernels.kernels.configs import Tile, architecture_of, candidates, multiprocessors
 from asft_kernels.kernels.tile_choice import Problem
-from benchmarks.calls import Result
+from benchmarks.calls import Result, bare_products, ours, per_token, plain_torch
 from benchmarks.cases import MODELS, TRAINABLE, WORKS, Case, make_inputs
 from benchmarks.contestants import BARE, CONTESTANTS, Contestant
 from benchmarks.machine import about
@@ -307,6 +308,33 @@ def kernels(probe: Probe, most: int = 14) -> None:
                 probe.row("kernels", f"  {name[:90]}", of=of, launches=len(us), **figures)
 
 
+def graphs(probe: Probe) -> None:
+    if DEVICE == "cpu":
+        return probe.row("graphs", "all", left_out="needs a CUDA or ROCm device")
+    inputs = make_inputs(probe.case)
+    for work in WORKS:
+        case = replace(probe.case, work=work)
+        ways = {
+            f"{OURS}, num_valid given": partial(ours, case, inputs, backend="triton", num_valid=case.N),
+            "plain torch": partial(per_token, plain_torch, case, inputs),
+        }
+        bare = seconds_of(partial(bare_products, case, inputs))
+        for name, call in ways.items():
+            for _ in range(3):  # compiles
+                eager = call()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = call()
+            graph.replay()
+            wait(DEVICE)
+            equal = all(a is b or bool(torch.equal(a, b)) for a, b in zip(captured, eager, strict=True))
+            seconds = [seconds_of(way) for way in (graph.replay, call)]
+            probe.row(
+                "graphs", f"{name}, {work}", ms=1e3 * seconds[0], eager_ms=1e3 * seconds[1],
+                x_bare=seconds[0] / bare, equal=equal,
+            )  # fmt: skip
+
+
 def one(probe: Probe) -> None:
     device = torch.device(DEVICE)
     if DEVICE == "cpu" and not triton_runs_on_cpu():
@@ -321,7 +349,7 @@ def one(probe: Probe) -> None:
     probe.row("one", str(first), launches=4, agreed=bool(times))
 
 
-STAGES = {stage.__name__: stage for stage in (ceilings, products, calls, tiles, peers, kernels, one)}
+STAGES = {stage.__name__: stage for stage in (ceilings, products, calls, tiles, peers, kernels, graphs, one)}
 
 
 def main() -> None:

@@ -108,7 +108,7 @@ def schedule(call: Call, tile: Tile | Strips) -> Iterator[Step]:
         if wants_acc:
             yield product(1, N, D, width, BF16 * N * width + BF16 * width * D + (acc if k == 0 else 2 * acc))
     if wants_exps:
-        for _ in plan.slices[: plan.cached]:
+        for _ in plan.slices[: min(plan.cached, len(plan.slices) - 1)]:
             yield Step(1, "resettle", bytes=8 * N)
     yield Step(1, "close_statistics", bytes=24 * N)
     if not wants_acc:

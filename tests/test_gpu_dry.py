@@ -373,7 +373,7 @@ def test_the_probe_at_tiny_size(tmp_path):
     by_stage = {
         stage: {row["name"]: row for row in rows if row["stage"] == stage} for stage in (r["stage"] for r in rows)
     }
-    assert list(by_stage) == ["ceilings", "products", "calls", "tiles", "peers", "kernels", "one"]
+    assert list(by_stage) == ["ceilings", "products", "calls", "tiles", "peers", "kernels", "graphs", "one"]
     assert not [row for row in rows if "failed" in row]
     for work in ("no gradient", "frozen head", "trainable head"):
         row = by_stage["calls"][f"asft_kernels triton, {work}"]

@@ -26,6 +26,7 @@ from asft_kernels.kernels.label_logits import label_logits
 from asft_kernels.kernels.label_rows import label_rows
 from asft_kernels.kernels.logits_exp import logits_exp, operand_rows
 from asft_kernels.kernels.pack_labels import pack_labels
+from asft_kernels.kernels.products import add_product
 from asft_kernels.kernels.row_statistics import close_statistics, row_factors
 from asft_kernels.kernels.scaled_hidden import scaled_hidden
 from asft_kernels.kernels.settle import resettle, settle
@@ -848,3 +849,15 @@ def test_a_batch_packed_by_the_kernel(cu_seqlens, num_valid, device):
     assert torch.equal(one.offsets, two.offsets)
     assert two.offsets.is_contiguous()
     assert (one.shape, one.padded, one.rows.shape) == (two.shape, two.padded, two.rows.shape)
+
+
+@pytest.mark.parametrize("terms", [1, 7, 8, 9, 25])
+def test_a_long_sum_is_made_of_shorter_ones(monkeypatch, terms, device):
+    """Integers that fp32 adds exactly: nothing of out is read where it is fresh, all of it is kept where it is not."""
+    monkeypatch.setattr("asft_kernels.kernels.products.TERMS", 8)
+    a = torch.randint(-50, 50, (3, terms), device=device).bfloat16()
+    b = torch.randint(-50, 50, (terms, 5), device=device).bfloat16()
+    out = torch.full((3, 5), math.nan, device=device)
+    for times, fresh in ((1, True), (2, False)):
+        add_product(a, b, out=out, fresh=fresh)
+        assert torch.equal(out.cpu(), times * (a.cpu().float() @ b.cpu().float()))

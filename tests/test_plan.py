@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from asft_kernels import linear_logps
+from asft_kernels.backends import exp_dtype
 from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import (
     default_cache_bytes,
@@ -73,12 +74,17 @@ def test_a_cache_of_exactly_all_exponentials_keeps_them():
     assert make_plan(512, 2500, 64, cache_bytes=4 * 512 * 2500 - 1, **sizes).cached == 2
 
 
-@given(n=st.integers(1, 100_000), hidden_size=st.integers(1, 16384), device=DEVICES, intel=st.booleans())
-def test_chunks_by_default(n, hidden_size, device, intel):
-    """Multiples of 64 rows; E and the rows of W within their bytes unless the floor of rows is more."""
-    rows = default_chunk(n, hidden_size, exp_bytes=4, device_type=device, intel=intel)
+@given(
+    n=st.integers(1, 100_000), hidden_size=st.integers(1, 16384), device=DEVICES, intel=st.booleans(),
+    copies=st.booleans(),
+)  # fmt: skip
+def test_chunks_by_default(n, hidden_size, device, intel, copies):
+    """Multiples of 64 rows; E and the rows of W (a GPU's where it copies them) within their bytes unless the floor of
+    rows is more."""
+    rows = default_chunk(n, hidden_size, exp_bytes=4, device_type=device, intel=intel, copies=copies)
     limits = {"cpu": (2**22, 2**23, 1024) if intel else (2**20, 2**21, 512), "cuda": (2**28, 2**29, 4096)}
     exps, weight, floor = limits[device]
+    weight = weight if copies or device == "cpu" else 2**62
     assert rows % 64 == 0
     assert rows >= floor
     assert rows == floor or (4 * n * rows <= exps and 4 * hidden_size * rows <= weight)
@@ -96,7 +102,7 @@ def full_turns(rows: int, n: int, vocab: int, multiprocessors: int) -> tuple[int
     ("n", "vocab", "multiprocessors", "rows", "turns"),
     [
         (8192, 151936, 132, 16896, 288),  # the 288 that 287.99 need; chunks of 16384 take 298
-        (512, 151936, 132, 33792, 18),
+        (2048, 151936, 132, 67584, 72),
         (8192, 128256, 132, 16896, 243),
     ],
 )
@@ -107,6 +113,28 @@ def test_chunks_that_fill_a_chip(n, vocab, multiprocessors, rows, turns):
     plan = {"exp_bytes": 2, "chunk_size": None, "cache_bytes": 0, "device_type": "cuda"}
     assert make_plan(n, vocab, 4096, multiprocessors=multiprocessors, **plan).chunk == rows
     assert make_plan(n, vocab, 4096, **plan).chunk == fit
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend", "make", "copied"),
+    [
+        (torch.bfloat16, "triton", HeadRows, False),
+        (torch.float32, "triton", HeadRows, False),
+        (torch.bfloat16, "torch", HeadRows, True),  # to fp32
+        (torch.float16, "triton", HeadRows, True),  # likewise
+        (torch.bfloat16, "triton", lambda w: HeadRows(w.t().contiguous().t()), True),  # made row-major
+        (torch.bfloat16, "triton", lambda w: HeadRows(w, w.new_empty(len(w), 16)), True),  # LoRA: side by side
+    ],
+)
+def test_a_few_tokens_take_one_chunk_of_a_head_that_is_read_as_it_is(dtype, backend, make, copied):
+    """Elsewhere the rows that are made anew have their own limit: 512 MiB in fp32."""
+    weight = torch.empty(151_936, 4096, dtype=dtype, device="meta")
+    hidden, rows = weight.new_empty(512, 4096), torch.empty(512, device="meta")
+    head = make(weight)
+    plan = linear_logps._plan(hidden, head, rows, backend, None, 0)
+    by_exps = 2**28 // (512 * exp_dtype(backend, dtype).itemsize)
+    by_weight = 2**29 // (4 * head.size[1]) // 64 * 64
+    assert plan.chunk == (by_weight if copied else min(151_936, by_exps))
 
 
 def test_a_call_asks_for_the_multiprocessors_that_are_there(monkeypatch):

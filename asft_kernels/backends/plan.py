@@ -14,8 +14,9 @@ INTEL = "Intel cpu"  # stands for "cpu" below, where the processor is one of Int
 # Bytes of E that are kept unless the caller says otherwise. Constants, never "what happens to be free": results must
 # repeat. On a GPU 8192 tokens of a vocabulary of 151,936 fit in bf16.
 CACHE_BYTES, CACHE_BYTES_GPU = {"cpu": 1024 * MIB}, 2560 * MIB
-# Bytes of a chunk of E, and of its rows of W in fp32. On a CPU what its cores' own caches hold, but on Intel's, where
-# the products themselves are faster in wider chunks, whatever the caches (docs/algorithm.md).
+# Bytes of a chunk of E, and of its rows of W in fp32 (on a GPU only where those are copied). On a CPU what its cores'
+# own caches hold, but on Intel's, where the products themselves are faster in wider chunks, whatever the caches
+# (docs/algorithm.md). On a GPU few chunks: each costs the host some launches, which a few hundred tokens wait for.
 CHUNK_BYTES, CHUNK_BYTES_GPU = {"cpu": MIB, INTEL: 4 * MIB}, 256 * MIB
 WEIGHT_BYTES, WEIGHT_BYTES_GPU = {"cpu": 2 * MIB, INTEL: 8 * MIB}, 512 * MIB
 # Below this many vocabulary rows a chunk costs more in passes over the (N, D) accumulator than it saves.
@@ -70,18 +71,19 @@ def make_plan(
     cache_bytes: int,
     device_type: str,
     multiprocessors: int = 0,
+    copies: bool = False,
     order: StreamedOrder | None = None,
 ) -> Plan:
     """The plan for one call: a function of these integers alone, so that results repeat.
 
     exp_bytes: bytes of one stored exponential. chunk_size: the caller's, None chooses one. cache_bytes:
-    at most this much E is kept, in whole chunks. multiprocessors: the GPU's, 0 elsewhere. order: a streamed head's,
-    which says how wide chunks are; None elsewhere.
+    at most this much E is kept, in whole chunks. multiprocessors: the GPU's, 0 elsewhere. copies: as in default_chunk.
+    order: a streamed head's, which says how wide chunks are; None elsewhere.
     """
     if order is not None:
         chunk_size = order.chunk
     elif chunk_size is None:
-        chunk_size = default_chunk(n_tokens, hidden_size, exp_bytes=exp_bytes, device_type=device_type)
+        chunk_size = default_chunk(n_tokens, hidden_size, exp_bytes=exp_bytes, device_type=device_type, copies=copies)
         if multiprocessors:
             chunk_size = filled_chunk(chunk_size, n_tokens, vocab, multiprocessors)
     chunk = min(chunk_size, vocab)
@@ -101,18 +103,28 @@ def default_cache_bytes(device_type: str) -> int:
 
 
 def default_chunk(
-    n_tokens: int, hidden_size: int, *, exp_bytes: int, device_type: str, intel: bool | None = None
+    n_tokens: int,
+    hidden_size: int,
+    *,
+    exp_bytes: int,
+    device_type: str,
+    copies: bool = False,
+    intel: bool | None = None,
 ) -> int:
     """Vocabulary rows for which a chunk's E stays within CHUNK_BYTES and its rows of W in fp32 within WEIGHT_BYTES.
 
     Never below MIN_CHUNK, which on a CPU fp32 reaches at N = 512 or D = 1024 (on Intel's at 1024 or 2048).
-    intel: whether a CPU is one of Intel's, None for the one that is here.
+    copies: whether a GPU makes a chunk's rows of W anew, in another dtype or of what the head consists of; where it
+    reads them as they are, E alone says how wide a chunk is. intel: whether a CPU is one of Intel's, None for the one
+    that is here.
     """
     intel = processor.INTEL if intel is None else intel
     kind = INTEL if device_type == "cpu" and intel else device_type
     by_exps = CHUNK_BYTES.get(kind, CHUNK_BYTES_GPU) // (exp_bytes * max(n_tokens, 1))
-    by_weight = WEIGHT_BYTES.get(kind, WEIGHT_BYTES_GPU) // (4 * hidden_size)
-    return max(min(by_exps, by_weight) // MULTIPLE * MULTIPLE, MIN_CHUNK.get(kind, MIN_CHUNK_GPU))
+    fit = by_exps
+    if copies or device_type == "cpu":
+        fit = min(fit, WEIGHT_BYTES.get(kind, WEIGHT_BYTES_GPU) // (4 * hidden_size))
+    return max(fit // MULTIPLE * MULTIPLE, MIN_CHUNK.get(kind, MIN_CHUNK_GPU))
 
 
 @lru_cache
@@ -153,4 +165,4 @@ def weight_slice(chunk: int, hidden_size: int) -> int:
 def traced_chunk(hidden_size: int, *, exp_bytes: int, device_type: str) -> int:
     """A chunk that does not depend on the number of tokens, which torch.compile may hold open."""
     typical = TYPICAL_TOKENS.get(device_type, TYPICAL_TOKENS_GPU)
-    return default_chunk(typical, hidden_size, exp_bytes=exp_bytes, device_type=device_type)
+    return default_chunk(typical, hidden_size, exp_bytes=exp_bytes, device_type=device_type, copies=True)

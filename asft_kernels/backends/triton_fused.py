@@ -115,7 +115,8 @@ def forward(
                 exps.append(E)
                 kept_refs.append(ref)
         for E, written_at in zip(exps, kept_refs, strict=True):
-            resettle(E, written_at, ref)
+            if written_at is not ref:  # the last chunk's is
+                resettle(E, written_at, ref)
         logps, one_minus_p, inv_total = close_statistics(z_y, ref, others)
         figures = None
         if wanted is not None:

@@ -44,6 +44,7 @@ class Sizes:
             self.tokens, self.vocab, self.width, exp_bytes=self.exp_bytes, chunk_size=self.chunk_size,
             cache_bytes=0 if recomputes else self.cache_bytes, device_type=self.device.type,
             multiprocessors=multiprocessors(self.device) if self.chunk_size is None else 0,
+            copies=not self.is_plain or exp_dtype(self.backend, self.dtype) != self.dtype,
         )  # fmt: skip
 
     @property

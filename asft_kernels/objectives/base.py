@@ -119,17 +119,21 @@ def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
 
 def counting(policy: Logps, paired: bool) -> Tensor:
     """(B,) or (R,) bool: a row counts if it has a valid token, a pair only if both its rows do."""
-    rows = counting_rows(policy.length, paired)
-    return rows.chunk(2)[0] if paired else rows
+    return _counting(policy.length, paired)
 
 
 def counting_rows(length: Tensor, paired: bool) -> Tensor:
     """(R,) bool of (R,) lengths: the rows that count, those of pairs that do if paired."""
+    counts = _counting(length, paired)
+    return counts.repeat(2) if paired else counts
+
+
+def _counting(length: Tensor, paired: bool) -> Tensor:
     filled = length > 0
     if not paired:
         return filled
     chosen, rejected = filled.chunk(2)
-    return (chosen & rejected).repeat(2)
+    return chosen & rejected
 
 
 def mean_over(values: Tensor, counts: Tensor) -> Tensor:

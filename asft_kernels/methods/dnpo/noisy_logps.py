@@ -186,7 +186,7 @@ def _(grad_logps, grad_power, hidden, weight, bias, noise_weight, noise_bias, la
 def _plan(hidden: Tensor, weight: Tensor, backend: str, chunk_size: int | None) -> Plan:
     return make_plan(
         len(hidden), *weight.shape, exp_bytes=_load(backend).ENTRY_BYTES, chunk_size=chunk_size, cache_bytes=0,
-        device_type=hidden.device.type,
+        device_type=hidden.device.type, copies=True,
     )  # fmt: skip
 
 
