@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import triton
+from torch import Tensor
 
 from asft_kernels import methods
 from asft_kernels.backends import Logits, exp_dtype, triton_fused
@@ -86,15 +87,29 @@ def launches_for(architecture: str, dtype: torch.dtype, *, every: bool = True) -
         for method in methods.modules("compiled").values():
             method.launch(dtype, every=every)
         if dtype == torch.float32:  # its inputs are fp32 log-probabilities whatever the model's dtype
-            offsets, N = torch.empty(17, dtype=torch.int64), 2048
-            terms = asft_sequence(torch.empty(N), offsets, lam=1.0, beta=1.0, sft_weight=1.0)
-            asft_sequence_grad(terms.loss, terms.coef, offsets, N)
-            labels, ends = torch.empty(4096, dtype=torch.int64), torch.empty(4096, dtype=torch.bool)
-            for extra, borders in ((None, None), (labels, offsets)):
-                for shift in (True, False):
-                    of_borders = ends if shift and borders is not None else None
-                    pack_labels(labels, extra, borders, of_borders, length=512, shift=shift, ignore_index=-100)
+            _batch_and_loss()
     return launches
+
+
+def usual_launches(architecture: str, dtype: torch.dtype) -> list[Launch]:
+    """What a call launches there for a plain head without bias, and the batch and ASFT's loss around it."""
+    N, D, V, chunk = 2048, 2048, 32768, 16384
+    with assume_architecture(architecture), record_launches() as launches, torch.device("meta"):
+        head, rows = HeadRows(torch.empty((V, D), dtype=dtype)), torch.empty(N, dtype=torch.int64)
+        _one_call((torch.empty((N, D), dtype=dtype), head, None, rows, rows), PLAIN, Plan(V, chunk, cached=1))
+        _batch_and_loss()
+    return launches
+
+
+def _batch_and_loss() -> None:
+    offsets, N = torch.empty(17, dtype=torch.int64), 2048
+    terms = asft_sequence(torch.empty(N), offsets, lam=1.0, beta=1.0, sft_weight=1.0)
+    asft_sequence_grad(terms.loss, terms.coef, offsets, N)
+    labels, ends = torch.empty(4096, dtype=torch.int64), torch.empty(4096, dtype=torch.bool)
+    for extra, borders in ((None, None), (labels, offsets)):
+        for shift in (True, False):
+            of_borders = ends if shift and borders is not None else None
+            pack_labels(labels, extra, borders, of_borders, length=512, shift=shift, ignore_index=-100)
 
 
 def _strips(N: int, D: int, width: int, dtype: torch.dtype, bias: bool, logits: Logits) -> None:
@@ -111,21 +126,25 @@ def _strips(N: int, D: int, width: int, dtype: torch.dtype, bias: bool, logits: 
 def _both_phases(N: int, M: int, D: int, V: int, chunk: int, dtype: torch.dtype, *, with_alone: bool) -> None:
     plan = Plan(V, chunk=chunk, cached=1)
     hidden, weight, bias = (torch.empty(s, dtype=dtype) for s in ((M, D), (V, D), (V,)))
-    rows, labels, g = (*torch.empty(2, N, dtype=torch.int64).unbind(), torch.empty(N))
+    rows, labels = torch.empty(2, N, dtype=torch.int64).unbind()
     by_column = torch.empty((D, V), dtype=dtype).t()  # a head that was stored transposed
     low_rank = HeadRows(torch.empty((V, D - RANK), dtype=dtype), torch.empty((V, RANK)))
     plain, transposed = HeadRows(weight), HeadRows(by_column)
     cases = [(plain, bias, SOFTCAPPED), (plain, None, PLAIN), (transposed, None, PLAIN), (low_rank, None, PLAIN)]
     cases += [(plain, bias, PLAIN), (plain, None, SOFTCAPPED)] if with_alone else []
     for w, b, logits in cases:
-        inputs = (hidden, w, b, rows, labels)
-        triton_fused.forward(*inputs, logits, plan, needs_acc=False, needs_exps=False)
-        saved = triton_fused.forward(*inputs, logits, plan, needs_acc=True, needs_exps=True)
-        triton_fused.backward(
-            g, *inputs, saved, logits, plan,
-            needs_hidden=True, needs_weight=w.low_rank is None, needs_low_rank=w.low_rank is not None,
-            needs_bias=b is not None,
-        )  # fmt: skip
+        _one_call((hidden, w, b, rows, labels), logits, plan)
+
+
+def _one_call(inputs: tuple[Tensor, HeadRows, Tensor | None, Tensor, Tensor], logits: Logits, plan: Plan) -> None:
+    _, head, bias, rows, _ = inputs
+    triton_fused.forward(*inputs, logits, plan, needs_acc=False, needs_exps=False)
+    saved = triton_fused.forward(*inputs, logits, plan, needs_acc=True, needs_exps=True)
+    triton_fused.backward(
+        torch.empty(len(rows)), *inputs, saved, logits, plan,
+        needs_hidden=True, needs_weight=head.low_rank is None, needs_low_rank=head.low_rank is not None,
+        needs_bias=bias is not None,
+    )  # fmt: skip
 
 
 def _with_stats(N: int, M: int, D: int, V: int, chunk: int, dtype: torch.dtype, bias: bool, logits: Logits) -> None:

@@ -224,3 +224,26 @@ def test_the_command_refuses_an_interpreting_process():
     result = subprocess.run(command, env={"TRITON_INTERPRET": "1", "PATH": ""}, capture_output=True, text=True)
     assert result.returncode == 2
     assert "TRITON_INTERPRET is set" in result.stderr
+
+
+def test_doctor_says_of_each_kernel_whether_it_compiles(monkeypatch):
+    """A usual call's kernels, each variant once. One that the compiler refuses is a finding, the others go on."""
+    from asft_kernels.cli.doctor import lines
+
+    usual = compile_report.usual_launches("sm_90", torch.float32)
+    names = {launch.name for launch in usual}
+    assert {"logits_exp_kernel", "settle_kernel", "pack_labels_kernel", "asft_sequence_grad_kernel"} < names < KERNELS
+    few = [next(x for x in usual if x.name == name) for name in ("close_statistics_kernel", "resettle_kernel")]
+    monkeypatch.setattr(compile_report, "usual_launches", lambda architecture, dtype: few)
+    compiles = Launch.compile
+
+    def refused(launch, architecture):
+        if launch.name == "resettle_kernel" and architecture == "sm_80":
+            raise RuntimeError("no such instruction")
+        return compiles(launch, architecture)
+
+    monkeypatch.setattr(Launch, "compile", refused)
+    found = {what: (finding, well) for what, finding, well in lines(None, "auto", ["sm_90", "sm_80"])}
+    for chip, name in (("sm_90", "close_statistics"), ("sm_90", "resettle"), ("sm_80", "close_statistics")):
+        assert found[f"{chip}, {name}"] == ("compiles in 1 variants, 0 spills", True)
+    assert found["sm_80, resettle"] == ("no such instruction", False)

@@ -87,3 +87,13 @@ def test_a_model_that_computes_something_else(tmp_path, capsys, monkeypatch, tor
 def test_a_tokenizer_larger_than_the_embedding(tmp_path, capsys, torch_only):
     assert main(["doctor", "--model", str(saved_tiny_model(tmp_path / "model", vocab_size=200))]) == 1
     assert "tokenizer              FAILED: 259 of 200 embeddings" in capsys.readouterr().out
+
+
+def test_kernels_that_are_not_compiled(capsys, monkeypatch):
+    """An architecture that the table does not have is refused; an interpreting process has nothing to compile."""
+    assert main(["doctor", "--kernels", "sm_70"]) == 2
+    assert "asft doctor: --kernels: got 'sm_70', need some of sm_80, sm_90, sm_100, gfx942" in capsys.readouterr().err
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(doctor, "_kernel_checks", lambda: ())
+    assert main(["doctor", "--kernels"]) == 0
+    assert "kernels                not compiled: TRITON_INTERPRET is set; unset it" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """What runs on this machine, and with a model: one paste for a bug report.
 
 asft doctor --model_name_or_path FOLDER
+asft doctor --kernels    # compiles the GPU's kernels, too, for the one that is here or, without one, for four chips
 
 Prints versions, device and backend, compares a small fused loss and its gradients with plain float64, and, for a
 model, its head, whether fused log-probabilities are those of its own logits, and what a batch takes. Exit code 1 if a
@@ -35,11 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = frame.CommandParser(prog="asft doctor", description=__doc__)
     parser.add_argument("--model_name_or_path", "--model", dest="model", help="folder or hub name of a model to check")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "auto"], default="auto", help="of its weights")
+    parser.add_argument(
+        "--kernels",
+        nargs="*",
+        metavar="ARCH",
+        help="also compile the kernels, for this GPU or those named: a minute each",
+    )
     args = parser.parse_args(argv)
 
     def body() -> int:
         failed = []
-        for what, finding, well in lines(args.model, args.dtype):
+        for what, finding, well in lines(args.model, args.dtype, args.kernels):
             print(f"{what:<22} {finding if well else 'FAILED: ' + finding}", flush=True)
             failed += [] if well else [what]
         print(f"not well: {', '.join(failed)}" if failed else "all is well")
@@ -48,22 +55,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return frame.run("asft doctor", body, stopped="nothing was changed")
 
 
-def lines(model: str | None, dtype: str) -> Iterator[Line]:
+def lines(model: str | None, dtype: str, kernels: Sequence[str] | None = None) -> Iterator[Line]:
     """Finds out, line by line.
 
     Args:
         model: folder or hub name; None: the machine alone.
         dtype: of the model's weights: "float32", "bfloat16", "auto".
+        kernels: architectures to compile the kernels for; empty: the GPU's, without one all of the table; None
+            (default): nothing is compiled.
 
     Yields:
         (what, finding, whether all is well).
 
     Raises:
-        InputError: for a model that cannot be loaded.
+        InputError: for a model that cannot be loaded, or an architecture that the table does not have.
     """
     yield from _versions()
     yield from _machine()
     yield from _kernel_checks()
+    if kernels is not None:
+        yield from _compiled(kernels)
     if model is not None:
         yield from _model(model, dtype)
 
@@ -129,6 +140,43 @@ def _kernel_checks() -> Iterator[Line]:
     if "triton" not in backends:
         reason = "Triton is not installed" if not HAS_TRITON else "no GPU"
         yield "triton", f"not run here: {reason}; the torch backend computes the same", True
+
+
+def _compiled(architectures: Sequence[str]) -> Iterator[Line]:
+    """Each kernel of a usual call, in each dtype: whether it compiles, and spilled registers.
+
+    All variants: python -m asft_kernels.compile_report.
+    """
+    import torch
+
+    from asft_kernels.backends import HAS_TRITON
+    from asft_kernels.errors import InputError
+    from asft_kernels.kernels.configs import ARCHITECTURES, architecture_of
+
+    unknown = [name for name in architectures if name not in ARCHITECTURES]
+    if unknown:
+        raise InputError(f"--kernels: got {unknown[0]!r}, need some of {', '.join(ARCHITECTURES)}")
+    if not HAS_TRITON or os.environ.get("TRITON_INTERPRET") == "1":
+        reason = "TRITON_INTERPRET is set; unset it" if HAS_TRITON else "Triton is not installed"
+        yield "kernels", f"not compiled: {reason}", True
+        return
+    from asft_kernels import compile_report  # here, as it needs triton
+
+    here = architecture_of(torch.device("cuda")) if torch.cuda.is_available() else "other"
+    for architecture in architectures or ([here] if here in ARCHITECTURES else ARCHITECTURES):
+        variants: dict[str, dict[Any, Any]] = {}
+        for dtype in compile_report.DTYPES:
+            for launch in compile_report.usual_launches(architecture, dtype):
+                variants.setdefault(launch.name.removesuffix("_kernel"), {})[launch] = dtype
+        for name, launches in variants.items():
+            what = f"{architecture}, {name}"
+            try:
+                rows = [compile_report.describe(launch, architecture, dtype) for launch, dtype in launches.items()]
+            except Exception as error:  # whatever a compiler throws is the finding
+                yield what, frame.first_line(error), False
+                continue
+            spills, well = sum(row.code.spills for row in rows), all(row.fits for row in rows)
+            yield what, f"compiles in {len(rows)} variants, {spills} spills", well
 
 
 def loss_errors(backend: str, dtype: Any, device: str) -> dict[str, float]:
