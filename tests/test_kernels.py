@@ -245,7 +245,12 @@ def tiles_for(device, dtype, softcap) -> list[Tile | Strips]:
     if device == "cuda":
         return list(candidates(architecture_of(torch.device(device)), dtype, softcap=softcap is not None))
     small = Tile(32, 16, 16, 4, 2, "a test's", GROUP=2, descriptors=True)
-    return [small, replace(small, persistent=True), Strips(0, 8, 64, 4, "a test's: strips of 64 columns")]
+    return [
+        small,
+        replace(small, persistent=True),
+        replace(small, one_loop=True),
+        Strips(0, 8, 64, 4, "a test's: strips of 64 columns"),
+    ]
 
 
 @pytest.mark.interpreter
@@ -253,11 +258,12 @@ def tiles_for(device, dtype, softcap) -> list[Tile | Strips]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("scale", "softcap", "bias"), [(1.0, None, False), (1.3, 40.0, True)])
 def test_logits_exp_with_each_tile(scale, softcap, bias, dtype, sums, device):
-    """With descriptors and persistent programs, too; the last tiles and the last step of D are partial."""
-    N, V, D, first, stop = (500, 3000, 264, 1000, 2500) if device == "cuda" else (70, 131, 40, 50, 130)
+    """With descriptors and programs that take several tiles, too; the last tiles and the last step of D are partial."""
+    N, V, D, first, stop = (500, 30000, 264, 1000, 25000) if device == "cuda" else (70, 131, 40, 50, 130)
     for tile in tiles_for(device, dtype, softcap):
         x = Inputs(N, V, D, dtype, device, bias=bias)
-        check_logits_exp(x, first, stop, scale, softcap, True, sums, tile)
+        for store in (True, False) if sums else (True,):
+            check_logits_exp(x, first, stop, scale, softcap, store, sums, tile)
 
 
 def check_logits_exp(x, first, stop, scale, softcap, store, sums, tile):

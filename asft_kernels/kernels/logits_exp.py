@@ -49,15 +49,17 @@ def logits_exp_kernel(
     GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    ONE_LOOP: tl.constexpr,
 ):
-    """A tile is exps[m, v], tile_sums[tile_v, m] and tile_refs[tile_v, m]. A program writes one, or, if
-    PERSISTENT, every num_programs-th: other warps then multiply the next while it is written."""
+    """A tile is exps[m, v], tile_sums[tile_v, m] and tile_refs[tile_v, m]. A program writes one, or, if PERSISTENT or
+    ONE_LOOP, every num_programs-th: the next one's operands come while it is written; if PERSISTENT, other warps
+    multiply them meanwhile."""
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(N, BLOCK_M)
     tiles_v = tl.cdiv(width, BLOCK_V)
-    stop = tiles_m * tiles_v if PERSISTENT else pid + 1  # a loop of one turn is no loop in machine code
-    step = tl.num_programs(0) if PERSISTENT else 1
-    for tile in tl.range(pid, stop, step, warp_specialize=PERSISTENT):
+    stop = tiles_m * tiles_v if PERSISTENT or ONE_LOOP else pid + 1  # a loop of one turn is no loop in machine code
+    step = tl.num_programs(0) if PERSISTENT or ONE_LOOP else 1
+    for tile in tl.range(pid, stop, step, warp_specialize=PERSISTENT, flatten=ONE_LOOP):
         # GROUP token tiles take turns at one vocabulary tile while that is in L2.
         per_group = GROUP * tiles_v
         group_start = tile // per_group * GROUP
@@ -127,7 +129,10 @@ def logits_exp(
         )
     tiles_v = triton.cdiv(width, tile.BLOCK_V)
     programs = triton.cdiv(N, tile.BLOCK_M) * tiles_v
-    if tile.persistent:
+    # A tile that waits to be written takes registers beside the next one's sums: no room for a bias as well, and
+    # in fp32 none in shared memory.
+    one_loop = tile.one_loop and (exps is None or (exps.dtype == torch.bfloat16 and bias is None))
+    if tile.persistent or one_loop:
         programs = min(programs, multiprocessors(hidden.device) or 3)  # off a GPU nothing runs side by side: a few
     operands = (hidden, weight)
     if tile.descriptors:
@@ -143,7 +148,7 @@ def logits_exp(
         HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
         STORE_EXPS=exps is not None, STORE_SUMS=sums,
         BLOCK_M=tile.BLOCK_M, BLOCK_V=tile.BLOCK_V, BLOCK_D=tile.BLOCK_D, GROUP=tile.GROUP,
-        DESCRIPTORS=tile.descriptors, PERSISTENT=tile.persistent,
+        DESCRIPTORS=tile.descriptors, PERSISTENT=tile.persistent, ONE_LOOP=one_loop,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return TileSums(tile_sums, tile_refs, tile.BLOCK_V) if sums else None
