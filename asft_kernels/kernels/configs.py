@@ -88,7 +88,7 @@ TILES: Table = {
         ),
         Tile(128, 256, 64, 8, 3, "on an H100 up to 12 % faster than the fourth", descriptors=True),
         Tile(256, 128, 64, 8, 4, "a little faster than the second at D = 2048", descriptors=True),
-        Tile(128, 256, 64, 8, 3, "as the first, operands loaded by threads"),
+        Tile(128, 256, 64, 8, 3, "as the second, operands loaded by threads"),
         Tile(128, 128, 64, 8, 3, "two programs, but a third more bytes", descriptors=True),
     ),
     ("sm_100", True): (
