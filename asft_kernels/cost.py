@@ -23,7 +23,7 @@ FURTHER_ADVICE = {
     ADAPTER: ADVICE[GRAD_LOW_RANK],
 }
 KINDS = {4: FOUR_BITS, 8: EIGHT_BITS}
-SHARDINGS = ("gathered", "vocabulary")
+SHARDINGS = ("gathered", "streamed", "vocabulary")
 BLOCK = 64  # entries that share a scale, bitsandbytes' own default
 
 
@@ -114,7 +114,8 @@ def estimate(
 ) -> Estimate:
     """Computes what a call takes beside its inputs, from the sizes that its backend would choose: nothing is run.
 
-    Memory is what torch's allocator is asked for, on each rank; measured on a CPU it is within 10 % (tests). On
+    Memory is what torch's allocator is asked for, on each rank; measured on a CPU it is within 10 % (tests; a streamed
+    head's with the copies that gloo makes and NCCL does not). On
     a GPU chunks are those of the one that is here, and of an H100's tiles where there is none. Not counted: what a loss
     makes of N log-probabilities, DoRA, dropout in the adapter, copies that autocast or num_valid make.
 
@@ -133,8 +134,8 @@ def estimate(
         lora_dtype: Of its matrices; default float32, as PEFT makes them.
         bias: Whether the head has a bias; default False.
         ranks: Ranks that the head's rows are sharded over; default 1.
-        sharding: "gathered" (default): each rank gathers the whole head for the call, as with FSDP. "vocabulary": each
-            works on its V / ranks rows.
+        sharding: "gathered" (default): each rank gathers the whole head for the call, as with FSDP. "streamed": each
+            reads it chunk by chunk (`ShardedLinear`). "vocabulary": each works on its V / ranks rows.
         return_stats: As in `fused_linear_logps`.
         differentiable: As in `fused_linear_logps`; counted as if a gradient came to each.
         softcap, backend, cache_bytes, chunk_size: As in `fused_linear_logps`.
@@ -166,6 +167,8 @@ def estimate(
         checks.refuse("hidden_size", f"{hidden_size} with 4 bits", "an even number: a byte holds two entries")
     if sharding not in SHARDINGS:
         checks.refuse("sharding", repr(sharding), f"one of {', '.join(map(repr, SHARDINGS))}")
+    if bits and sharding == "streamed":
+        checks.refuse("sharding", "'streamed' with a quantised head", "'gathered': codes are not streamed")
     try:
         place = torch.device(device)
     except RuntimeError:
@@ -189,14 +192,18 @@ def estimate(
     return of_head(
         ResolvedHead(rows, of_bias), tokens, positions or tokens, dtype, place, options,
         hidden_grad=hidden_grad, wanted=Wanted(names, grads), gathered=ranks > 1 and sharding == "gathered",
+        streamed=ranks if sharding == "streamed" else 1,
     )  # fmt: skip
 
 
 def of_head(
     head: ResolvedHead, tokens: int, positions: int, dtype: torch.dtype, device: torch.device, options: Options, *,
-    hidden_grad: bool, wanted: Wanted | None = None, gathered: bool = False,
+    hidden_grad: bool, wanted: Wanted | None = None, gathered: bool = False, streamed: int = 1,
 ) -> Estimate:  # fmt: skip
-    """The same for a head that is there, or on the meta device: what of it asks for a gradient gets one."""
+    """The same for a head that is there, or on the meta device: what of it asks for a gradient gets one.
+
+    streamed: ranks that its rows are streamed from.
+    """
     rows, bias = head.rows, head.bias
     widened = not rows.codes and rows.weight.dtype == torch.float32 and dtype.itemsize < 4
     product_dtype = torch.float32 if widened else dtype
@@ -210,7 +217,7 @@ def of_head(
         low_rank_dtype=torch.float32 if low_rank is None else low_rank.dtype, codes=rows.codes, bias=bias is not None,
         softcap=options.softcap is not None, needs_hidden=hidden_grad or adapts, needs_weight=rows.weight.requires_grad,
         needs_low_rank=adapts,
-        needs_bias=bias is not None and bias.requires_grad, wanted=wanted or Wanted(),
+        needs_bias=bias is not None and bias.requires_grad, wanted=wanted or Wanted(), ranks=streamed,
     )  # fmt: skip
     found, by = moments(sizes), sizes.backend
     if by == "triton":

@@ -20,7 +20,7 @@ from asft_kernels.backends import Logits, Saved, exp_columns, exp_dtype
 from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan, make_plan, traced_chunk
 from asft_kernels.backends.sharding import backend_for
-from asft_kernels.backends.streaming import agreed_tokens, in_natural_order, in_read_order, order_of
+from asft_kernels.backends.streaming import agreed_tokens, in_natural_order, in_read_order, order_of, ranks_of
 from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, Stats, StatsGrads, Wanted, stat_dtype
 from asft_kernels.kernels.configs import multiprocessors
 from asft_kernels.memory import Sizes, explained
@@ -298,15 +298,13 @@ def _plan(
 def _sizes(
     hidden, head: HeadRows, bias, rows, backend, softcap, chunk_size, cache_bytes,
     needs: tuple[bool, bool, bool, bool], wanted,
-) -> Sizes | None:  # fmt: skip
-    if head.is_streamed:  # its buffers are not in memory/ yet
-        return None
+) -> Sizes:  # fmt: skip
     low_rank = head.low_rank
     return Sizes(
         len(rows), len(hidden), head.size[0], head.columns, hidden.dtype, backend, hidden.device, cache_bytes,
         chunk_size, 0 if low_rank is None else low_rank.shape[1], head.weight.dtype,
         torch.float32 if low_rank is None else low_rank.dtype, head.codes, bias is not None, softcap is not None,
-        *needs, wanted,
+        *needs, wanted, ranks_of(head),
     )  # fmt: skip
 
 

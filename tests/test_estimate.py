@@ -156,6 +156,13 @@ def test_a_head_on_several_ranks():
     gathered = estimate(64, 32, 1000, head_grad=True, ranks=4)
     assert gathered.peak == whole.peak + 4 * 1000 * 32
     assert gathered.operations == whole.operations
+    streamed = estimate(64, 32, 1000, head_grad=True, ranks=4, sharding="streamed", chunk_size=100)
+    assert streamed.operations == whole.operations
+    on_the_way = 2 * 100 * 32 * 4 * (1 + 1 / 4)  # two chunks of dW, and what comes of them
+    assert streamed.moments["backward, head"]["gradient on its way to them"] == on_the_way
+    assert streamed.moments["backward, head"]["gradient of the head"] == 250 * 32 * 4
+    with pytest.raises(ValueError, match="sharding: got 'streamed' with a quantised head, need 'gathered'"):
+        estimate(64, 32, 1000, bits=8, ranks=4, sharding="streamed")
 
 
 def test_the_largest_term_and_what_shrinks_it():
@@ -178,7 +185,7 @@ def test_the_largest_term_and_what_shrinks_it():
         ({"bits": 3}, "bits: got 3, need 4, 8 or None"),
         ({"bits": 4, "head_grad": True}, "head_grad: got True with a quantised head, need a lora_rank"),
         ({"bits": 4, "hidden_size": 7}, "hidden_size: got 7 with 4 bits, need an even number"),
-        ({"ranks": 2, "sharding": "rows"}, "sharding: got 'rows', need one of 'gathered', 'vocabulary'"),
+        ({"ranks": 2, "sharding": "rows"}, "sharding: got 'rows', need one of 'gathered', 'streamed', 'vocabulary'"),
         ({"cache_bytes": -1}, "cache_bytes: got -1, need an integer >= 0"),
         ({"device": "nowhere"}, "device: got 'nowhere', need a device of torch's"),
     ],

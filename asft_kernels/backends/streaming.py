@@ -56,6 +56,11 @@ def order_of(head: HeadRows, chunk: int) -> StreamedOrder | None:
     return StreamedOrder.of(head.size[0], Shards.of(head).ranks, chunk) if head.is_streamed else None
 
 
+def ranks_of(head: HeadRows) -> int:
+    """Over which a streamed head's rows are sharded; 1 of another head."""
+    return Shards.of(head).ranks if head.is_streamed else 1
+
+
 def in_read_order(plan: Plan, bias: Tensor | None, labels: Tensor) -> tuple[Tensor | None, Tensor]:
     """bias (V,) and labels (N,) in the order in which a backend reads the head."""
     if plan.order is None:

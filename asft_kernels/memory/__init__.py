@@ -68,12 +68,12 @@ def in_units(size: int) -> str:
 
 
 @contextmanager
-def explained(sizes: Callable[[], Sizes | None], *, phase: str) -> Iterator[None]:
+def explained(sizes: Callable[[], Sizes], *, phase: str) -> Iterator[None]:
     """Adds to an allocator's error what `shortage` says: the same exception, its own text first, as those who catch it
     by its text (accelerate's find_executable_batch_size) want it."""
     try:
         yield
     except RuntimeError as error:
-        if is_out_of_memory(error) and (known := sizes()) is not None:
-            error.args = (f"{error}{SHORTAGE}{shortage(known, phase=phase)}",)
+        if is_out_of_memory(error):
+            error.args = (f"{error}{SHORTAGE}{shortage(sizes(), phase=phase)}",)
         raise

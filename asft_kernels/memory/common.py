@@ -1,7 +1,19 @@
 """Terms that both backends share."""
 
 from asft_kernels.memory.sizes import Sizes
-from asft_kernels.memory.terms import ACC, EXPS, FIGURES, GRAD_HEAD, GRAD_HIDDEN, GRAD_LOW_RANK, SCALES, VECTORS, Terms
+from asft_kernels.memory.terms import (
+    ACC,
+    EXPS,
+    FIGURES,
+    GRAD_HEAD,
+    GRAD_HIDDEN,
+    GRAD_LOW_RANK,
+    GRAD_STREAM,
+    SCALES,
+    STREAM,
+    VECTORS,
+    Terms,
+)
 
 
 def saved_terms(s: Sizes, element: int) -> Terms:
@@ -21,6 +33,17 @@ def saved_terms(s: Sizes, element: int) -> Terms:
 
 def gradient_terms(s: Sizes) -> Terms:
     hidden = s.positions * s.width * s.dtype.itemsize * s.needs_hidden
-    weight = s.vocab * s.columns * s.weight_bytes * s.needs_weight + s.vocab * s.dtype.itemsize * s.needs_bias
+    own = -(-s.vocab // s.ranks)
+    weight = own * s.columns * s.weight_bytes * s.needs_weight + s.vocab * s.dtype.itemsize * s.needs_bias
     low_rank = s.vocab * s.low_rank * s.low_rank_dtype.itemsize * s.needs_low_rank
     return {GRAD_HIDDEN: hidden, GRAD_HEAD: weight, GRAD_LOW_RANK: low_rank}
+
+
+def stream_terms(s: Sizes, element: int, *, read: int, sent: bool = False) -> Terms:
+    """Of a streamed head where so many chunks are read and, if sent, all of dW in numbers of so many bytes."""
+    chunks = len(s.plan.slices)
+    sums = s.on_the_way(chunks) * (s.ranks + 1) // s.ranks
+    return {
+        STREAM: (s.on_the_way(read) * s.columns * s.weight_bytes + 8 * s.vocab) * s.is_streamed,  # and their order
+        GRAD_STREAM: sums * s.columns * element * sent,
+    }

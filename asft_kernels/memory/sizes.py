@@ -7,7 +7,8 @@ import torch
 
 from asft_kernels.backends import exp_columns, exp_dtype
 from asft_kernels.backends.head_rows import FOUR_BITS
-from asft_kernels.backends.plan import Plan, make_plan
+from asft_kernels.backends.plan import Plan, make_plan, traced_chunk
+from asft_kernels.backends.streamed_order import StreamedOrder
 from asft_kernels.backends.token_stats import Wanted
 from asft_kernels.kernels.configs import multiprocessors
 
@@ -36,15 +37,19 @@ class Sizes:
     needs_low_rank: bool = False
     needs_bias: bool = False
     wanted: Wanted = field(default_factory=Wanted)
+    ranks: int = 1  # over which a streamed head's rows are sharded
 
     @cached_property
     def plan(self) -> Plan:
-        recomputes = self.wanted.recomputes(1.0 if self.softcap else None)
+        recomputes, order = self.wanted.recomputes(1.0 if self.softcap else None), None
+        if self.is_streamed:
+            fit = traced_chunk(self.width, exp_bytes=self.exp_bytes, device_type=self.device.type)
+            order = StreamedOrder.of(self.vocab, self.ranks, self.chunk_size or fit)
         return make_plan(
             self.tokens, self.vocab, self.width, exp_bytes=self.exp_bytes, chunk_size=self.chunk_size,
             cache_bytes=0 if recomputes else self.cache_bytes, device_type=self.device.type,
             multiprocessors=multiprocessors(self.device) if self.chunk_size is None else 0,
-            copies=not self.is_plain or exp_dtype(self.backend, self.dtype) != self.dtype,
+            copies=not self.is_plain or exp_dtype(self.backend, self.dtype) != self.dtype, order=order,
         )  # fmt: skip
 
     @property
@@ -58,7 +63,16 @@ class Sizes:
 
     @property
     def is_plain(self) -> bool:
-        return not self.low_rank and not self.codes
+        return not self.low_rank and not self.codes and not self.is_streamed
+
+    @property
+    def is_streamed(self) -> bool:
+        return self.ranks > 1
+
+    def on_the_way(self, chunks: int) -> int:
+        """Rows of a streamed head in buffers, when so many chunks are read or sent: two chunks of all ranks."""
+        order = self.plan.order
+        return 0 if order is None else min(2, chunks) * self.ranks * order.rows
 
     @property
     def weight_bytes(self) -> int:
@@ -94,7 +108,10 @@ class Sizes:
         return 4 * self.vocab * (self.columns // int(block) if kind == FOUR_BITS else 1)
 
     def dequantising(self, rows: int, *, taken: bool) -> int:
-        """Bytes on the way from codes to rows of W; taken: rows here and there, which are copied first."""
+        """Bytes on the way from codes to rows of W; taken: rows here and there, which are copied first, and of other
+        ranks: what is sent for theirs, what comes, and that in order."""
+        if self.is_streamed:
+            return 3 * rows * self.columns * self.weight_bytes * taken
         if not self.codes:
             return rows * self.columns * self.weight_bytes * taken
         kind, block, dtype = self.codes.split("/")

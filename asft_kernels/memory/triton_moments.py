@@ -7,7 +7,7 @@ import torch
 from asft_kernels.backends import exp_columns
 from asft_kernels.backends.plan import weight_slice
 from asft_kernels.kernels.configs import STRIPS, WHOLE, Strips, Tile
-from asft_kernels.memory.common import gradient_terms, saved_terms
+from asft_kernels.memory.common import gradient_terms, saved_terms, stream_terms
 from asft_kernels.memory.sizes import Sizes
 from asft_kernels.memory.terms import (
     ACC,
@@ -32,6 +32,9 @@ def triton_moments(s: Sizes) -> dict[str, Terms]:
     low = s.dtype.itemsize if s.dtype.itemsize < 4 else 0
     saved, grads = saved_terms(s, 4), gradient_terms(s)
     tile, whole = tile_and_form(s)
+    whole = whole and not s.is_streamed
+    again_read = chunks - s.plan.cached if s.needs_exps else 0
+    of_others = stream_terms(s, 4, read=again_read)
     weighed_acc = 4 * N * D * (s.weighs and s.needs_hidden)
     gathered, buffer, assembling, taking = 0, 0, 0, 0
     if not s.is_plain:
@@ -47,9 +50,10 @@ def triton_moments(s: Sizes) -> dict[str, Terms]:
     by_library = 4 * D * (N + made.rows(N, chunk)) * bool(low) if isinstance(made, Strips) else 0
     operands = upcast * s.needs_hidden * (not (on_gpu and same)), by_library * (not on_gpu)
     found = {
-        "forward, labels": {**saved, EXPS: 0, LABELS: gathered + taking},
+        "forward, labels": {**saved, **stream_terms(s, 4, read=chunks), EXPS: 0, LABELS: gathered + taking},
         "forward, chunks": {
             **saved,
+            **stream_terms(s, 4, read=chunks),
             **_strip(s, made),
             LABELS: gathered,
             WORKSPACE: s.exps([chunk]) * ((s.needs_hidden and s.cached < s.vocab) + figures),
@@ -60,25 +64,27 @@ def triton_moments(s: Sizes) -> dict[str, Terms]:
         },
     }
     if not s.is_plain and (s.needs_hidden or s.needs_exps):
-        found["backward, labels"] = {**saved, LABELS: gathered + taking}
+        found["backward, labels"] = {**saved, **of_others, LABELS: gathered + taking}
     if s.needs_hidden:
         found["backward, hidden"] = {
             **saved,
+            **of_others,
             LABELS: gathered,
             ACC: saved[ACC] + weighed_acc,
             GRAD_HIDDEN: grads[GRAD_HIDDEN],
         }
     if s.needs_exps:
-        recomputes = s.plan.cached < chunks
+        recomputes = again_read > 0
         step = weight_slice(chunk, s.columns)
         columns = s.exp_bytes * N * exp_columns("triton", min(N, s.vocab)) * whole
-        slices = 4 * step * s.columns * (s.weight_bytes != 4 and not whole)
+        slices = 4 * step * s.columns * (s.weight_bytes != 4 and not whole and not s.is_streamed)
         factors = N * (D * (s.needs_weight or s.needs_low_rank) + s.low_rank * s.needs_low_rank)
-        width = chunk if whole else step
+        width = chunk if whole or s.is_streamed else step
         upcast = 4 * (N * width + N * s.columns + whole * width * s.columns)
         again = _strip(s, STRIPS[0] if s.weighs else tile) if recomputes else {}
         found["backward, head"] = {
             **saved,
+            **stream_terms(s, 4, read=again_read, sent=s.needs_weight),
             **again,
             **grads,
             LABELS: gathered,
