@@ -16,7 +16,8 @@ pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
 
 from benchmarks import methods, methods_report
 from benchmarks.method_data import CANDIDATES, rewards
-from benchmarks.methods import METHODS, command_of, run, scores_of, split
+from benchmarks.method_files import prepare, run, scores_of, split
+from benchmarks.methods import METHODS, command_of
 from benchmarks.methods_report import draw, table, text
 from benchmarks.run import rows_of
 from tiny_lm import pairs, saved_tiny_model, tiny_tokenizer, write_lines
@@ -76,7 +77,7 @@ def test_a_failed_command_is_named_with_its_output(tmp_path):
 def test_peak_memory_is_the_commands_own(tmp_path):
     """In a process as the benchmark is: a command's peak counts that of its parent, and this one's may be large."""
     code = (
-        "import sys; from pathlib import Path; from benchmarks.methods import run;"
+        "import sys; from pathlib import Path; from benchmarks.method_files import run;"
         "print(run([sys.executable, '-c', 'x = b\"x\" * 2**30'], Path(sys.argv[1]))[1])"
     )
     parent = [sys.executable, "-c", code, str(tmp_path / "log")]
@@ -91,8 +92,8 @@ def test_every_command_is_one_that_its_program_takes(method, monkeypatch, tmp_pa
     from asft_kernels.training.hooks import installed
 
     monkeypatch.setattr(methods, "prepare", lambda name, *_: tmp_path / name)
-    args = argparse.Namespace(model=Path("m"), steps=40, pairs=4, work=tmp_path)
-    command = command_of(method, args, Path("train"), Path("eval"), tmp_path / "out")[3:]
+    args = argparse.Namespace(model=Path("m"), steps=40, epochs=None, pairs=4, accumulate=1, bf16=False, work=tmp_path)
+    command = command_of(method, args, 0, Path("train"), Path("eval"), tmp_path / "out")[3:]
     of_methods = {name: kind.Arguments for name, kind in installed().items() if kind.Arguments is not None}
     _, config, model, *_ = parse(command[1:], of_methods)
     assert command[0] == "train"
@@ -103,7 +104,7 @@ def test_every_command_is_one_that_its_program_takes(method, monkeypatch, tmp_pa
 def test_the_autoencoder_of_fpo_is_made_by_a_command_that_its_program_takes(tmp_path):
     """The command itself, up to the model that is not there."""
     with pytest.raises(RuntimeError) as failed:
-        methods.prepare("sae", tmp_path / "nosuch", write_lines(tmp_path / "train.jsonl", pairs(4)), tmp_path)
+        prepare("sae", tmp_path / "nosuch", write_lines(tmp_path / "train.jsonl", pairs(4)), tmp_path)
     assert "unrecognized" not in (tmp_path / "sae.log").read_text()
     assert "nosuch" in str(failed.value).partition("; the whole output")[0]
 
@@ -115,20 +116,20 @@ def test_data_commands_run_on_what_the_model_makes(tmp_path):
     tiny_tokenizer(chat=True).save_pretrained(model)
     train = write_lines(tmp_path / "train.jsonl", pairs(4))
 
-    rad = rows_of(methods.prepare("rad", model, train, tmp_path))
+    rad = rows_of(prepare("rad", model, train, tmp_path))
     own = rewards(scores_of(model, train, tmp_path / "scores-own"))
     better = [line for line, (chosen, rejected) in own.items() if chosen > rejected]
     assert [r["chosen_score"] for r in rad] == [own[line][side] for line in better for side in (0, 1)]
     assert all(1 < r["chosen_score"] < 10 for r in rad)
     assert rad[0]["chosen"] == rad[1]["rejected"] != rad[0]["rejected"]
 
-    rso = rows_of(methods.prepare("rso", model, train, tmp_path))
+    rso = rows_of(prepare("rso", model, train, tmp_path))
     sampled = [r[side] for r in rows_of(tmp_path / "candidates.jsonl") for side in ("chosen", "rejected")]
     assert len(sampled) == 4 * CANDIDATES == 16
     assert all(r["chosen_score"] > r["rejected_score"] and r["chosen"] in sampled for r in rso)
     assert 0 < len(rso) <= 4
 
-    bridged = rows_of(methods.prepare("bridged", model, train, tmp_path))
+    bridged = rows_of(prepare("bridged", model, train, tmp_path))
     originals = [pair["rejected"] for pair in pairs(4)]
     assert bridged
     assert all(r["rejected"] in originals and r["chosen"] != r["original_chosen"] for r in bridged)
