@@ -97,7 +97,7 @@ def as_chat(line: str) -> str:
     try:
         pair = parse_pair(json.loads(line))
         answers = {side: pair.text(side).strip() for side in ("chosen", "rejected")}
-    except BadRow:
+    except (BadRow, json.JSONDecodeError):
         return line
     rows = {side: [{"role": "assistant", "content": text}] for side, text in answers.items()}
     return json.dumps({"prompt": pair.messages, **rows}) + "\n"

@@ -97,7 +97,8 @@ def command_of(
     own = [argument.format(**files) for argument in method.arguments]
     data = prepare(method.data, args.model, train, args.work) if method.data else train
     given = ["--model", str(args.model), "--data", str(data), "--output_dir", str(out), "--seed", str(seed)]
-    given += ["--save_only_model", "true", "--bf16", str(args.bf16).lower(), *BUDGET, *LIMITS]
+    given += ["--save_only_model", "true", *BUDGET, *LIMITS]
+    given += ["--bf16", str(args.bf16).lower(), "--use_cpu", str(not torch.cuda.is_available()).lower()]
     if args.epochs:
         given += ["--num_train_epochs", str(args.epochs), "--save_strategy", "epoch"]
     else:

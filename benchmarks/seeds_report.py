@@ -179,9 +179,9 @@ def text(rows: list[Row], speed: list[Row]) -> str:
         f"training pairs, {settings['pairs_per_step']} pairs a step, {rows[0]['steps']} steps, {precision}, one "
         "learning rate for all, the paper's parameters unless `benchmarks/methods.py` names others. "
         f"Held out: {held_out}, {len(rows[0]['answers'])} pairs, scored in float32 before and after. Means over seeds; "
-        "± is the paired standard error over held-out pairs (of each pair the mean over seeds), in brackets the standard "
-        "deviation over seeds, which draw the order of the pairs. Accuracy: share of pairs whose chosen answer is "
-        "likelier a token. Margin: difference of the mean log-probabilities a token, in nats. "
+        "± is the paired standard error over held-out pairs (of each pair the mean over seeds), in brackets the "
+        "standard deviation over seeds, which draw the order of the pairs. Accuracy: share of pairs whose chosen "
+        "answer is likelier a token. Margin: difference of the mean log-probabilities a token, in nats. "
         f"{together} trainings shared the machine.",
         "",
         *table(methods),

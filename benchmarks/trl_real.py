@@ -85,7 +85,11 @@ CONTESTANTS: dict[str, tuple[str | None, Callable[[], AbstractContextManager[Any
     "asft_kernels ASFT": ("asft", nullcontext, "PreferenceTrainer, objective asft: no reference model"),
     "asft_kernels DPO": ("dpo", nullcontext, "PreferenceTrainer, objective dpo"),
     "TRL DPO, patch_trl": (None, patched, "DPOTrainer under patch_trl"),
-    "TRL DPO": (None, nullcontext, "DPOTrainer as it comes: its fused head, in chunks of tokens and vocabulary"),
+    "TRL DPO": (
+        None,
+        nullcontext,
+        "DPOTrainer as it comes: fused head of trl/kernels/chunked_logprob.py",
+    ),
     "TRL DPO, full logits": (None, full_logits, "DPOTrainer, log-probabilities from model(...).logits, plain torch"),
 }
 
