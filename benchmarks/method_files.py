@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,6 +21,7 @@ SCORED = ("--dtype", "float32")  # whatever a model was trained in
 EDIT_TOKENS = 64  # of a bridged answer at most
 TAIL = 30  # lines
 _running: set[int] = set()  # processes that `run` waits for
+_stopping = threading.Event()
 
 
 def python(module: str, *arguments: str) -> list[str]:
@@ -48,6 +50,8 @@ def run(command: list[str], log: Path) -> tuple[float, int]:
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
         _running.add(process.pid)
+        if _stopping.is_set():  # asked after `stop_running` may have looked
+            process.terminate()
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:
@@ -63,7 +67,8 @@ def run(command: list[str], log: Path) -> tuple[float, int]:
 
 
 def stop_running() -> None:
-    """Ends the commands that other threads wait for in `run`."""
+    """Ends the commands that other threads wait for in `run`, now and later."""
+    _stopping.set()
     for pid in list(_running):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ pytest.importorskip("datasets", reason="needs the train extra: datasets")
 pytest.importorskip("accelerate", reason="needs the train extra: accelerate")
 pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
 
-from benchmarks import methods, methods_report
+from benchmarks import method_files, methods, methods_report
 from benchmarks.method_data import CANDIDATES, rewards
 from benchmarks.method_files import CommandFailed, prepare, run, scores_of, split
 from benchmarks.methods import METHODS, command_of
@@ -219,6 +220,27 @@ def test_a_row_a_method_and_seed_several_at_once(main, tmp_path):
     both.reset()
     main(*words, "--jobs", "1", measure=lambda method, seed, *_: seen.append((method.name, seed)) or rows[-1])
     assert seen == [(rows[-1]["method"], rows[-1]["seed"])]
+
+
+def test_ctrl_c_ends_what_runs_and_begins_no_more(main, tmp_path, monkeypatch):
+    monkeypatch.setattr(method_files, "_stopping", threading.Event())
+    begun = []
+
+    def measure(method, seed, *_):
+        begun.append((method.name, seed))
+        if method.name == "asft":
+            code = "import time; print('up', flush=True); time.sleep(100)"
+            run([sys.executable, "-c", code], tmp_path / f"log{seed}")
+        while not ((tmp_path / "log0").exists() and (tmp_path / "log0").read_text()):
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    start = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        main("--methods", "asft", "dpo", "--seeds", "0", "1", "--jobs", "2", measure=measure)
+    assert time.perf_counter() - start < 60
+    assert begun[:2] == [("asft", 0), ("dpo", 0)]
+    assert ("dpo", 1) not in begun
 
 
 def test_the_first_failed_log_is_shown(main, tmp_path, capsys):
