@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import about, require
-from benchmarks.methods import asft, run
+from benchmarks.method_files import asft, run
 from benchmarks.run import append, rows_of
 from benchmarks.tables import markdown, sources
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import about, device_slug, package_version, require
-from benchmarks.measure import extra_memory
+from benchmarks.measure import extra_memory, wait
 from benchmarks.run import append, rows_of
 from benchmarks.tables import markdown, sources
 
@@ -73,29 +73,43 @@ def make(name: str, folder: str) -> Any:
     return trainer(f"{folder}/model", args=arguments, train_dataset=Dataset.from_list(rows), processing_class=fast)
 
 
-def one(name: str, side: str) -> dict[str, Any]:
-    """Median seconds of the steps after the first, the peak over what was there before, and the losses."""
+def timed(trainer: Any, device: str, warm: int = 1) -> dict[str, Any]:
+    """Trains. Of the steps after the first `warm` ones the median seconds, forward to optimizer, and tokens a second.
+
+    tokens_per_second: None where the trainer counts no tokens. extra_bytes: the peak over what was there before it.
+    """
     from transformers import TrainerCallback
 
+    seconds, began = [], 0.0
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            nonlocal began
+            wait(device)
+            began = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            wait(device)
+            seconds.append(time.perf_counter() - began)
+
+    trainer.add_callback(Clock())
+    extra = extra_memory(trainer.train, device)
+    logs = [row for row in trainer.state.log_history if "loss" in row]
+    total = [0.0, *(row["num_tokens"] for row in logs if "num_tokens" in row)]
+    rates = [(b - a) / s for a, b, s in zip(total, total[1:], seconds, strict=False)]
+    return {
+        "seconds": median(seconds[warm:]), "tokens_per_second": median(rates[warm:]) if rates else None,
+        "extra_bytes": extra, "losses": [row["loss"] for row in logs],
+    }  # fmt: skip
+
+
+def one(name: str, side: str) -> dict[str, Any]:
     if side == "patch_trl":
         from asft_kernels.training import patch_trl
 
         patch_trl()
     with tempfile.TemporaryDirectory() as folder:
-        trainer, seconds, began = make(name, folder), [], 0.0
-
-        class Clock(TrainerCallback):
-            def on_step_begin(self, *_: Any, **__: Any) -> None:
-                nonlocal began
-                began = time.perf_counter()
-
-            def on_step_end(self, *_: Any, **__: Any) -> None:
-                seconds.append(time.perf_counter() - began)
-
-        trainer.add_callback(Clock())
-        extra = extra_memory(trainer.train, "cpu")
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    return {"seconds": median(seconds[1:]), "extra_bytes": extra, "losses": losses}
+        return timed(make(name, folder), "cpu")
 
 
 def table(rows: list[dict[str, Any]], file: Path) -> str:

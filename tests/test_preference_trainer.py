@@ -482,3 +482,16 @@ def test_means_of_score_files_are_over_their_own_lengths(tmp_path, model):
     batch = trainer.collator([trainer.train_dataset[i] for i in range(4)])
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     assert trainer._reference(None, batch, labels, {}).tolist() == [-3.0] * 4 + [-2.0] * 4
+
+
+def test_memory_is_logged_on_a_gpu(model, tmp_path, monkeypatch):
+    """A log as it would be there; a CPU's rows have none."""
+    trainer = made(tmp_path, model, objective="sft", max_steps=1)
+    assert "peak_bytes" not in logs(trainer)[0]
+    monkeypatch.setattr(type(trainer.args), "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    one = torch.ones(())
+    trainer.windows["train"].add({"loss": (one, one), "tokens": (one, one * 0)})
+    trainer.window_start = 0.0
+    trainer.log({"loss": 1.0})
+    assert trainer.state.log_history[-1]["peak_bytes"] == 7

@@ -22,7 +22,7 @@ from asft_kernels.errors import InputError
 from asft_kernels.objectives import DPO
 from asft_kernels.training import PreferenceConfig
 from asft_kernels.training.figures import BEFORE, Evaluation
-from asft_kernels.training.tensor_parallel import check_parallelism, check_tensor_parallel
+from asft_kernels.training.tensor_parallel import check_parallelism, check_tensor_parallel, sharded_at_load
 from tiny_lm import pairs, saved_tiny_model, write_lines
 
 pytestmark = [
@@ -219,3 +219,9 @@ def test_what_would_be_wrong_on_ranks_that_share_pairs_is_refused(changes, text)
 def test_keywords_of_the_model_that_would_be_dropped(given, message, tmp_path):
     with pytest.raises(InputError, match=f"model_init_kwargs: (distributed_config: )?{message}"):
         PreferenceConfig(output_dir=str(tmp_path), use_cpu=True, model_init_kwargs=given)
+
+
+def test_transformers_that_never_shards():
+    """5.17 has no such attribute."""
+    assert not sharded_at_load(SimpleNamespace())
+    assert sharded_at_load(SimpleNamespace(is_distributed_loading_by_transformers=True))

@@ -17,7 +17,7 @@ from asft_kernels.memory import in_units
 from asft_kernels.models.seam import causal_lm, output_head
 from asft_kernels.options import Options
 from asft_kernels.training.collator import longest_first, token_counts
-from asft_kernels.training.tensor_parallel import data_ranks
+from asft_kernels.training.tensor_parallel import data_ranks, sharded_at_load
 from asft_kernels.training.trainer import PreferenceTrainer
 
 MARKS = ("⟦", "⟧")  # around what carries loss
@@ -89,7 +89,7 @@ def _measured(trainer: PreferenceTrainer, tokens_a_pair: float, steps: int) -> s
 def _of_head(trainer: PreferenceTrainer, batch: dict[str, torch.Tensor]) -> str:
     """What of that the head takes; nothing under autocast or where it is streamed or sharded: estimate knows none."""
     args, model = trainer.args, causal_lm(trainer.model)
-    if trainer.is_distributed_loading_by_transformers:
+    if sharded_at_load(trainer):
         return ""
     head = resolve_head(output_head(model))
     if args.bf16 or args.fp16 or head.rows.is_streamed:

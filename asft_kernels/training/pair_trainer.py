@@ -77,6 +77,8 @@ class PairTrainer(DPOTrainer):
                 self._total_train_tokens = next(rows, 0)
             self._total_train_tokens += int(tokens)
             figures["num_tokens"] = self._total_train_tokens
+            if self.args.device.type == "cuda":  # the allocator's own count: the device is not asked
+                figures["peak_bytes"] = torch.cuda.max_memory_allocated(self.args.device)
             self.window_start = None
         self._metrics[mode].update({name: [value] for name, value in figures.items()})
         super().log(logs, start_time)

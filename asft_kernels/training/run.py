@@ -32,6 +32,7 @@ from asft_kernels.training.dry_run import describe
 from asft_kernels.training.figures import BEFORE, Evaluation, change, change_table
 from asft_kernels.training.hooks import find_method
 from asft_kernels.training.plot import plot_curves
+from asft_kernels.training.tensor_parallel import sharded_at_load
 from asft_kernels.training.trainer import PreferenceTrainer
 
 Say = Callable[[str], None]
@@ -305,7 +306,7 @@ def _head_checked(trainer: PreferenceTrainer) -> str:
 
     Sharded models are held against them at their first batch: they are whole in no place before.
     """
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.is_distributed_loading_by_transformers
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or sharded_at_load(trainer)
     if sharded or trainer.method.makes_pairs:
         goes = f"{trainer.head_goes}; " if trainer.head_goes else ""
         return f"output head: {goes}checked at the first batch"

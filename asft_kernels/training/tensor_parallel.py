@@ -51,6 +51,11 @@ def check_parallelism(args: Any) -> None:
         args.model_init_kwargs = {**given, "device_map": None}  # TRL's "auto" is refused beside it
 
 
+def sharded_at_load(trainer: Any) -> bool:
+    """Returns whether transformers has sharded the model as it loaded it, which older versions of 5 never do."""
+    return getattr(trainer, "is_distributed_loading_by_transformers", False)
+
+
 def check_tensor_parallel(trainer: Any) -> None:
     """Raises InputError for what would be silently wrong on ranks that share pairs.
 
@@ -62,7 +67,7 @@ def check_tensor_parallel(trainer: Any) -> None:
         return
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise InputError(f"fsdp, deepspeed: got one of them with tp_size {size}, {INSTEAD}; leave them out")
-    if not trainer.is_distributed_loading_by_transformers:
+    if not sharded_at_load(trainer):
         raise InputError(f"model: got one that transformers did not shard, with tp_size {size}, {INSTEAD}")
     for name, got, need in (
         ("peft_config", hasattr(trainer.model, "peft_config"), "none: an adapter is whole on each rank"),
