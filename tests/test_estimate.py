@@ -211,10 +211,9 @@ TRITON: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.interpreter
-@pytest.mark.parametrize("name", TRITON)
-def test_bytes_of_the_triton_backend(name, monkeypatch):
-    """In the interpreter, whose closures keep tensors until they are collected: after each launch."""
+@pytest.fixture
+def collected_launches(monkeypatch):
+    """The interpreter's closures keep tensors until they are collected: after each launch."""
     from triton.runtime import interpreter
 
     launch = interpreter.GridExecutor.__call__
@@ -226,8 +225,81 @@ def test_bytes_of_the_triton_backend(name, monkeypatch):
             gc.collect(0)
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", collected)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", TRITON)
+def test_bytes_of_the_triton_backend(name, collected_launches):
     case = Run(**{"N": 32, "M": 32, "D": 32, "V": 150, "chunk_size": 64, "backend": "triton", **TRITON[name]})
     assert case.estimate().peak == pytest.approx(peak_and_operations(case.call())[0], rel=0.05), case.estimate()
+
+
+@pytest.fixture
+def three_ranks_alike(monkeypatch):
+    """A group of three of which this process is the first, and the others send what it sends: without copies."""
+    import torch.distributed as dist
+
+    class Done:
+        def wait(self) -> None: ...
+
+    def gathered(out, piece, **_):
+        out.view(3, *piece.shape).copy_(piece)
+        return Done()
+
+    def summed(out, parts, **_):
+        out.copy_(parts[: len(out)]).mul_(3)
+        return Done()
+
+    def sent_on(out, given, *_, **__):
+        indices = not given.is_floating_point() and len(given) > 3  # of rows, all of them this process's first
+        out.copy_(given).mul_(not indices)
+
+    dist.init_process_group("fake", rank=0, world_size=3)
+    monkeypatch.setattr(dist, "all_gather", lambda outs, own, **_: [x.copy_(own) for x in outs])
+    monkeypatch.setattr(dist, "all_to_all_single", sent_on)
+    for name, collective in (("all_gather_single", gathered), ("reduce_scatter_single", summed)):
+        older = {"all_gather_single": "all_gather_into_tensor", "reduce_scatter_single": "reduce_scatter_tensor"}[name]
+        monkeypatch.setattr(dist, name if hasattr(dist, name) else older, collective)
+    yield dist.init_device_mesh("cpu", (3,))
+    dist.destroy_process_group()
+
+
+STREAMED: dict[str, dict[str, Any]] = {
+    "no gradient": {"hidden_grad": False},
+    "frozen": {},
+    "trainable": {"head_grad": True},
+    "cached": {"head_grad": True, "cache_bytes": BIG},
+    "frozen body": {"hidden_grad": False, "head_grad": True},
+    "bf16": {"head_grad": True, "dtype": "bfloat16"},
+    "two chunks": {"head_grad": True, "chunk_size": 450},
+    "chunks by default": {"head_grad": True, "chunk_size": None, "V": 3000},
+    "softcap": {"head_grad": True, "softcap": 20.0},
+    "triton, frozen": {"backend": "triton", "V": 240, "chunk_size": 60},
+    "triton": {"backend": "triton", "V": 240, "chunk_size": 60, "head_grad": True},
+    "triton, bf16": {"backend": "triton", "V": 240, "chunk_size": 60, "head_grad": True, "dtype": "bfloat16"},
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", STREAMED)
+def test_bytes_of_a_streamed_head(name, monkeypatch, three_ranks_alike, collected_launches):
+    """Labels that stand on all ranks alike: as many rows are sent as come."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    from asft_kernels.sharded_linear import ShardedLinear
+
+    case = Run(**{"N": 48, "M": 96, "D": 64, "V": 900, "chunk_size": 150, **STREAMED[name]})
+
+    def head(self, dtype):
+        local = (torch.randn(case.V // 3, case.D) / case.D**0.5).to(dtype)
+        weight = DTensor.from_local(local, three_ranks_alike, [Shard(0)], run_check=False)
+        return ShardedLinear(weight.requires_grad_(case.head_grad), stream=True)
+
+    balanced = torch.arange(case.N) % 3 * (case.V // 3) + torch.arange(case.N)
+    monkeypatch.setattr(Run, "head", head)
+    monkeypatch.setattr(torch, "randint", lambda *_: balanced)
+    said = case.estimate(ranks=3, sharding="streamed")
+    assert said.peak == pytest.approx(peak_and_operations(case.call())[0], rel=0.05), said
 
 
 CHILD = """
