@@ -40,7 +40,7 @@ def _straightened_expm1(x: Tensor) -> Tensor:
     return torch.expm1(x.clamp(max=LARGEST_EXPONENT)) + beyond * math.exp(LARGEST_EXPONENT)
 
 
-def require_divergence(objective: str, f_divergence_type: object, f_alpha_divergence_coef: object) -> None:
+def require_divergence(objective: str, f_divergence_type: object, f_alpha_divergence_coef: float) -> None:
     require_choice(objective, "f_divergence_type", f_divergence_type, F_DIVERGENCES)
     coef = f_alpha_divergence_coef
     most = sys.float_info.max
