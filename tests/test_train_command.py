@@ -191,6 +191,15 @@ def test_resume_refuses_what_would_be_another_experiment(job, whole_run, tmp_pat
         assert f"resume: {name}: {was}" in capsys.readouterr().err
     grown = write_lines(tmp_path / "pairs.jsonl", [*pairs(31), "{"])
     assert main([*resume, "--dataset_name", str(grown)]) == 2
+    assert "resume: training_pairs: others (1 new or changed: line 31), need the same" in capsys.readouterr().err
+    changed = [*pairs(5), {**pairs(1)[0], "chosen": "other"}, *pairs(30)[6:10], *pairs(30)[11:]]
+    assert main([*resume, "--dataset_name", str(write_lines(tmp_path / "pairs.jsonl", changed))]) == 2
+    expected = "training_pairs: others (1 new or changed: line 6; 2 gone or changed: lines 6, 11), need"
+    assert expected in capsys.readouterr().err
+    assert main([*resume, "--dataset_name", str(write_lines(tmp_path / "pairs.jsonl", pairs(30)[::-1]))]) == 2
+    assert "training_pairs: others (the same rows, but another order or split), need" in capsys.readouterr().err
+    (folder / "pairs.json").write_text("{")
+    assert main([*resume, "--dataset_name", str(grown)]) == 2
     assert "resume: training_pairs: others, need the same" in capsys.readouterr().err
     other = saved_tiny_model(tmp_path / "model", attention_dropout=0.1)
     assert main([*resume, "--model", str(other)]) == 2

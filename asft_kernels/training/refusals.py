@@ -45,7 +45,8 @@ def refuse_unnamed_model(model: Any, processing_class: Any, makes_reference: boo
 def refuse_beside_images(method: Method, args: Any, brings_reference: bool) -> None:
     """InputError for what reads tokens before TRL's collator makes them, image by image, of chats."""
     for name, got, need in (
-        ("method" if args.method else "objective", method.name, "one without a method of its own"), ("nll_on_prompt", args.nll_on_prompt, "False"),
+        ("method" if args.method else "objective", method.name, "one without a method of its own"),
+        ("nll_on_prompt", args.nll_on_prompt, "False"),
         ("ref_scores", brings_reference, "a reference model: the data brings log-probabilities"),
         ("precompute_ref_log_probs", args.precompute_ref_log_probs, "False: the reference is asked at every step"),
         ("truncation_mode", args.truncation_mode != "keep_start" and args.truncation_mode,

@@ -129,17 +129,17 @@ def _run(
             f"eval_strategy: got {IntervalStrategy(config.eval_strategy).value!r} without pairs to evaluate on; add "
             "--eval_dataset_name or --eval_every_nth"
         )
+    datasets = {"training_pairs": read.train, "evaluation_pairs": read.evaluation}
     settings = {
         **config.to_dict(), **asdict(model), **asdict(data), "objective": repr(objective), "method": method.name,
         "method_arguments": asdict(method.arguments) if method.arguments is not None else None,
         "model": digest_of_model(name), "world_size": config.world_size,
         "tokenizer": tokenizer_fingerprint(getattr(processor, "tokenizer", processor)),
         "files": run_folder.digest_of_files([*(config.ref_scores or ()), *_strings(method.arguments)]),
-        "training_pairs": run_folder.digest_of_pairs(read.train),
-        "evaluation_pairs": run_folder.digest_of_pairs(read.evaluation),
+        **{name: run_folder.digest_of_pairs(dataset) for name, dataset in datasets.items()},
     }  # fmt: skip
     if checkpoint:
-        run_folder.require_same_settings(folder / run_folder.SETTINGS, settings, say)
+        run_folder.require_same_settings(folder / run_folder.SETTINGS, settings, say, datasets)
         say(f"goes on from {checkpoint}")
     metrics, stop = MetricsFile(folder / run_folder.METRICS), StopWhenAsked(at_once)
     config.eval_on_start = read.evaluation is not None and checkpoint is None
@@ -169,6 +169,7 @@ def _run(
         metrics.start(done["global_step"] if done else None)
         if not checkpoint:
             content = {"command": run_folder.command(), "versions": run_folder.versions(), "settings": settings}
+            run_folder.write_pairs(folder, datasets)
             write_json(folder / run_folder.SETTINGS, content)
     with stop.listening():
         _train(trainer, checkpoint, done)
