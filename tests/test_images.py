@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("trl", reason="needs the train extra: trl")
-pytest.importorskip("datasets", reason="needs the train extra: datasets")
-pytest.importorskip("PIL", reason="needs the train extra: Pillow, which matplotlib brings")
+pytest.importorskip("train_extra")
 
 from datasets import Audio, Dataset, Image, List
 from trl import DPOConfig, DPOTrainer
@@ -20,13 +18,9 @@ from asft_kernels.errors import InputError
 from asft_kernels.training import PreferenceConfig, PreferenceTrainer
 from tiny_lm import CHAT_TEMPLATE, pairs, saved_tiny_model, tiny_tokenizer, write_lines
 from tiny_vlm import TEMPLATE, picture, picture_pairs, said, saved_tiny_llava, tiny_idefics3, tiny_processor
+from train_extra import QUIET
 
-pytestmark = [
-    # peft and trl ask for names that transformers renamed; nothing of ours does
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = QUIET
 # fp32 log-probabilities of 13 tokens of size 6 in sums of some -80, over steps that Adam's rounding moves apart.
 CLOSE: dict[str, Any] = {"rel": 2e-4, "abs": 2e-4}
 SAME_STEPS: dict[str, Any] = dict(

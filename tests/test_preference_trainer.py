@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("trl", reason="needs the train extra: trl")
-pytest.importorskip("datasets", reason="needs the train extra: datasets")
+pytest.importorskip("train_extra")
 
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
@@ -19,13 +18,9 @@ from asft_kernels.training.collator import at_labels
 from asft_kernels.training.reference import with_scores
 from bounds import unit_roundoff
 from tiny_lm import pairs, saved_tiny_model, tiny_model, tiny_tokenizer, write_lines
+from train_extra import QUIET
 
-pytestmark = [
-    # peft 0.21 and trl ask for names that transformers renamed; nothing of ours does
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = QUIET
 TESTS = Path(__file__).parent
 OF_CLOCKS = ("runtime", "per_second", "epoch", "step_time", "profiling")
 # fp32 log-probabilities of 20 tokens of size 6 in sums of some -100, over three steps that Adam's rounding moves apart.

@@ -13,9 +13,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-pytest.importorskip("trl", reason="needs the train extra: trl")
-pytest.importorskip("datasets", reason="needs the train extra: datasets")
-pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
+pytest.importorskip("train_extra")
 
 import transformers
 
@@ -29,12 +27,9 @@ from asft_kernels.training.figures import Evaluation, change
 from asft_kernels.training.run_folder import command, require_same_settings
 from asft_kernels.training.trainer import PreferenceTrainer
 from tiny_lm import pairs, saved_tiny_model, tiny_model, write_lines
+from train_extra import QUIET
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = QUIET
 ROOT = Path(__file__).parents[1]
 TIMES = {"tokens_per_second", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
 

@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("trl", reason="needs the train extra: trl")
-pytest.importorskip("datasets", reason="needs the train extra: datasets")
-pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
+pytest.importorskip("train_extra")
 
 from accelerate import ParallelismConfig
 from safetensors.torch import load_file
@@ -24,12 +22,9 @@ from asft_kernels.training import PreferenceConfig
 from asft_kernels.training.figures import BEFORE, Evaluation
 from asft_kernels.training.tensor_parallel import check_parallelism, check_tensor_parallel, sharded_at_load
 from tiny_lm import pairs, saved_tiny_model, write_lines
+from train_extra import QUIET
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = QUIET
 TESTS = Path(__file__).parent
 LIMIT = 240  # seconds: ranks that wait for ever are ended
 OF_CLOCKS = ("runtime", "per_second", "epoch", "preparation")
