@@ -359,7 +359,10 @@ def test_rows_with_sums_of_too_many_references_are_refused(tmp_path, model):
                               for row in tokenised()])  # fmt: skip
     with pytest.raises(InputError, match="objective: DPO: got 2 references, need one"):
         made(tmp_path, model, rows=rows, objective="dpo")
-    made(tmp_path, model, rows=rows, objective="mrpo", objective_args=["alpha=(0.5, 0.5)"])
+    given = {"rows": rows, "max_steps": 1}
+    alone = logs(made(tmp_path, model, **given, objective="mrpo", objective_args=["alpha=(0.5, 0.5)"]))
+    both = logs(made(tmp_path, model, **given, objective="mrpo(alpha=(0.5, 0.5)) + 0.1 sft"))
+    assert both[0]["loss"] == pytest.approx(alone[0]["loss"] + 0.1 * alone[0]["sft_loss"], rel=1e-5)  # fp32
 
 
 def test_models_and_data_that_are_none_are_refused(tmp_path):

@@ -420,6 +420,10 @@ BAD = [
     (["--model_init_kwargs", '{"revision": "v2"}'], "revision: got 'v2', need it in --model_revision alone, which is"),
     (["--model_init_kwargs", '{"num_hidden_layers": 1}'], "(weights with model.layers.1.input_layernorm.weight and 8"),
     (["--model_init_kwargs", '{"num_hidden_layers": 3}'], "(weights without model.layers.2.input_layernorm.weight and"),
+    (
+        ["--model_init_kwargs", '{"hidden_size": 8, "ignore_mismatched_sizes": true}'],
+        "(weights without model.embed_tokens.weight and",
+    ),
     (["--attn_implementation", "foo"], "attn_implementation: got 'foo', with which "),
     (["--eval_every_nth", "500"], "leaves 30 pairs for training and 0 for evaluation"),
     (["--output_dir", __file__], "is a file, need a folder"),

@@ -79,7 +79,8 @@ def with_all_weights(model: Any, found: Mapping[str, Any], keywords: Mapping[str
     Raises:
         ValueError: which are missing or left over.
     """
-    missing, unused = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    missing = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    unused = sorted(found["unexpected_keys"])
     if missing:
         raise ValueError(f"weights without {_first_of(missing)}, which would be random")
     if unused and any(name not in (*OF_RUNS, "attn_implementation") for name in keywords or ()):
