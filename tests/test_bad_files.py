@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("trl", reason="needs the train extra: trl")
+pytest.importorskip("train_extra")
 pytest.importorskip("safetensors", reason="needs the train extra: safetensors")
 
 import torch
@@ -14,12 +14,9 @@ import bad_files
 from asft_kernels.cli import main as asft
 from asft_kernels.errors import InputError
 from asft_kernels.score.table import load_scores
+from train_extra import QUIET
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = QUIET
 
 
 @pytest.fixture(scope="module")

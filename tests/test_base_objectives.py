@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from asft_kernels.objectives import (
     KTO,
     ORPO,
     SFT,
+    WPO,
     Hinge,
     HingeNorm,
     Robust,
     SigmoidNorm,
     SimPO,
     WeightedSum,
+    expression_of,
     get_objective,
     kto_kl,
 )
@@ -446,6 +449,18 @@ def test_sums_compare_by_their_terms():
     assert get_objective("0.5 sft") != get_objective("sft")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "dpo", "1 dpo", "dpo + 0.005 sft", "dpo(beta=0.2, ld_alpha=0.5)", "dpo(use_weighting=True)",
+        "bmc(base='dpo(beta=0.2) + 0.1 sft', delta=3)", "mrpo(alpha=(0.5, 0.5)) + 2 kto", "lmpo(power=3)",
+    ],
+)  # fmt: skip
+def test_an_objective_is_shown_as_it_may_be_written(text):
+    assert expression_of(get_objective(text)) == text
+    assert expression_of(WPO(get_objective("dpo + sft"))) == "WPO", "no text makes it"
+
+
 def test_a_sum_knows_what_its_reference_is():
     kinds = [get_objective(name).reference_kind for name in ("dpo + sft", "poft + sft", "simpo + 0.1 poft", "poft")]
     assert kinds == ["sum", "mean", "mean", "mean"]
@@ -498,33 +513,44 @@ def test_a_sum_says_what_its_parts_need():
     [
         (lambda: get_objective("dpo + 0.1 aft"), "objective: got 'aft', need one of 'asft', "),
         (lambda: get_objective("DPPO"), r"parameters\); did you mean 'dpo'\?"),
-        (lambda: get_objective("dpo + "), "objective: got the term '', need 'name' or 'weight name', its parameters"),
-        (lambda: get_objective("dpo + 1.2.3 sft"), "objective: got the term '1.2.3 sft', need"),
-        (lambda: get_objective("dpo + -1 sft"), "objective: got the term '-1 sft', need"),
+        (lambda: get_objective("dpo + "), r"objective: got the term '', nothing beside a \+, need a name"),
+        (lambda: get_objective("dpo + 1.2.3 sft"), "objective: got the term '1.2.3 sft', a weight that is no number"),
+        (lambda: get_objective("dpo + -1 sft"), "which has a negative weight, need terms joined by"),
+        (lambda: get_objective("dpo - 0.1 sft"), r"got 'dpo - 0\.1 sft', which subtracts a term, need terms joined by"),
+        (lambda: get_objective("sft * 0.1"), r"got the term 'sft \* 0\.1', a weight behind its name, need it before"),
+        (lambda: get_objective("dpo + 0.1"), r"got the term '0\.1', a weight without a name"),
+        (lambda: get_objective("dpo, sft"), r"got the term 'dpo, sft', two names, need a \+"),
+        (lambda: get_objective("dpo & sft"), "got the term 'dpo & sft', need 'name' or 'weight name', its parameters"),
         (lambda: get_objective("dpo + sft", beta=1.0), r"got 'dpo \+ sft' and beta beside it, need parameters"),
         (lambda: get_objective("2 dpo", beta=1.0), "got '2 dpo' and beta beside it, need parameters behind the name"),
         (lambda: get_objective("dpo(beta=1)", beta=1.0), r"got 'dpo\(beta=1\)' and beta beside it"),
         (lambda: get_objective("dpo(bet=1) + sft"), "dpo: got the parameter 'bet', need one of .*did you mean 'beta'"),
         (lambda: get_objective("dpo(beta=-1) + sft"), "beta: got -1, need "),
-        (lambda: get_objective("dpo(beta) + sft"), r"got the term 'dpo\(beta\)', need .*name\(parameter=value"),
-        (lambda: get_objective("dpo(beta=1)(beta=2)"), "got the term"),
-        (lambda: get_objective("dpo(beta=1, beta=2)"), "got the term"),
-        (lambda: get_objective("dpo(**{})"), "got the term"),
-        (lambda: get_objective("dpo(beta=0.2 + sft"), "got the term"),
-        (lambda: get_objective("dpo(beta=0.2 sft"), "got the term"),
-        (lambda: get_objective("dpo + bmc"), "bmc: base: got None, need a name such as 'dpo' or an Objective"),
+        (lambda: get_objective("dpo(beta) + sft"), r"'dpo\(beta\)', 'beta' without a parameter's name, need 'name"),
+        (lambda: get_objective("dpo(beta=1)(beta=2)"), r"got the term 'dpo\(.*\)', more behind its parameters, need"),
+        (lambda: get_objective("dpo(beta=1, beta=2)"), r"got the term 'dpo\(.*\)', 'beta' twice, need each .* once"),
+        (lambda: get_objective("dpo(**{})"), r"got the term 'dpo\(\*\*\{\}\)', '\{\}' without a parameter's name"),
+        (lambda: get_objective("dpo(beta=0.2 + sft"), r"got 'dpo\(beta=0.2 \+ sft', where a \( is not closed"),
+        (lambda: get_objective("dpo) + sft"), r"got 'dpo\) \+ sft', where a \) closes nothing"),
+        (lambda: get_objective("dpo(beta=0.2 sft)"), r"'dpo\(.*\)', parameters that cannot be read \(.*comma"),
+        (lambda: get_objective("dpo(beta={[]:1})"), r"dpo: beta: got '\{\[\]:1\}', need a finite number"),
+        (lambda: get_objective("dpo(name=3)"), "dpo: got the parameter 'name', need one of beta"),
+        (lambda: get_objective("dpo + bmc"), r"bmc: base: got None, need a name .*; written bmc\(base=dpo\)"),
         (lambda: get_objective("dpo + poft"), "got DPO, whose ref_logps are sums and PoFT, whose ref_logps are means"),
         (lambda: WeightedSum((DPO(),)), r"got the term DPO\(.*\), need a pair \(weight, objective\), such as"),
         (lambda: WeightedSum(((True, DPO()),)), "weighted sum: weight of DPO: got True, need a finite number >= 0"),
         (lambda: WeightedSum(()), "weighted sum: got no terms, need at least one"),
         (lambda: WeightedSum(((-1.0, DPO()),)), "weighted sum: weight of DPO: got -1.0, need a finite number >= 0"),
         (lambda: WeightedSum(((1.0, "dpo"),)), r"weighted sum: got 'dpo', need an Objective, such as DPO\(\)"),
-        (lambda: WeightedSum(((1.0, get_objective("bmc", base="dpo")),)), "weighted sum: got BMC, which weighs tokens"),
+        (
+            lambda: get_objective("bmc(base=dpo) + sft"),
+            r"weighted sum: got BMC, which weighs tokens, .*\"bmc\(base='dpo \+ 0.1 sft'\)\"",
+        ),
     ],
     ids=[
-        "name", "near name", "empty term", "number", "sign", "parameters", "parameters of one",
-        "beside its own", "unknown", "not allowed", "no value", "twice behind", "twice", "stars", "open", "no comma",
-        "bmc", "two references",
+        "name", "near name", "empty term", "number", "sign", "minus", "weight behind", "weight alone", "comma", "other",
+        "parameters", "parameters of one", "beside its own", "unknown", "not allowed", "no value", "twice behind",
+        "twice", "stars", "open", "closed", "no comma", "odd value", "name as parameter", "bmc", "two references",
         "no pair", "bool", "nothing", "weight", "no object", "weighs tokens",
     ],
 )  # fmt: skip
@@ -543,6 +569,10 @@ def test_impossible_sums(make, message):
         ("dpo", {"beta": 0}, "dpo: beta: got 0, need a finite number > 0"),
         ("dpo", {"beta": True}, "dpo: beta: got True, need a finite number > 0"),
         ("dpo", {"beta": 10**400}, "dpo: beta: got 10+, need a finite number > 0"),
+        ("dpo", {"beta": 10**22}, r"dpo: beta: got 10+, need a float, or an integer below 2\*\*31; write 1e\+22"),
+        ("lmpo", {"beta": Fraction(1, 4)}, r"lmpo: beta: got Fraction\(1, 4\), need a float, .* write 0.25"),
+        ("dpo", {"f_alpha_divergence_coef": -(10**22)}, "f_alpha_divergence_coef: got -10+, need a float"),
+        ("dpo", {"f_alpha_divergence_coef": 10**400}, "f_alpha_divergence_coef: got 10+, need a finite number"),
         ("simpo", {"gamma": False}, "simpo: gamma: got False, need a finite number >= 0"),
         ("ipo", {"beta": 1e-320}, r"ipo: beta: got 1e-320, need 4e-155 at least: float64 has no \(1 / \(2 beta\)\)\^2"),
         ("dpo", {"label_smoothing": 0.5}, "dpo: label_smoothing: got 0.5, need a number below 0.5"),

@@ -10,19 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("trl", reason="needs the train extra: trl")
+pytest.importorskip("train_extra")
 
 from asft_kernels.cli import main as asft
 from asft_kernels.training import checkpoints
 from asft_kernels.training.checkpoints import DIGESTS, find_checkpoint, what_is_broken, write_digests
 from asft_kernels.training.run_folder import LOCK
 from tiny_lm import pairs, saved_tiny_model, write_lines
+from train_extra import QUIET
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = QUIET
 ROOT = Path(__file__).parents[1]
 OLD, NEW = "checkpoint-1", "checkpoint-2"
 

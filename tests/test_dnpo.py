@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("trl", reason="needs the train extra: trl")
-pytest.importorskip("datasets", reason="needs the train extra: datasets")
+pytest.importorskip("train_extra")
 pytest.importorskip("peft", reason="needs the train extra: peft")
 
 import peft
@@ -30,13 +29,9 @@ from asft_kernels.training import PreferenceConfig, PreferenceTrainer
 from asft_kernels.training.hooks import find_method
 from test_preference_trainer import logs, options, rows_that_count_differently, tokenised
 from tiny_lm import saved_tiny_model, tiny_model, tiny_tokenizer, write_lines
+from train_extra import QUIET
 
-pytestmark = [
-    # peft 0.21 and trl ask for names that transformers renamed; nothing of ours does
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = QUIET
 
 DOUBLE = 1e-14  # a handful of float64 roundings
 

@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("trl", reason="needs the train extra: trl")
-pytest.importorskip("datasets", reason="needs the train extra: datasets")
-pytest.importorskip("PIL", reason="needs the train extra: Pillow, which matplotlib brings")
+pytest.importorskip("train_extra")
 
-from datasets import Dataset, Image, List
+from datasets import Audio, Dataset, Image, List
 from trl import DPOConfig, DPOTrainer
 
 from asft_kernels.cli import main as asft
@@ -20,13 +18,9 @@ from asft_kernels.errors import InputError
 from asft_kernels.training import PreferenceConfig, PreferenceTrainer
 from tiny_lm import CHAT_TEMPLATE, pairs, saved_tiny_model, tiny_tokenizer, write_lines
 from tiny_vlm import TEMPLATE, picture, picture_pairs, said, saved_tiny_llava, tiny_idefics3, tiny_processor
+from train_extra import QUIET
 
-pytestmark = [
-    # peft and trl ask for names that transformers renamed; nothing of ours does
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = QUIET
 # fp32 log-probabilities of 13 tokens of size 6 in sums of some -80, over steps that Adam's rounding moves apart.
 CLOSE: dict[str, Any] = {"rel": 2e-4, "abs": 2e-4}
 SAME_STEPS: dict[str, Any] = dict(
@@ -219,6 +213,13 @@ BAD = [
     ("image that is an address", {"images": ["https://example.org/a.png"]}),
     ("image and images in one row", {"image": "good.png", "images": ["good.png"]}),
     ("wrong type", {"images": [3]}),
+    ("wrong type", {"images": ""}),
+    ("wrong type", {"image": "", "images": []}),
+    ("wrong type", {"images": [""]}),
+    ("column videos", {"images": ["good.png"], "videos": ["a.mp4"]}),
+    ("column audio", {"audio": {"path": "a.wav"}, "images": ["good.png"]}),
+    ("image of more than 8 bits a colour", {"image": "deep.png"}),
+    ("image of more than 8 bits a colour", {"image": "real.tiff"}),
     ("images that do not fit the chat", {"images": ["good.png", "good.png"]}),
     ("images that do not fit the chat", {}),
     ("plain text in data with images", {"prompt": "What?", "chosen": "a", "rejected": "b", "images": ["good.png"]}),
@@ -236,6 +237,8 @@ BAD = [
 def in_folder(folder, rows):
     picture("red").save(folder / "good.png")
     (folder / "text.png").write_text("no image")
+    picture("red").convert("L").convert("I;16").save(folder / "deep.png")
+    picture("red").convert("F").save(folder / "real.tiff")
     whole = folder / "whole.png"
     picture("red", 400, 400).save(whole)
     (folder / "half.png").write_bytes(whole.read_bytes()[:200])
@@ -247,6 +250,10 @@ def test_a_path_of_the_hub_has_no_folder(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: rows)
     with pytest.raises(InputError, match=r"image that is a path: image: a\.png; need a column of datasets\.Image"):
         load_pairs("org/name", tiny_processor())
+    sounds = rows.remove_columns("image").add_column("audio", [{"bytes": b"RIFF", "path": None}])
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: sounds.cast_column("audio", Audio()))
+    with pytest.raises(InputError, match="column audio: need text, or text and images"):
+        load_pairs("org/name", tiny_processor())
 
 
 def test_every_row_left_out_is_named(tmp_path):
@@ -257,9 +264,28 @@ def test_every_row_left_out_is_named(tmp_path):
     assert report.images == 2
     found = {line: kind for kind, lines in report.bad.items() for line in lines}
     assert found == {line: kind for line, (kind, _) in enumerate(BAD, start=2)}
-    assert f"line 2: image that is missing: {tmp_path / 'nowhere.png'}" in report.first_bad
+    missing = f"line 2: image that is missing: {tmp_path / 'nowhere.png'}; relative paths begin in the folder of"
+    assert missing in report.first_bad
     assert read["prompt"][1] == read["prompt"][0], "an image of a text goes before it, as TRL has it"
     assert read["id"][1] != read["id"][0]
+
+
+def test_what_is_not_seen_of_an_image_is_said(tmp_path):
+    """Each made by Pillow; grey and a palette are seen whole."""
+    red, blue = picture("red"), picture("blue")
+    red.convert("CMYK").save(tmp_path / "print.tiff")
+    red.save(tmp_path / "moves.gif", save_all=True, append_images=[blue])
+    for mode in ("RGBA", "L", "P", "1"):
+        red.convert(mode).save(tmp_path / f"{mode}.png")
+    names = ["print.tiff", "moves.gif", "RGBA.png", "L.png", "P.png", "1.png"]
+    data = write_lines(tmp_path / "rows.jsonl", [{**GOOD, "image": name} for name in names])
+    _, report = load_pairs(data, tiny_processor())
+    assert report.kept == len(names)
+    assert report.notes == {
+        "image of mode CMYK, trained as RGB": [1],
+        "image of several frames, of which the first is trained": [2],
+        "image with transparency, trained without": [3],
+    }
 
 
 def test_an_image_of_other_content_is_another_pair(tmp_path):
@@ -292,13 +318,17 @@ def test_what_cannot_be_is_refused(tmp_path, folder):
     data = in_folder(tmp_path, [{**GOOD, "images": ["good.png"]}, *pairs(1)])
     _, report = load_pairs(data, tiny_tokenizer())
     assert report.bad == {"row with images": [1]}
-    assert "need text alone, or a model that takes images, with its processor" in report.first_bad
+    assert "need text alone; asft train takes images, with a model that takes them" in report.first_bad
     with pytest.raises(InputError, match="shows no image of a user's message"):
         load_pairs(data, tiny_processor(TEMPLATE.replace("'<image>'", "''")))
     dataset = of_trl(folder)
     for changes, text in (
-        ({"objective": "dnpo"}, "method: got 'dnpo' with rows that have images, need none"),
+        ({"objective": "dnpo"}, "objective: got 'dnpo' with rows that have images, need one without a method"),
+        ({"objective": "kto"}, "objective: got 'kto' with rows that have images, need one without a method"),
+        ({"method": "sapo"}, "method: got 'sapo' with rows that have images, need one without a method"),
         ({"objective": "orpo", "nll_on_prompt": True}, "nll_on_prompt: got True with rows that have images"),
+        ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs: got True with rows that have images, need"),
+        ({"truncation_mode": "keep_end"}, "truncation_mode: got 'keep_end' with rows that have images, need 'keep_st"),
     ):
         args = PreferenceConfig(str(tmp_path / "out"), **{**SAME_STEPS, **changes})
         with pytest.raises(InputError, match=text):
@@ -331,7 +361,7 @@ def test_a_text_model_names_the_rows(folder, tmp_path, capsys):
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(tmp_path / "model")
     assert asft(words(tmp_path / "model", folder / "pairs.jsonl", tmp_path / "out", "--strict")) == 2
-    assert "line 1: row with images: need text alone, or a model that takes images" in capsys.readouterr().err
+    assert "line 1: row with images: need text alone; asft train takes images, with a model" in capsys.readouterr().err
     score = ["score", "--model", str(tmp_path / "model"), "--data", str(folder / "pairs.jsonl")]
     assert asft([*score, "--output", str(tmp_path / "scores.jsonl")]) == 0
     assert "left out, row with images: 6 (lines 1, 2, 3, 5, 6, 7)" in capsys.readouterr().out

@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("trl", reason="needs the train extra: trl")
-pytest.importorskip("datasets", reason="needs the train extra: datasets")
-pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
+pytest.importorskip("train_extra")
 
 from safetensors.torch import save_file
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("trl", reason="needs the train extra: trl")
+pytest.importorskip("train_extra")
 
 from asft_kernels.cli import frame
 from asft_kernels.cli import main as asft
@@ -19,12 +19,9 @@ from asft_kernels.errors import InputError
 from asft_kernels.files import replacing
 from asft_kernels.locks import only_writer
 from tiny_lm import pairs, saved_tiny_model, write_lines
+from train_extra import QUIET
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = QUIET
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 HOLDS = """

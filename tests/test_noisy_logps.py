@@ -225,6 +225,25 @@ def test_layouts_agree():
     assert sum(x.sum() for x in wide).isfinite()
 
 
+@pytest.mark.interpreter
+def test_tokens_are_found_by_the_kernel_where_the_core_does(monkeypatch):
+    """One call for each of: the core, DNPO, FPO."""
+    pytest.importorskip("triton", reason="needs Triton")
+    from asft_kernels.kernels import pack_labels
+    from asft_kernels.methods.fpo import features
+
+    calls, find = [], pack_labels.pack_labels
+    monkeypatch.setattr(pack_labels, "pack_labels", lambda *args, **more: calls.append(1) or find(*args, **more))
+    monkeypatch.setattr(features, "choose_backend", lambda *_: "triton")  # as on a GPU
+    case = make_case()
+    fused_linear_logps(case.hidden, case.head, case.labels, backend="triton")
+    fused_noisy_linear_logps(case.hidden, case.head, case.head, case.labels, seed=1, backend="triton")
+    size = case.hidden.shape[-1]
+    encoder = features.SparseAutoencoder(torch.ones(size, 4), torch.zeros(4), torch.ones(4, size), torch.zeros(size))
+    features.pooled_features(encoder, case.hidden, case.labels)
+    assert len(calls) == 3
+
+
 def test_nothing_is_read_that_carries_no_label():
     case = make_case()
     noise = noise_of(case)

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("trl", reason="needs the train extra: trl")
-pytest.importorskip("datasets", reason="needs the train extra: datasets")
+pytest.importorskip("train_extra")
 
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
@@ -19,13 +18,9 @@ from asft_kernels.training.collator import at_labels
 from asft_kernels.training.reference import with_scores
 from bounds import unit_roundoff
 from tiny_lm import pairs, saved_tiny_model, tiny_model, tiny_tokenizer, write_lines
+from train_extra import QUIET
 
-pytestmark = [
-    # peft 0.21 and trl ask for names that transformers renamed; nothing of ours does
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = QUIET
 TESTS = Path(__file__).parent
 OF_CLOCKS = ("runtime", "per_second", "epoch", "step_time", "profiling")
 # fp32 log-probabilities of 20 tokens of size 6 in sums of some -100, over three steps that Adam's rounding moves apart.
@@ -329,7 +324,24 @@ REFUSED = [
     ({"loss_type": ["sigmoid"]}, "loss_type: got 'sigmoid', which is called objective here: need objective='dpo'"),
     ({"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [1.0, 0.5]}, "need objective='1 dpo .* 0.5 bco_pair'"),
     ({"objective": "dpoo"}, "did you mean 'dpo'"),
-    ({"objective": "asft", "objective_args": ["beta"]}, "objective_args: got 'beta', need NAME=VALUE"),
+    ({"objective": "asft", "objective_args": ["beta"]}, "objective_args: got 'beta', need a text NAME=VALUE"),
+    ({"objective_args": [("lam", 0.5)]}, r"objective_args: got \('lam', 0.5\), need a text NAME=VALUE"),
+    ({"objective_args": [{"lam": 0.5}]}, r"objective_args: got {'lam': 0.5}, need a text NAME=VALUE"),
+    ({"objective_args": "lam=0.5"}, r"objective_args: got 'lam=0.5', need a list of texts such as \['beta=0.2'\]"),
+    ({"objective_args": ["lam=1", "lam=2"]}, "objective_args: got lam twice, need it once"),
+    ({"objective": "dpo + kto"}, r"objective: got 'dpo \+ kto', need kto by itself"),
+    (
+        {"objective": "mrpo", "objective_args": ["alpha=[0.5,0.5]"]},
+        "objective: mrpo: alpha: got 2 weights for 1 references, need one each; ref_scores has a file",
+    ),
+    (
+        {"objective": "mrpo(swap_weights=true) + 0.1 sft", "ref_scores": ["a", "b", "c"]},
+        "objective: mrpo: swap_weights: got True with 3 references, need 2",
+    ),
+    ({"objective": "dpo", "ref_scores": ["a", "b"]}, "objective: DPO: got 2 references, need one; mrpo has more"),
+    ({"lr_scheduler_kwargs": "{"}, r"lr_scheduler_kwargs: got '{', need JSON \("),
+    ({"lr_scheduler_kwargs": "x"}, "lr_scheduler_kwargs: got 'x', need a mapping, on the command line as JSON"),
+    ({"accelerator_config": "no.json"}, "accelerator_config: got 'no.json', need JSON .* or a file of it"),
     ({"objective": "dpo + sft", "beta": 0.3}, r"got 'dpo \+ sft' and beta beside it, need param"),
     ({"objective": "asft", "f_divergence_type": "forward_kl"}, "asft: got the parameter 'f_divergence_type'"),
     ({"method": "sapoo"}, "method: got 'sapoo', need one of"),
@@ -340,6 +352,32 @@ REFUSED = [
 def test_what_is_not_understood_is_refused_by_name(tmp_path, model, changes, says):
     with pytest.raises(InputError, match=says):
         made(tmp_path, model, **changes)
+
+
+def test_rows_with_sums_of_too_many_references_are_refused(tmp_path, model):
+    rows = Dataset.from_list([{**row, "ref_chosen_logps": [-1.0, -2.0], "ref_rejected_logps": [-1.0, -2.0]}
+                              for row in tokenised()])  # fmt: skip
+    with pytest.raises(InputError, match="objective: DPO: got 2 references, need one"):
+        made(tmp_path, model, rows=rows, objective="dpo")
+    given = {"rows": rows, "max_steps": 1}
+    alone = logs(made(tmp_path, model, **given, objective="mrpo", objective_args=["alpha=(0.5, 0.5)"]))
+    both = logs(made(tmp_path, model, **given, objective="mrpo(alpha=(0.5, 0.5)) + 0.1 sft"))
+    assert both[0]["loss"] == pytest.approx(alone[0]["loss"] + 0.1 * alone[0]["sft_loss"], rel=1e-5)  # fp32
+
+
+def test_models_and_data_that_are_none_are_refused(tmp_path):
+    unnamed, rows = tiny_model(), Dataset.from_list(pairs(2))
+    args = PreferenceConfig(**options(tmp_path, objective="dpo"))
+    for given, message in (
+        ({"model": unnamed}, "model: got an object .* need processing_class, its tokenizer"),
+        ({"model": unnamed, "processing_class": tiny_tokenizer()}, "model: got an object .* need ref_model beside it"),
+        ({"model": tmp_path}, "model: got PosixPath, need the name or the folder of one, as a text"),
+        ({"model": unnamed, "train_dataset": pairs(2)}, "train_dataset: got list, need a datasets.Dataset"),
+        ({"model": unnamed, "train_dataset": rows.select([])}, "train_dataset: got no rows, need preference pairs"),
+    ):
+        with pytest.raises(InputError, match=message):
+            PreferenceTrainer(**{"train_dataset": rows, **given}, args=args)
+    PreferenceTrainer(unnamed, ref_model=tiny_model(), args=args, train_dataset=rows, processing_class=tiny_tokenizer())
 
 
 def test_other_kinds_of_arguments_are_refused(tmp_path, model):

@@ -13,9 +13,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytest.importorskip("transformers", reason="needs the train extra: transformers")
-pytest.importorskip("trl", reason="needs the train extra: trl")
-pytest.importorskip("datasets", reason="needs the train extra: datasets")
+pytest.importorskip("train_extra")
 
 from asft_kernels import fused_asft_loss, fused_linear_logps, fused_preference_loss, preference_loss_from_logps
 from asft_kernels.models import PreferenceModel
@@ -26,13 +24,9 @@ from cases import IGNORE, make_case, packed
 from model_cases import batch, built
 from objective_cases import call_inputs, objective_of
 from test_every_objective import NAMES
+from train_extra import QUIET
 
-pytestmark = [
-    # peft 0.21 and trl ask for names that transformers renamed; nothing of ours does
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = QUIET
 TESTS = Path(__file__).parent
 LIMIT = 240
 WORKER = """

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-pytest.importorskip("trl", reason="needs the train extra: trl")
-pytest.importorskip("datasets", reason="needs the train extra: datasets")
+pytest.importorskip("train_extra")
 pytest.importorskip("peft", reason="needs the train extra: peft")
 
 import peft
@@ -19,13 +18,9 @@ from asft_kernels.models import fuse
 from asft_kernels.training import PreferenceConfig, PreferenceTrainer
 from test_preference_trainer import logs, options, tokenised
 from tiny_lm import saved_tiny_model, tiny_model, tiny_tokenizer
+from train_extra import QUIET
 
-pytestmark = [
-    # peft 0.21 and trl ask for names that transformers renamed; nothing of ours does
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = QUIET
 LN_2 = math.log(2)
 
 

@@ -13,27 +13,23 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-pytest.importorskip("trl", reason="needs the train extra: trl")
-pytest.importorskip("datasets", reason="needs the train extra: datasets")
-pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
+pytest.importorskip("train_extra")
 
 import transformers
 
 from asft_kernels.cli import main as asft
 from asft_kernels.cli.train import parse
 from asft_kernels.errors import InputError
+from asft_kernels.objectives import DPO
 from asft_kernels.training.callbacks import MetricsFile
 from asft_kernels.training.checkpoints import find_checkpoint
 from asft_kernels.training.figures import Evaluation, change
 from asft_kernels.training.run_folder import command, require_same_settings
 from asft_kernels.training.trainer import PreferenceTrainer
 from tiny_lm import pairs, saved_tiny_model, tiny_model, write_lines
+from train_extra import QUIET
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = QUIET
 ROOT = Path(__file__).parents[1]
 TIMES = {"tokens_per_second", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
 
@@ -189,6 +185,15 @@ def test_resume_refuses_what_would_be_another_experiment(job, whole_run, tmp_pat
         assert main([*resume, f"--{name}", value]) == 2
         assert f"resume: {name}: {was}" in capsys.readouterr().err
     grown = write_lines(tmp_path / "pairs.jsonl", [*pairs(31), "{"])
+    assert main([*resume, "--dataset_name", str(grown)]) == 2
+    assert "resume: training_pairs: others (1 new or changed: line 31), need the same" in capsys.readouterr().err
+    changed = [*pairs(5), {**pairs(1)[0], "chosen": "other"}, *pairs(30)[6:10], *pairs(30)[11:]]
+    assert main([*resume, "--dataset_name", str(write_lines(tmp_path / "pairs.jsonl", changed))]) == 2
+    expected = "training_pairs: others (1 new or changed: line 6; 2 gone or changed: lines 6, 11), need"
+    assert expected in capsys.readouterr().err
+    assert main([*resume, "--dataset_name", str(write_lines(tmp_path / "pairs.jsonl", pairs(30)[::-1]))]) == 2
+    assert "training_pairs: others (the same rows, but another order or split), need" in capsys.readouterr().err
+    (folder / "pairs.json").write_text("{")
     assert main([*resume, "--dataset_name", str(grown)]) == 2
     assert "resume: training_pairs: others, need the same" in capsys.readouterr().err
     other = saved_tiny_model(tmp_path / "model", attention_dropout=0.1)
@@ -365,6 +370,18 @@ def test_one_value_of_a_list_needs_no_brackets_in_yaml(tmp_path):
     assert (data.dataset_name, settings.objective_args) == (["a.jsonl"], ["lam=0.5"])
 
 
+@pytest.mark.parametrize("given", ["objective_args: [beta=0.3]", "beta: 0.3"])
+def test_parameters_of_a_files_objective_are_not_anothers(tmp_path, given):
+    config, name = tmp_path / "run.yaml", given.partition(":")[0]
+    config.write_text(f"dataset_name: a.jsonl\nuse_cpu: true\nobjective: dpo\n{given}\n")
+    words = ["--config", str(config), "--objective", "asft"]
+    with pytest.raises(InputError, match=f"{name}: got .* for its objective 'dpo', need --{name} on the command line"):
+        parse(words, {})
+    own = ["lam=0.5"] if name == "objective_args" else ["0.5"]
+    assert parse([*words, f"--{name}", *own], {})[1].build_objective()
+    assert parse([*words[:2], "--objective=dpo"], {})[1].build_objective() == DPO(beta=0.3)
+
+
 @pytest.mark.parametrize("words", [["--config", "no.yaml"], ["--config"], ["--config", "a", "--config", "b"]])
 def test_a_config_that_is_not_one_file_is_one_line(capsys, words):
     assert main(words) == 2
@@ -397,6 +414,17 @@ BAD = [
     (["--model", "."], "'.' cannot be loaded as a causal language model"),
     (["--model", "no-such-folder"], "no such folder, and no hub name either"),
     (["--report_to", "wandb"], "wandb"),
+    (["--model_init_kwargs", "{"], "model_init_kwargs: got '{', need JSON ("),
+    (["--model_init_kwargs", '{"foo": 1}'], "model_init_kwargs: got {'foo': 1}, with which "),
+    (["--model_init_kwargs", '{"dtype": "float16"}'], "dtype: got 'float16', need it in --dtype alone, which is 'flo"),
+    (["--model_init_kwargs", '{"revision": "v2"}'], "revision: got 'v2', need it in --model_revision alone, which is"),
+    (["--model_init_kwargs", '{"num_hidden_layers": 1}'], "(weights with model.layers.1.input_layernorm.weight and 8"),
+    (["--model_init_kwargs", '{"num_hidden_layers": 3}'], "(weights without model.layers.2.input_layernorm.weight and"),
+    (
+        ["--model_init_kwargs", '{"hidden_size": 8, "ignore_mismatched_sizes": true}'],
+        "(weights without model.embed_tokens.weight and",
+    ),
+    (["--attn_implementation", "foo"], "attn_implementation: got 'foo', with which "),
     (["--eval_every_nth", "500"], "leaves 30 pairs for training and 0 for evaluation"),
     (["--output_dir", __file__], "is a file, need a folder"),
 ]

@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("trl", reason="needs the train extra: trl")
-pytest.importorskip("datasets", reason="needs the train extra: datasets")
-pytest.importorskip("matplotlib", reason="needs the train extra: matplotlib")
+pytest.importorskip("train_extra")
 
 from accelerate import ParallelismConfig
 from safetensors.torch import load_file
@@ -24,12 +22,9 @@ from asft_kernels.training import PreferenceConfig
 from asft_kernels.training.figures import BEFORE, Evaluation
 from asft_kernels.training.tensor_parallel import check_parallelism, check_tensor_parallel, sharded_at_load
 from tiny_lm import pairs, saved_tiny_model, write_lines
+from train_extra import QUIET
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = QUIET
 TESTS = Path(__file__).parent
 LIMIT = 240  # seconds: ranks that wait for ever are ended
 OF_CLOCKS = ("runtime", "per_second", "epoch", "preparation")
@@ -92,6 +87,7 @@ def test_ranks_with_the_same_pairs_train_as_one_process(words, tmp_path, tp, dp,
     done = on_ranks([*words, *more, *batch, "--output_dir", str(several)], tp * dp)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "output head: checked at the first batch" in done.stdout
+    assert done.stdout.count(f"tensor parallel {tp} x data parallel {dp}\n") == 1
     found, expected = rows(several), rows(alone)
     assert [row["kind"] for row in found] == ["eval", "train", "train", "train", "eval"]
     assert found[1]["pairs"] == 4
@@ -107,6 +103,12 @@ def test_ranks_with_the_same_pairs_train_as_one_process(words, tmp_path, tp, dp,
     weights = load_file(several / "model.safetensors")
     for name, value in load_file(alone / "model.safetensors").items():
         assert (value - weights[name]).abs().max() <= 5e-5, name
+
+
+def test_sizes_that_shard_nothing_are_said(words, tmp_path, capsys):
+    more = ["--model_init_kwargs", '{"distributed_config": {}}', "--dry_run", "--output_dir", str(tmp_path / "out")]
+    assert asft(["train", *words, *more]) == 0
+    assert capsys.readouterr().out.count("tensor parallel 1 x data parallel 1\n") == 1
 
 
 @pytest.mark.slow
@@ -212,6 +214,13 @@ def test_what_would_be_wrong_on_ranks_that_share_pairs_is_refused(changes, text)
         ({"distributed_config": {"tp_sise": 2}}, r"got 'tp_sise', need .*did you mean 'tp_size'\?"),
         ({"distributed_config": {"tp_size": "two"}}, "tp_size: got 'two', need an integer >= 1"),
         ({"distributed_config": {"tp_size": 0}}, "tp_size: got 0, need an integer >= 1"),
+        ({"distributed_config": 2}, "got 2, need a mapping, as in"),
+        ({"distributed_config": {"pp_size": 2}}, "pp_size: got 2, need 1"),
+        ({"distributed_config": {"tp_plan": "all"}}, "tp_plan: got 'all', need 'auto', or a mapping"),
+        ({"distributed_config": {"tp_plan": "auto"}}, "tp_plan: got 'auto', need more ranks than 1 .* torchrun --np"),
+        ({"distributed_config": {"tp_size": 2}}, "got .*, need 2 ranks for it, not 1: start it by torchrun --nproc-pe"),
+        ({"tp_plan": "auto"}, "got 'tp_plan', need it in distributed_config"),
+        ({"dtype": "float33"}, "dtype: got 'float33', need one of float32, bfloat16"),
         ({"torch_dtype": "bfloat16"}, "got 'torch_dtype', need its name of today, 'dtype'"),
         ("tp_size=2", "got 'tp_size=2', need a mapping, on the command line as JSON"),
     ],

@@ -14,7 +14,7 @@ from trl import TrlParser
 
 from asft_kernels.errors import InputError, of_a_library
 from asft_kernels.training.arguments import DataArguments, ModelArguments
-from asft_kernels.training.config import PreferenceConfig
+from asft_kernels.training.config import OF_THE_LOSS, PreferenceConfig
 
 # Names of earlier releases of transformers that are not close to today's.
 RENAMED = {"torch_dtype": "dtype", "warmup_ratio": "warmup_steps (below 1: a share of all steps)"}
@@ -36,6 +36,7 @@ class TrainParser(TrlParser):
     def __init__(self, of_methods: dict[str, Any], **options: Any):
         kinds: Any = [DataArguments, PreferenceConfig, ModelArguments, *of_methods.values()]
         super().__init__(kinds, formatter_class=_Help, allow_abbrev=False, **options)
+        self._of_file: dict[str, Any] = {}
         for action in self._actions:  # `read` turns dashes into underscores
             action.option_strings = [option for option in action.option_strings if "-" not in option.lstrip("-")]
         titles = _titles(of_methods)
@@ -79,12 +80,20 @@ class TrainParser(TrlParser):
         if rest:
             word = next((word for word in rest if word.startswith("-")), None)
             raise self._unknown(word.partition("=")[0]) if word else InputError(f"got {rest[0]!r} behind no option")
+        said = {word.partition("=")[0].removeprefix("--") for word in args or ()}
+        before = self._of_file.get("objective", found.objective)
+        for name in ("objective_args", *OF_THE_LOSS):
+            if before != found.objective and self._of_file.get(name) is not None and name not in said:
+                got = f"{self._of_file[name]!r} in the file of --config, for its objective {before!r}"
+                need = f"--{name} on the command line, too, for --objective {found.objective!r}"
+                raise InputError(f"{name}: got {got}, need {need}")
         return found, rest
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         for action in self._actions:
             if action.nargs == "+" and isinstance(config.get(action.dest), str):  # one value needs no brackets
                 config[action.dest] = [config[action.dest]]
+        self._of_file = config
         rest = super().set_defaults_with_config(**config)
         if rest:
             raise self._unknown(rest[0].removeprefix("--"), "config: ")

@@ -7,6 +7,7 @@ report names the rows whose images cannot be read, and lengths are known before 
 
 import hashlib
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 COLUMNS = ("image", "images")
+OTHER_MEDIA = ("video", "videos", "audio", "audios")  # columns that nothing here reads
+OF_RGB = ("RGB", "RGBA", "L", "LA", "P", "PA", "1")  # modes of Pillow whose colours RGB holds
 Stored = dict[str, Any]  # of one image as datasets stores it: its "bytes", or None and its "path"
 
 
@@ -32,9 +35,12 @@ def take_images(row: dict[str, Any], folder: Path | None) -> list[Stored]:
         folder: where relative paths begin; None where there is no file that names them.
 
     Raises:
-        BadRow: for what is none of these.
+        BadRow: for what is none of these, and for video and audio.
     """
-    given = {name: value for name in COLUMNS if (value := row.pop(name, None))}
+    for name in OTHER_MEDIA:
+        if row.get(name):
+            raise BadRow(f"column {name}", "need text, or text and images: nothing else is read")
+    given = {name: value for name in COLUMNS if (value := row.pop(name, None)) is not None and value != []}
     if len(given) > 1:
         raise BadRow("image and images in one row", "need one of both")
     return [
@@ -45,15 +51,17 @@ def take_images(row: dict[str, Any], folder: Path | None) -> list[Stored]:
 
 
 def undecoded(rows: "Dataset") -> "Dataset":
-    """Returns rows whose images are bytes and paths, as they are stored."""
-    from datasets import Image, List
+    """Returns rows whose images, videos and sounds are bytes and paths, as they are stored."""
+    from datasets import Audio, Image, List, Video
 
-    for name in {*COLUMNS} & {*rows.column_names}:
+    for name in {*COLUMNS, *OTHER_MEDIA} & {*rows.column_names}:
         feature = rows.features[name]
-        if isinstance(feature, Image):
-            rows = rows.cast_column(name, Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), Image):
-            rows = rows.cast_column(name, List(Image(decode=False)))
+        several = getattr(feature, "feature", None)
+        for kind in (Image, Audio, Video):
+            if isinstance(feature, kind):
+                rows = rows.cast_column(name, kind(decode=False))
+            elif isinstance(several, kind):
+                rows = rows.cast_column(name, List(kind(decode=False)))
     return rows
 
 
@@ -70,8 +78,9 @@ def _stored(name: str, image: Any, folder: Path | None) -> Stored:
         content, path = path, None
     if isinstance(content, bytes) and content:
         return {"bytes": content, "path": None}
-    if not isinstance(path, str):
-        raise BadRow("wrong type", f"{name}: got {json_type(image)}, need a path, or bytes as datasets stores an image")
+    if not isinstance(path, str) or not path:
+        got = "an empty path" if path == "" else json_type(image)
+        raise BadRow("wrong type", f"{name}: got {got}, need a path, or bytes as datasets stores an image")
     if "://" in path:
         raise BadRow("image that is an address", f"{name}: {path}; need a file: nothing is fetched")
     if folder is None and not Path(path).is_absolute():
@@ -140,6 +149,7 @@ class ImagePairTokenizer:
         self._check_parts(pair)
         opened = [_opened(image) for image in images]
         notes = self.of_text(_without_images(pair)).notes  # what holds of the text holds of the whole
+        notes += dict.fromkeys(note for image in opened for note in _changes(image))
         try:
             prompt = self._place(pair.prompt, images=opened)
         except ValueError as error:
@@ -209,6 +219,18 @@ def _without_images(pair: Pair) -> Pair:
     return Pair([texts(message) for message in pair.prompt if isinstance(message, dict)], pair.answers, pair.context)
 
 
+def _changes(image: Any) -> Iterator[str]:
+    """What a processor, which takes RGB, does not see of a PIL image. BadRow where it would see nonsense."""
+    if image.mode.startswith(("I", "F")):
+        raise BadRow("image of more than 8 bits a colour", f"mode {image.mode}: need it scaled to 8 bits, as RGB or L")
+    if getattr(image, "is_animated", False):
+        yield "image of several frames, of which the first is trained"
+    if image.has_transparency_data:
+        yield "image with transparency, trained without"
+    if image.mode not in OF_RGB:
+        yield f"image of mode {image.mode}, trained as RGB"
+
+
 def _opened(image: Stored) -> Any:
     """The PIL image, as datasets decodes it in training."""
     from datasets import Image
@@ -216,7 +238,7 @@ def _opened(image: Stored) -> Any:
 
     where = image["path"] or f"{len(image['bytes']):,} bytes"
     if image["path"] and not Path(image["path"]).is_file():
-        raise BadRow("image that is missing", where)
+        raise BadRow("image that is missing", f"{where}; relative paths begin in the folder of the data's file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", DecompressionBombWarning)

@@ -109,7 +109,7 @@ class PairTokenizer:
     def __call__(self, pair: Pair, images: list[Any] | tuple[()] = ()) -> Tokens:
         """Encodes one pair. BadRow where nothing could be learned from it, or not what its row says."""
         if images:
-            raise BadRow("row with images", "need text alone, or a model that takes images, with its processor")
+            raise BadRow("row with images", "need text alone; asft train takes images, with a model that takes them")
         plain = isinstance(pair.prompt, str)
         if not plain and not self.has_template:
             raise BadRow(

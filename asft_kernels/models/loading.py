@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 from asft_kernels.errors import InputError, of_a_library
 
 DEFAULT_LENGTH = 1024  # tokens of prompt and answer, TRL's
+# Keywords of from_pretrained that every run gives, or that stand for an option checked before.
+OF_RUNS = ("dtype", "device_map", "trust_remote_code", "revision", "quantization_config", "output_loading_info")
 # Files that say, beside the weights, what a model makes of a text.
 READ_WITH_WEIGHTS = (
     "config.json", "adapter_config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
@@ -63,10 +65,31 @@ def load_causal_lm(model: str, dtype: str) -> Any:
             model, dtype=dtype if dtype == "auto" else getattr(torch, dtype), trust_remote_code=False,
             output_loading_info=True,
         )  # fmt: skip
-        loaded, found = both
-        if missing := sorted(found["missing_keys"]):
-            raise ValueError(f"weights without {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}")
-        return loaded
+        return with_all_weights(*both)
+
+
+def with_all_weights(model: Any, found: Mapping[str, Any], keywords: Mapping[str, Any] | None = None) -> Any:
+    """Returns a model whose weights were all there.
+
+    Args:
+        model: a PreTrainedModel.
+        found: from_pretrained's loading info.
+        keywords: what it was given; with some of a user's own, weights without a place in the model are refused, too.
+
+    Raises:
+        ValueError: which are missing or left over.
+    """
+    missing = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    unused = sorted(found["unexpected_keys"])
+    if missing:
+        raise ValueError(f"weights without {_first_of(missing)}, which would be random")
+    if unused and any(name not in (*OF_RUNS, "attn_implementation") for name in keywords or ()):
+        raise ValueError(f"weights with {_first_of(unused)}, which would not be used")
+    return model
+
+
+def _first_of(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
 
 
 def load_processor(model: str, *, trust_remote_code: bool = False, revision: str = "main") -> tuple[Any, Any]:
@@ -95,13 +118,15 @@ def load_trainable_adapter(folder: str, keywords: dict[str, Any]) -> Any:
         raise InputError(f"model: {folder} is an adapter: peft is not installed; pip install peft") from error
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    with loading(folder):
+    with loading(folder, keywords):
         base = _base_of_adapter(folder) or folder
         names = ("trust_remote_code", "revision")
         config = AutoConfig.from_pretrained(base, **{name: keywords[name] for name in names if name in keywords})
         kinds: Any = MODEL_FOR_CAUSAL_LM_MAPPING
         of_text = type(config) in kinds or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-        model = (AutoModelForCausalLM if of_text else AutoModelForImageTextToText).from_pretrained(base, **keywords)
+        kind = AutoModelForCausalLM if of_text else AutoModelForImageTextToText
+        both: Any = kind.from_pretrained(base, **keywords, output_loading_info=True)
+        model = with_all_weights(both[0], both[1], keywords)
         return PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
@@ -175,8 +200,13 @@ def digest_of_model(model: str) -> str:
 
 
 @contextmanager
-def loading(model: str) -> Iterator[None]:
-    """Makes InputError of what from_pretrained raises where a model cannot be read."""
+def loading(model: str, keywords: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Makes InputError of what from_pretrained raises where a model cannot be read.
+
+    Args:
+        model: a folder, or a name on the hub.
+        keywords: what from_pretrained was given beside it; what a user has said of them is named first.
+    """
     try:
         yield
     except (InputError, ModuleNotFoundError, MemoryError):
@@ -186,9 +216,16 @@ def loading(model: str) -> Iterator[None]:
         if not expected or type(error).__name__ == "OutOfMemoryError":
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        said = {name: x for name, x in (keywords or {}).items() if x is not None and name not in OF_RUNS}
+        if not said or type(error).__name__ == "SafetensorError":
+            raise InputError(
+                f"--model: {model!r} cannot be loaded as a causal language model with its "
+                f"tokenizer ({reason}); need a folder that from_pretrained reads, or a hub name"
+            ) from error
+        of_option = said.keys() == {"attn_implementation"}
+        what = f"attn_implementation: got {said.popitem()[1]!r}" if of_option else f"model_init_kwargs: got {said}"
         raise InputError(
-            f"--model: {model!r} cannot be loaded as a causal language model with its "
-            f"tokenizer ({reason}); need a folder that from_pretrained reads, or a hub name"
+            f"{what}, with which {model!r} cannot be loaded ({reason}); mend it or leave it out"
         ) from error
 
 

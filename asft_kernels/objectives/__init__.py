@@ -64,7 +64,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
 }
 
 
-def get_objective(name: str, **parameters) -> Objective:
+def get_objective(name: str, /, **parameters) -> Objective:
     """Makes the objective called `name`, with its paper's defaults where a parameter is not given.
 
     Args:
@@ -115,6 +115,34 @@ def get_objective(name: str, **parameters) -> Objective:
     return made if ld_alpha is None else LDDPO(made, ld_alpha)
 
 
+def expression_of(objective: Objective) -> str:
+    """Returns what `get_objective` makes an equal objective of, as "dpo(beta=0.2) + 0.005 sft"; its class without one.
+
+    Args:
+        objective: of `OBJECTIVES`, or one made of these.
+    """
+    objective = getattr(objective, "single", objective)  # of an unpaired one on pairs
+    if isinstance(objective, WeightedSum):
+        alone = len(objective.terms) == 1
+        texts = (
+            ("" if weight == 1 and not alone else f"{weight:g} ") + expression_of(term)
+            for weight, term in objective.terms
+        )
+        return " + ".join(texts)
+    named, further = objective, {}
+    while isinstance(named, WPO | LDDPO):
+        further |= {"use_weighting": True} if isinstance(named, WPO) else {"ld_alpha": named.ld_alpha}
+        named = named.base
+    name = next((name for name, kind in OBJECTIVES.items() if kind is type(named)), None)
+    if name is None:
+        return type(objective).__name__
+    declared = inspect.signature(OBJECTIVES[name]).parameters.values()
+    given = {x.name: getattr(named, x.name) for x in declared if getattr(named, x.name) != x.default} | further
+    shown = (expression_of(value) if isinstance(value, Objective) else value for value in given.values())
+    parameters = ", ".join(f"{key}={value!r}" for key, value in zip(given, shown, strict=True))
+    return f"{name}({parameters})" if parameters else name
+
+
 __all__ = [
     "AOT",
     "ASFT",
@@ -150,6 +178,7 @@ __all__ = [
     "SimPO",
     "SppoHard",
     "WeightedSum",
+    "expression_of",
     "get_objective",
     "kto_kl",
     "weighted_reference",

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from numbers import Real
+from numbers import Integral, Rational, Real
 from typing import ClassVar
 
 import torch
@@ -73,6 +73,11 @@ class Objective:
     def from_tokens(self, logps: Tensor, offsets: Tensor, backend: str) -> "tuple[Logps, LossTerms] | None":
         """The same at once from (N,) token logps and the rows' (R+1,) borders, where there is such a way on backend."""
         return None
+
+    def check_references(self, number: int) -> None:
+        """Raises ValueError unless it takes log-probabilities under so many reference models."""
+        if number > 1 and self.needs_reference and not self.several_references:
+            raise ValueError(f"{type(self).__name__}: got {number} references, need one; mrpo has more")
 
     def per_token(self, logps: Tensor, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Terms of the valid tokens to be summed over each sequence, as `Logps.terms` of the policy.
@@ -172,6 +177,15 @@ def require_number(objective: str, name: str, value: float, *, above_zero: bool 
     real = isinstance(value, Real) and not isinstance(value, bool)
     if not (real and (value > 0 if above_zero else value >= 0) and value <= sys.float_info.max):
         raise ValueError(f"{objective}: {name}: got {value!r}, need a finite number {'>' if above_zero else '>='} 0")
+    require_factor(objective, name, value)
+
+
+def require_factor(objective: str, name: str, value: Real | float) -> None:
+    """A ValueError for a finite number that torch does not multiply by: a fraction, or an integer beyond 64 bits."""
+    # Two parameters are multiplied in places: their product fits, too.
+    if isinstance(value, Rational) and (not isinstance(value, Integral) or abs(int(value)) >= 2**31):
+        need = f"a float, or an integer below 2**31; write {float(value)}"
+        raise ValueError(f"{objective}: {name}: got {value!r}, need {need}")
 
 
 def require_choice(objective: str, name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -41,11 +41,15 @@ class Around(Composite):
         super().__init__()
         made = get_objective(base) if isinstance(base, str) and base != name else base
         if not isinstance(made, Objective):
-            raise ValueError(f"{name}: base: got {base!r}, need a name such as 'dpo' or an Objective such as DPO()")
+            raise ValueError(f"{name}: base: got {base!r}, need a name such as 'dpo' or an Objective such as DPO(); "
+                             f"written {name}(base=dpo)")  # fmt: skip
         self.base = made
         asked = ("paired", "needs_reference", "reference_kind", "uses_nll_labels", "ref_per_token")
         for key in (*asked, "inputs", "optional_inputs", "stats", "stats_with_grad"):
             setattr(self, key, getattr(made, key))
+
+    def check_references(self, number: int) -> None:
+        self.base.check_references(number)
 
     def per_token(self, logps: Tensor, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self.base.per_token(logps, stats)
@@ -89,6 +93,10 @@ class WeightedSum(Composite):
             raise ValueError(f"weighted sum: got {got}, need objectives that read the same reference")
         vars(self).update(reference_kind=next(iter(kinds), "sum"))
 
+    def check_references(self, number: int) -> None:
+        for _, objective in self.terms:
+            objective.check_references(number)
+
     def per_token(self, logps: Tensor, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {k: v for _, objective in self.terms for k, v in objective.per_token(logps, stats).items()}
 
@@ -120,7 +128,7 @@ def _checked_term(term: object) -> tuple[float, Objective]:
         raise ValueError(f"weighted sum: got {objective!r}, need an Objective, such as DPO()")
     if weighs_tokens(objective):
         raise ValueError(
-            f"weighted sum: got {type(objective).__name__}, which weighs tokens, need objectives of plain sums; give "
-            "it the others as its base instead"
+            f"weighted sum: got {type(objective).__name__}, which weighs tokens, need objectives of plain sums; bmc "
+            "takes the others inside, as in \"bmc(base='dpo + 0.1 sft')\""
         )
     return weight, objective

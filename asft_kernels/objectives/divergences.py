@@ -11,13 +11,14 @@ f-DPO, arXiv 2309.16240 (its alpha is 1 - a).
 """
 
 import math
+import sys
 from numbers import Real
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from asft_kernels.objectives.base import require_choice
+from asft_kernels.objectives.base import require_choice, require_factor
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 LARGEST_EXPONENT = 80.0  # where TRL clamps it
@@ -39,8 +40,10 @@ def _straightened_expm1(x: Tensor) -> Tensor:
     return torch.expm1(x.clamp(max=LARGEST_EXPONENT)) + beyond * math.exp(LARGEST_EXPONENT)
 
 
-def require_divergence(objective: str, f_divergence_type: object, f_alpha_divergence_coef: object) -> None:
+def require_divergence(objective: str, f_divergence_type: object, f_alpha_divergence_coef: float) -> None:
     require_choice(objective, "f_divergence_type", f_divergence_type, F_DIVERGENCES)
     coef = f_alpha_divergence_coef
-    if not isinstance(coef, Real) or isinstance(coef, bool) or not math.isfinite(coef):
+    most = sys.float_info.max
+    if not isinstance(coef, Real) or isinstance(coef, bool) or not -most <= coef <= most:
         raise ValueError(f"{objective}: f_alpha_divergence_coef: got {coef!r}, need a finite number")
+    require_factor(objective, "f_alpha_divergence_coef", coef)

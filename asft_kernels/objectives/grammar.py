@@ -9,7 +9,16 @@ import ast
 import re
 from typing import Any, NamedTuple
 
-TERM = re.compile(r"\s*(?:((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*\*?\s*)?([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*", re.DOTALL)
+NUMBER, NAME = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?", r"[A-Za-z_]\w*"
+TERM = re.compile(rf"(?:({NUMBER})\s*\*?\s*)?({NAME})\s*(?:\((.*)\))?", re.DOTALL)
+MISTAKES = (  # what a term may be that is none
+    (r"", "nothing beside a +, need a name on both sides of it"),
+    (rf"{NUMBER}\s*\*?", "a weight without a name, need the name behind it"),
+    (rf"{NAME}\s*(\(.*\))?\s*\*?\s*{NUMBER}", "a weight behind its name, need it before the name, as in '0.005 sft'"),
+    (rf"({NUMBER}\s*\*?\s*)?{NAME}\s*(\(.*\))?[\s,;]+{NAME}.*", "two names, need a + between terms"),
+    (r"[\d.].*", "a weight that is no number, need one such as 0.005 before the name"),
+    (r".*", "need 'name' or 'weight name', its parameters behind it as in 'name(parameter=value, ...)'"),
+)
 
 
 class Term(NamedTuple):
@@ -19,8 +28,8 @@ class Term(NamedTuple):
 
 
 def is_plain(text: str) -> bool:
-    """Whether a text is one name and nothing else."""
-    return re.fullmatch(r"\s*[\d.].*|.*[+(*].*", text, re.DOTALL) is None
+    """Whether a text is one word and nothing else."""
+    return re.fullmatch(r"([^\W\d][\w-]*)?", text.strip()) is not None
 
 
 def read_terms(text: str) -> list[Term]:
@@ -38,41 +47,59 @@ def literal(text: str) -> Any:
         text = text.capitalize()
     try:
         return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):  # literal_eval's on odd texts
         return text
 
 
 def _parts(text: str) -> list[str]:
-    """The text between those + that stand outside of parentheses, but for that of 1e+3."""
+    """The text between those + that stand outside of brackets, but for that of 1e+3."""
     parts, depth = [""], 0
     for at, letter in enumerate(text):
         depth += {"(": 1, ")": -1}.get(letter, 0)
-        if letter == "+" and depth == 0 and not re.search(r"[\d.]e$", text[:at]):
+        if depth < 0:
+            raise ValueError(f"objective: got {text!r}, where a ) closes nothing, need a ( for it")
+        if depth or letter not in "+-" or re.search(r"[\d.]e$", text[:at]):
+            parts[-1] += letter
+        elif letter == "+":
             parts.append("")
         else:
-            parts[-1] += letter
+            what = "subtracts a term" if parts[-1].strip() else "has a negative weight"
+            raise ValueError(f"objective: got {text!r}, which {what}, need terms joined by +, weights of at least 0")
+    if depth:
+        raise ValueError(f"objective: got {text!r}, where a ( is not closed, need a ) for it")
     return parts
 
 
 def _term(text: str) -> Term:
+    text = text.strip()
     match = TERM.fullmatch(text)
-    parameters = match and _parameters(match[3] or "")
-    if match is None or parameters is None:
-        raise ValueError(
-            f"objective: got the term {text.strip()!r}, need 'name' or 'weight name', its parameters behind it as in "
-            "'name(parameter=value, ...)'"
-        )
-    return Term(None if match[1] is None else float(match[1]), match[2], parameters)
+    if match is None:
+        what = next(what for mistake, what in MISTAKES if re.fullmatch(mistake, text, re.DOTALL))
+        raise ValueError(f"objective: got the term {text!r}, {what}")
+    return Term(None if match[1] is None else float(match[1]), match[2], _parameters(text, match[3] or ""))
 
 
-def _parameters(inside: str) -> dict[str, Any] | None:
-    """Those between the parentheses; None where they are not NAME=VALUE, each name once."""
+def _parameters(term: str, inside: str) -> dict[str, Any]:
+    """Those between the parentheses of a term."""
     source = f"f({inside})"
     try:
         call = ast.parse(source, mode="eval").body
-    except SyntaxError:
-        return None
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
-        return None
-    given = {x.arg: literal(ast.get_source_segment(source, x.value) or "") for x in call.keywords if x.arg}
-    return given if len(given) == len(call.keywords) else None
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        raise _not_parameters(term, f"parameters that cannot be read ({getattr(error, 'msg', error)})") from error
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        raise _not_parameters(term, "more behind its parameters")
+    for value in (*call.args, *(x.value for x in call.keywords if x.arg is None)):
+        raise _not_parameters(term, f"{ast.get_source_segment(source, value)!r} without a parameter's name")
+    given = {}
+    for name, value in ((x.arg, ast.get_source_segment(source, x.value)) for x in call.keywords):
+        if name in given:
+            raise ValueError(f"objective: got the term {term!r}, {name!r} twice, need each parameter once")
+        given[name] = literal(value or "")
+    return given
+
+
+def _not_parameters(term: str, what: str) -> ValueError:
+    return ValueError(
+        f"objective: got the term {term!r}, {what}, need 'name(parameter=value, ...)', a value of several "
+        "words in quotes"
+    )

@@ -64,6 +64,12 @@ class MRPO(Objective):
         metrics = {**reward_metrics(reward_w, reward_l), "base_weight": weights[0]}
         return LossTerms(loss, -policy.chosen.avg, loss, metrics)
 
+    def check_references(self, number: int) -> None:
+        if self.alpha is not None and len(self.alpha) != number:
+            raise ValueError(f"mrpo: alpha: got {len(self.alpha)} weights for {number} references, need one each")
+        if self.swap_weights and number != 2:
+            raise ValueError(f"mrpo: swap_weights: got True with {number} references, need 2 to swap between")
+
     def _references(self, ref_logps: Tensor | None, rows: int) -> Tensor:
         """(K, R) float64, the base first."""
         refs = ref_logps[None] if isinstance(ref_logps, Tensor) and ref_logps.dim() == 1 else ref_logps
@@ -71,12 +77,8 @@ class MRPO(Objective):
             got = tuple(ref_logps.shape) if isinstance(ref_logps, Tensor) else type(ref_logps).__name__
             need = f"a tensor (K, {rows}) of K >= 1 references, or ({rows},)"
             raise ValueError(f"mrpo: ref_logps: got {got}, need {need}")
-        refs = refs.detach().double()
-        if self.alpha is not None and len(self.alpha) != len(refs):
-            raise ValueError(f"mrpo: alpha: got {len(self.alpha)} weights for {len(refs)} references, need one each")
-        if self.swap_weights and len(refs) != 2:
-            raise ValueError(f"mrpo: swap_weights: got True with {len(refs)} references, need 2 to swap between")
-        return refs
+        self.check_references(len(refs))
+        return refs.detach().double()
 
     def _weights(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         """(K, B), of sum 1."""

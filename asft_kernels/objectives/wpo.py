@@ -31,7 +31,7 @@ class WPO(Around):
         ranks = any(isinstance(part, (AOT, AOTUnpaired)) for part in parts)
         if not self.base.paired or ranks or weighs_tokens(self.base):
             need = "a paired objective of plain sums that has a loss of each pair, such as dpo"
-            raise ValueError(f"wpo: base: got {self.base!r}, need {need}")
+            raise ValueError(f"wpo: base: got {type(self.base).__name__}, need {need}")
         self.stats = tuple(dict.fromkeys((*self.base.stats, "log_sum_sq_probs")))
 
     def per_token(self, logps: Tensor, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
 """`PreferenceConfig`: TRL's DPOConfig, with the objective by our names."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from asft_kernels.errors import InputError
 from asft_kernels.objectives import OBJECTIVES, get_objective
 from asft_kernels.objectives.grammar import literal
 from asft_kernels.options import Options
+from asft_kernels.training.model_keywords import check_model_keywords
 
 # Of TRL's loss: given ones are parameters of the objective.
 OF_THE_LOSS = (
@@ -133,6 +135,10 @@ class PreferenceConfig(DPOConfig):
             raise InputError(_named_otherwise(self.loss_type, self.loss_weights))
         if isinstance(self.objective_args, dict):
             self.objective_args = [f"{name}={value!r}" for name, value in self.objective_args.items()]
+        if self.objective_args is not None and not isinstance(self.objective_args, list | tuple):
+            raise InputError(
+                f"objective_args: got {self.objective_args!r}, need a list of texts such as ['beta=0.2'], or a dict"
+            )
         if self.label_smoothing_factor:
             raise InputError(
                 f"label_smoothing_factor: got {self.label_smoothing_factor}, need 0: the loss is made at the head, "
@@ -140,10 +146,11 @@ class PreferenceConfig(DPOConfig):
             )
         self.build_objective()
         self._check_numbers()
+        self._check_json()
         if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
             self.bf16 = False
         super().__post_init__()
-        _check_model_init_kwargs(self.model_init_kwargs)
+        check_model_keywords(self.model_init_kwargs, self.world_size)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it
 
@@ -168,6 +175,23 @@ class PreferenceConfig(DPOConfig):
         except ValueError as error:
             raise InputError(str(error)) from error
 
+    def _check_json(self) -> None:
+        """Names the option whose JSON is none: transformers does not, or fails when training has begun."""
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                continue
+            if value.startswith("{"):
+                try:
+                    json.loads(value)
+                except ValueError as error:
+                    raise InputError(f"{name}: got {value!r}, need JSON ({error})") from error
+            elif name.endswith("_kwargs"):
+                need = "a mapping, on the command line as JSON: '{\"NAME\": VALUE}'"
+                raise InputError(f"{name}: got {value!r}, need {need}")
+            elif name != "deepspeed" and not Path(value).is_file():
+                raise InputError(f"{name}: got {value!r}, need JSON such as '{{...}}', or a file of it")
+
     def build_objective(self, given: Any = None) -> Any:
         """Returns the objective that the arguments name, or the one that is given in its place.
 
@@ -191,9 +215,11 @@ class PreferenceConfig(DPOConfig):
             )
         parameters: dict[str, Any] = {}
         for word in self.objective_args or ():
-            key, equals, value = word.partition("=")
+            key, equals, value = word.partition("=") if isinstance(word, str) else ("", "", "")
             if not (key and equals):
-                raise InputError(f"objective_args: got {word!r}, need NAME=VALUE")
+                raise InputError(f"objective_args: got {word!r}, need a text NAME=VALUE")
+            if key in parameters:
+                raise InputError(f"objective_args: got {key} twice, need it once")
             parameters[key] = literal(value)
         twice = parameters.keys() & shorts.keys()
         if twice:
@@ -224,29 +250,3 @@ def _named_otherwise(loss_type: str | list[str], weights: list[float] | None) ->
     parts = zip(weights or [1.0] * len(names), names, strict=False)
     ours = names[0] if len(names) == 1 else " + ".join(f"{weight:g} {name}" for weight, name in parts)
     return f"loss_type: got {', '.join(map(repr, types))}, which is called objective here: need objective={ours!r}"
-
-
-def _check_model_init_kwargs(given: Any) -> None:
-    """InputError for what transformers would drop without a word, or fail at far away."""
-    if given is None:
-        return
-    if not isinstance(given, dict):
-        example = '\'{"distributed_config": {"tp_size": 2}}\''
-        raise InputError(f"model_init_kwargs: got {given!r}, need a mapping, on the command line as JSON: {example}")
-    if "torch_dtype" in given:
-        raise InputError("model_init_kwargs: got 'torch_dtype', need its name of today, 'dtype'")
-    sizes = given.get("distributed_config")
-    if sizes is None or not isinstance(sizes, dict):
-        return
-    from transformers.distributed import DistributedConfig
-
-    known = [field.name for field in fields(DistributedConfig)]
-    for name, value in sizes.items():
-        if name not in known:
-            near = get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(
-                f"model_init_kwargs: distributed_config: got {name!r}, need names out of {', '.join(known)}{hint}"
-            )
-        if name.endswith("_size") and (not isinstance(value, int) or value < 1):
-            raise InputError(f"model_init_kwargs: distributed_config: {name}: got {value!r}, need an integer >= 1")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from asft_kernels.errors import InputError
-from asft_kernels.objectives import Objective
+from asft_kernels.objectives import Objective, expression_of
 
 if TYPE_CHECKING:
     from asft_kernels.training.trainer import PreferenceTrainer
@@ -134,9 +134,8 @@ def find_method(name: str | None, objective: Objective, arguments: dict[str, Any
         raise InputError(f"method: got {name!r}, need one of {', '.join(map(repr, sorted(there)))}")
     serving = [kind for kind in there.values() if kind.serves(objective)]
     if name is not None and serving and there[name] not in serving:
-        raise InputError(
-            f"method: got {name!r}, need {serving[0].name!r}, which {objective!r} needs; or another objective"
-        )
+        which = f"{serving[0].name!r}, which {expression_of(objective)} needs"
+        raise InputError(f"method: got {name!r}, need {which}; or another objective")
     kind = there[name] if name is not None else (serving or [Method])[0]
     for other, given in (arguments or {}).items():
         if other != kind.name and given is not None and given != (default := type(given)()):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from asft_kernels.errors import InputError
-from asft_kernels.objectives import LossTerms, Objective, WeightedSum
+from asft_kernels.objectives import LossTerms, Objective, WeightedSum, expression_of
 from asft_kernels.objectives.base import chosen_of_pairs
 from asft_kernels.sequence import Logps
 
@@ -26,6 +26,9 @@ class OnPairs(Objective):
         for name in ("needs_reference", "reference_kind", "optional_inputs", "stats", "stats_with_grad"):
             object.__setattr__(self, name, getattr(self.single, name))
         object.__setattr__(self, "inputs", {k: v for k, v in self.single.inputs.items() if k != "desirable"})
+
+    def check_references(self, number: int) -> None:
+        self.single.check_references(number)
 
     def per_token(self, logps: Tensor, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self.single.per_token(logps, stats)
@@ -52,7 +55,6 @@ def on_pairs(objective: Any) -> Any:
         InputError: for a sum with one that tells good from bad (kto): the others would be of both answers, too.
     """
     if "desirable" in objective.inputs and isinstance(objective, WeightedSum):
-        raise InputError(
-            f"objective: got {objective!r}, need kto by itself: a sum does not tell it which answers are good"
-        )
+        got = expression_of(objective)
+        raise InputError(f"objective: got {got!r}, need kto by itself: a sum does not tell it which answers are good")
     return objective if objective.paired else OnPairs(objective)

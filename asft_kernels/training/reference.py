@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from asft_kernels.errors import InputError
+from asft_kernels.objectives import expression_of
 from asft_kernels.score.table import SIDES, load_scores, load_token_logps, mean_avg_logps
 
 SUMS = tuple(f"ref_{side}_logps" for side in SIDES)
@@ -23,6 +24,27 @@ def given_columns(dataset: Any, per_token: bool) -> bool:
             "token by token"
         )
     return columns >= set(SUMS) or columns >= set(TOKENS)
+
+
+def require_references(objective: Any, files: Sequence[str] | None, datasets: Sequence[Any]) -> None:
+    """Raises InputError unless the objective takes as many reference models as there are: without files or sums one.
+
+    Args:
+        objective: with a reference.
+        files: one a reference model, or None.
+        datasets: may bring sums in SUMS, a number or a list of one a reference model.
+    """
+    if files:
+        numbers = [len(files) if objective.reference_kind == "sum" else 1]  # means are made one
+    else:
+        brought = [next(iter(rows))[SUMS[0]] for rows in datasets if SUMS[0] in (rows.column_names or ())]
+        numbers = [len(sums) if isinstance(sums, list) else 1 for sums in brought] or [1]
+    for number in numbers:
+        try:
+            objective.check_references(number)
+        except ValueError as error:
+            need = "ref_scores has a file, ref_chosen_logps of each row an entry, for each"
+            raise InputError(f"objective: {error}; {need}") from error
 
 
 def of_answer(row: Mapping[str, Any], side: str, trained: int) -> Sequence[float]:
@@ -64,23 +86,20 @@ def with_scores(dataset: Any, files: Sequence[str], objective: Any, tokenizer: A
         InputError: for files that do not fit the data, and an objective that has no use for them.
     """
     if not objective.needs_reference:
-        raise InputError(f"ref_scores: got files, need none: {objective!r} has no reference")
+        raise InputError(f"ref_scores: got files, need none: {expression_of(objective)} has no reference")
     if "id" not in dataset.column_names:
         raise InputError("ref_scores: got a dataset without ids, need one of asft_kernels.data.load_pairs")
     if twice := set(TOKENS if per_token else SUMS) & set(dataset.column_names):
         raise InputError(f"ref_scores: got files, and rows with {min(twice)}; need one of both")
     if per_token:
         if len(files) > 1:
-            raise InputError(f"ref_scores: got {len(files)} files, need one: {objective!r} has one reference")
+            raise InputError(
+                f"ref_scores: got {len(files)} files, need one: {expression_of(objective)} has one reference"
+            )
         of_sides = load_token_logps(files[0], dataset, tokenizer)
         for name, values in zip(TOKENS, of_sides, strict=True):
             dataset = dataset.add_column(name, [of_row.tolist() for of_row in values])
         return dataset
-    several = objective.several_references or objective.reference_kind == "mean"
-    if len(files) > 1 and not several:
-        raise InputError(
-            f"ref_scores: got {len(files)} files, need one: {objective!r} has one reference; mrpo has more"
-        )
     if objective.reference_kind == "mean":
         values = mean_avg_logps(files, dataset)[None]
     else:

@@ -31,8 +31,9 @@ from asft_kernels.training.config import PreferenceConfig
 from asft_kernels.training.dry_run import describe
 from asft_kernels.training.figures import BEFORE, Evaluation, change, change_table
 from asft_kernels.training.hooks import find_method
+from asft_kernels.training.model_keywords import with_options
 from asft_kernels.training.plot import plot_curves
-from asft_kernels.training.tensor_parallel import sharded_at_load
+from asft_kernels.training.tensor_parallel import data_ranks, sharded_at_load
 from asft_kernels.training.trainer import PreferenceTrainer
 
 Say = Callable[[str], None]
@@ -128,17 +129,17 @@ def _run(
             f"eval_strategy: got {IntervalStrategy(config.eval_strategy).value!r} without pairs to evaluate on; add "
             "--eval_dataset_name or --eval_every_nth"
         )
+    datasets = {"training_pairs": read.train, "evaluation_pairs": read.evaluation}
     settings = {
         **config.to_dict(), **asdict(model), **asdict(data), "objective": repr(objective), "method": method.name,
         "method_arguments": asdict(method.arguments) if method.arguments is not None else None,
         "model": digest_of_model(name), "world_size": config.world_size,
         "tokenizer": tokenizer_fingerprint(getattr(processor, "tokenizer", processor)),
         "files": run_folder.digest_of_files([*(config.ref_scores or ()), *_strings(method.arguments)]),
-        "training_pairs": run_folder.digest_of_pairs(read.train),
-        "evaluation_pairs": run_folder.digest_of_pairs(read.evaluation),
+        **{name: run_folder.digest_of_pairs(dataset) for name, dataset in datasets.items()},
     }  # fmt: skip
     if checkpoint:
-        run_folder.require_same_settings(folder / run_folder.SETTINGS, settings, say)
+        run_folder.require_same_settings(folder / run_folder.SETTINGS, settings, say, datasets)
         say(f"goes on from {checkpoint}")
     metrics, stop = MetricsFile(folder / run_folder.METRICS), StopWhenAsked(at_once)
     config.eval_on_start = read.evaluation is not None and checkpoint is None
@@ -157,6 +158,8 @@ def _run(
     if not config.disable_tqdm:
         trainer.pop_callback(ProgressCallback)
         trainer.add_callback(Bar())
+    if "distributed_config" in (config.model_init_kwargs or {}):
+        say(f"tensor parallel {trainer.get_tp_size()} x data parallel {data_ranks(trainer)}")
     say(_head_checked(trainer))
     if data.dry_run:
         say(describe(trainer))
@@ -166,6 +169,7 @@ def _run(
         metrics.start(done["global_step"] if done else None)
         if not checkpoint:
             content = {"command": run_folder.command(), "versions": run_folder.versions(), "settings": settings}
+            run_folder.write_pairs(folder, datasets)
             write_json(folder / run_folder.SETTINGS, content)
     with stop.listening():
         _train(trainer, checkpoint, done)
@@ -256,18 +260,19 @@ def _is_adapter(name: str) -> bool:
 
 def _policy(name: str, config: PreferenceConfig, model: ModelArguments) -> Any:
     """What DPOTrainer takes as model: a name with its keywords in config, or the model that an adapter is part of."""
-    keywords: dict[str, Any] = {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
-    if model.model_revision != "main":
-        keywords["revision"] = model.model_revision
+    options = {
+        "dtype": model.dtype, "attn_implementation": model.attn_implementation, "revision": model.model_revision,
+        "trust_remote_code": config.trust_remote_code,
+    }  # fmt: skip
     given: Any = config.model_init_kwargs or {}
-    keywords = {key: value for key, value in {**keywords, **given}.items() if value is not None}
+    keywords = with_options(given, options)
     if _is_adapter(name):
         if model.use_peft:
             raise InputError(f"use_peft: got True, need False: {name} is an adapter already, which is trained on")
         quantization = get_quantization_config(model)
         if quantization is not None:
             keywords["quantization_config"] = quantization
-        return load_trainable_adapter(name, {**keywords, "trust_remote_code": config.trust_remote_code})
+        return load_trainable_adapter(name, keywords)
     config.model_init_kwargs = keywords
     return name
 

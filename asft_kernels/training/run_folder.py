@@ -14,10 +14,12 @@ import torch
 import transformers
 import trl
 
+from asft_kernels.data.report import line_numbers
 from asft_kernels.errors import InputError
-from asft_kernels.files import digest_of_file
+from asft_kernels.files import digest_of_file, write_json
 from asft_kernels.locks import only_writer
 
+PAIRS = "pairs.json"
 METRICS, SETTINGS, SUMMARY, CURVES = "metrics.jsonl", "run.json", "summary.json", "curves.png"
 LOCK = "run.lock"
 # What a resumed run may have otherwise (beginnings of names); with anything else it would be another experiment.
@@ -58,8 +60,18 @@ def taken(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def require_same_settings(path: Path, settings: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    """Raises InputError where the run's settings are others than those in its run.json."""
+def require_same_settings(
+    path: Path, settings: Mapping[str, Any], say: Callable[[str], None], datasets: Mapping[str, Any] | None = None
+) -> None:
+    """Compares a run's settings with those in its run.json.
+
+    Args:
+        path: of run.json; `write_pairs` wrote what lies beside it.
+        datasets: setting -> the data set of which it is the digest.
+
+    Raises:
+        InputError: one is another, of data with the lines of the rows.
+    """
     if not path.is_file():
         return
     try:
@@ -74,12 +86,42 @@ def require_same_settings(path: Path, settings: Mapping[str, Any], say: Callable
     for name in settings:
         if name in old and old[name] != settings[name] and not name.startswith(FREE_ON_RESUME):
             shown = "others" if name in DIGESTS else f"{old[name]!r} then and {settings[name]!r} now"
+            if rows := _changed_rows(path.with_name(PAIRS), name, datasets or {}):
+                shown = f"others ({rows})"
             raise InputError(
                 f"resume: {name}: {shown}, need the same; start another run in another --output_dir to change it"
             )
     steps = old.get("max_steps"), settings.get("max_steps")
     if None not in steps and steps[0] != steps[1]:
         say(f"max_steps was {steps[0]} and is {steps[1]} now: the learning rate goes on by the new schedule")
+
+
+def write_pairs(folder: Path, datasets: Mapping[str, Any]) -> None:
+    """Writes which rows a run has, by setting, line and id, so that a resumed run can name those that changed."""
+    write_json(folder / PAIRS, {name: _ids_of_lines(dataset) for name, dataset in datasets.items()})
+
+
+def _ids_of_lines(dataset: Any) -> dict[str, str]:
+    if dataset is None or not {"id", "line"} <= set(dataset.column_names):
+        return {}
+    return {str(line): pair[:16] for line, pair in zip(dataset["line"][:], dataset["id"][:], strict=True)}
+
+
+def _changed_rows(path: Path, name: str, datasets: Mapping[str, Any]) -> str:
+    """Which lines of a data set are in none of those written to path, and the reverse; "" where nobody can say."""
+    now = {key: _ids_of_lines(dataset) for key, dataset in datasets.items()}
+    try:
+        then = json.loads(path.read_text(encoding="utf-8"))
+        if not (now[name] and then[name]):
+            return ""
+        said = []
+        for one, other, what in ((now, then, "new or changed"), (then, now, "gone or changed")):
+            there = {pair for lines in other.values() for pair in lines.values()}  # of any: rows move with the split
+            if lines := sorted(int(line) for line, pair in one[name].items() if pair not in there):
+                said.append(f"{len(lines)} {what}: {line_numbers(lines)}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+    return "; ".join(said) or "the same rows, but another order or split"
 
 
 def digest_of_pairs(dataset: Any) -> str | None:

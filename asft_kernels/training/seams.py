@@ -5,10 +5,11 @@ from contextlib import contextmanager
 from threading import RLock
 from typing import Any
 
+import transformers
 from trl.trainer import dpo_trainer
 
 from asft_kernels.models import fuse
-from asft_kernels.models.loading import loading
+from asft_kernels.models.loading import loading, with_all_weights
 
 _exchanging = RLock()  # the names are the module's: one constructor at a time
 
@@ -36,8 +37,11 @@ def exchanged(
         loaded.append(of_policy)
         if not (of_policy or makes_reference):
             return None
-        with loading(str(args[0])):
-            return load(*args, **kwargs)
+        with loading(str(args[0]), kwargs):
+            if transformers.__version__ == "5.3.0":  # TRL then ties the weights of what it takes for the model
+                return load(*args, **kwargs)
+            both: Any = load(*args, **kwargs, output_loading_info=True)
+            return with_all_weights(both[0], both[1], kwargs)
 
     def add_fused_lm_head(model: Any, **trls: Any) -> None:
         fuse(model, **(policy if "outputs" in trls else {}), **options)

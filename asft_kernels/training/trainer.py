@@ -18,14 +18,20 @@ from trl.trainer.utils import use_adapter
 from asft_kernels.errors import InputError
 from asft_kernels.models.check import evaluating
 from asft_kernels.models.fused import DIFFERENTIABLE
-from asft_kernels.objectives import Objective
+from asft_kernels.objectives import Objective, expression_of
 from asft_kernels.token_loss import preference_loss_from_logps
 from asft_kernels.training.collator import ENTRIES, Collator, counting_pairs
 from asft_kernels.training.config import PreferenceConfig
 from asft_kernels.training.hooks import Method, find_method
 from asft_kernels.training.on_pairs import on_pairs
 from asft_kernels.training.pair_trainer import PairTrainer
-from asft_kernels.training.reference import SIDES, TOKENS, given_columns, require_whole, with_scores
+from asft_kernels.training.reference import SIDES, TOKENS, given_columns, require_references, require_whole, with_scores
+from asft_kernels.training.refusals import (
+    refuse_beside_images,
+    refuse_missing_inputs,
+    refuse_other_data,
+    refuse_unnamed_model,
+)
 from asft_kernels.training.seams import exchanged
 from asft_kernels.training.sharded import place_head
 from asft_kernels.training.tensor_parallel import (
@@ -88,22 +94,17 @@ class PreferenceTrainer(PairTrainer):
         method: Method | None = None,
     ):
         args = PreferenceConfig("preference-run") if args is None else args
-        columns = getattr(train_dataset, "column_names", None) or ()
-        if "completion" in columns and "chosen" not in columns:
-            raise InputError(
-                "train_dataset: got unpaired rows (completion), need pairs (chosen, rejected); TRL's KTOTrainer takes "
-                "them, on these kernels under asft_kernels.training.patch_trl()"
-            )
         if not isinstance(args, PreferenceConfig):
             raise InputError(f"args: got {type(args).__name__}, need PreferenceConfig, which has DPOConfig's fields")
         if compute_metrics is not None:
             raise InputError("compute_metrics: got a function, need None: there are no logits to compute them from")
+        refuse_other_data(train_dataset)
         check_parallelism(args)
         given = args.build_objective(objective)
         self.objective = on_pairs(given)
         self.method = method or find_method(args.method, given)
         self.method.check(args, self.objective)
-        _refuse_missing_inputs(self.objective, self.method)
+        refuse_missing_inputs(self.objective, self.method)
         self.ref_per_token = self.objective.needs_reference and (self.objective.ref_per_token or self.method.ref_tokens)
         given_ref = given_columns(train_dataset, self.ref_per_token)
         self.brings_reference = bool(args.ref_scores or given_ref or self.method.own_reference)
@@ -113,7 +114,8 @@ class PreferenceTrainer(PairTrainer):
                 f"{self.method.name} asks the reference model for more than they hold; leave them out"
             )
         if args.nll_on_prompt and not self.objective.uses_nll_labels:
-            raise InputError(f"nll_on_prompt: got True, need False: {given!r} has no separate likelihood term")
+            what = f"{expression_of(given)} has no separate likelihood term"
+            raise InputError(f"nll_on_prompt: got True, need False: {what}")
         with_data = self.brings_reference and not self.method.own_reference
         if with_data and args.truncation_mode != "keep_start":
             raise InputError(
@@ -123,6 +125,10 @@ class PreferenceTrainer(PairTrainer):
         if args.sync_ref_model and (with_data or not self.objective.needs_reference):
             what = "it comes with the data" if with_data else "the objective has no reference"
             raise InputError(f"sync_ref_model: got True, need False: {what}, and moves nowhere")
+        if self.objective.needs_reference and not self.method.own_reference:
+            held_out = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+            with_sums = [] if self.ref_per_token else [rows for rows in (train_dataset, *held_out) if rows is not None]
+            require_references(given, None if self.ref_per_token else args.ref_scores, with_sums)
         self._pairs_of_step: Tensor | int | None = None
         live = self.objective.needs_reference and not self.brings_reference
         if not live and ref_model is not None and not self.method.own_reference:
@@ -133,6 +139,10 @@ class PreferenceTrainer(PairTrainer):
                 f"precompute_ref_log_probs: got True, need False: {type(given).__name__} compares token by token; or "
                 "give ref_scores, a file of asft score --token_logps"
             )
+        if {"image", "images"} & set(train_dataset.column_names or ()):
+            refuse_beside_images(self.method, args, self.brings_reference)
+        without = peft_config is not None or hasattr(model, "peft_config") or args.precompute_ref_log_probs
+        refuse_unnamed_model(model, processing_class, live and ref_model is None and not without)
         figures = dict.fromkeys((*TRL_OUTPUTS, *self.objective.stats))
         with_grad = tuple(name for name in DIFFERENTIABLE if name in self.objective.stats_with_grad)
         options = {
@@ -149,8 +159,6 @@ class PreferenceTrainer(PairTrainer):
                 optimizers=optimizers, quantization_config=quantization_config, peft_config=peft_config,
             )  # fmt: skip
         check_tensor_parallel(self)
-        if self._is_vision_dataset:
-            self._refuse_beside_images()
         if args.disable_dropout:
             models: list[Any] = [self.model, self.ref_model]
             for of_trl in filter(None, models):
@@ -163,15 +171,6 @@ class PreferenceTrainer(PairTrainer):
         self.head_goes = place_head(self)
         self.method.start(self)
         self._change_datasets(self._with_columns)
-
-    def _refuse_beside_images(self) -> None:
-        """InputError for what reads tokens before TRL's collator makes them, image by image, of chats."""
-        for name, got, need in (
-            ("method", self.method.name, "none"), ("nll_on_prompt", self.args.nll_on_prompt, "False"),
-            ("ref_scores", self.brings_reference, "a reference model: the data brings log-probabilities"),
-        ):  # fmt: skip
-            if got:
-                raise InputError(f"{name}: got {got!r} with rows that have images, need {need}; or rows of text alone")
 
     # Datasets
 
@@ -371,15 +370,3 @@ def _without_functional_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def _refuse_missing_inputs(objective: Any, method: Method) -> None:
-    needed = {**objective.inputs, **objective.optional_inputs}
-    if objective.needs_token_weights:
-        needed["token_weights"] = "a weight of each token"
-    for name, what in needed.items():
-        if name not in method.provides:
-            raise InputError(
-                f"objective: {objective!r} needs {name} ({what}), which nothing here makes; need another objective or "
-                "--method"
-            )

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from asft_kernels.errors import InputError
 from asft_kernels.methods.bmc.diff_marks import diff_marks
-from asft_kernels.objectives import BMC, Objective, weighted_reference
+from asft_kernels.objectives import BMC, Objective, expression_of, weighted_reference
 from asft_kernels.training.collator import at_labels
 from asft_kernels.training.hooks import LossInputs, Method
 
@@ -31,7 +31,7 @@ class Hooks(Method):
 
     def check(self, config: Any, objective: Objective) -> None:
         if not isinstance(objective, BMC):
-            raise InputError(f"method: got 'bmc' with {objective!r}, need the objective bmc")
+            raise InputError(f"method: got 'bmc' with {expression_of(objective)}, need the objective bmc")
         self.objective = objective
         self.likelihood_of_answers = objective.uses_nll_labels and not config.nll_on_prompt
 

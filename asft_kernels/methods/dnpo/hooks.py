@@ -20,7 +20,7 @@ from asft_kernels.methods.dnpo.noisy_logps import fused_noisy_linear_logps
 from asft_kernels.models.fused import FusedForward
 from asft_kernels.models.positions import last_positions
 from asft_kernels.models.seam import causal_lm, output_head
-from asft_kernels.objectives import DNPO
+from asft_kernels.objectives import DNPO, expression_of
 from asft_kernels.objectives.base import counting
 from asft_kernels.sequence import Logps
 from asft_kernels.training.collator import ENTRIES
@@ -59,7 +59,8 @@ class Hooks(Method):
 
     def check(self, config: Any, objective: Any) -> None:
         if not isinstance(objective, DNPO):
-            raise InputError(f"objective: got {objective!r}, need dnpo by itself: it trains its reference's noise, too")
+            got = expression_of(objective)
+            raise InputError(f"objective: got {got}, need dnpo by itself: it trains its reference's noise, too")
         if config.precompute_ref_log_probs:
             raise InputError(
                 "precompute_ref_log_probs: got True, need False: DNPO needs the reference's hidden states at every step"

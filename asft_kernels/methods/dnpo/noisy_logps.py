@@ -95,7 +95,7 @@ def fused_noisy_linear_logps(
 
     batch = pack(
         labels, vocab=weight.shape[0], cu_seqlens=o.cu_seqlens, shift=o.shift, ignore_index=o.ignore_index,
-        num_valid=o.num_valid,
+        num_valid=o.num_valid, backend=backend,
     )  # fmt: skip
     compact = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.rows)
     masked = batch.labels < 0

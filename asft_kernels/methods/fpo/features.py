@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from asft_kernels import checks
+from asft_kernels.backends import choose_backend
 from asft_kernels.batch import pack
 from asft_kernels.methods.fpo.autoencoder import SparseAutoencoder
 
@@ -50,7 +51,10 @@ def pooled_features(
             "was it trained on this model?"
         )
     checks.same_place(hidden=hidden, labels=labels, cu_seqlens=cu_seqlens, sae=sae.W_enc)
-    batch = pack(labels, vocab=ANY_LABEL, cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index, num_valid=None)
+    batch = pack(
+        labels, vocab=ANY_LABEL, cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index, num_valid=None,
+        backend=choose_backend(None, labels.device, hidden.dtype),
+    )  # fmt: skip
     tokens = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.rows)
     return _Pooled.apply(tokens, batch.offsets, sae)  # pyright: ignore[reportReturnType]
 

@@ -13,7 +13,7 @@ from asft_kernels.methods.fpo.features import fpo_inputs, pooled_features
 from asft_kernels.methods.fpo.files import read_sae
 from asft_kernels.methods.fpo.hidden import HEAD_INPUT, check_layer, layer_output
 from asft_kernels.models.positions import last_positions
-from asft_kernels.objectives import FPO, Objective, WeightedSum
+from asft_kernels.objectives import FPO, Objective, WeightedSum, expression_of
 from asft_kernels.training.hooks import LossInputs, Method
 
 
@@ -60,7 +60,7 @@ class Hooks(Method):
         terms = _terms(objective)
         top_k = {term.top_k for term in terms}
         if len(top_k) != 1:
-            got = f"top_k of {', '.join(map(str, sorted(top_k)))}" if terms else repr(objective)
+            got = f"top_k of {', '.join(map(str, sorted(top_k)))}" if terms else expression_of(objective)
             raise InputError(f"objective: got {got} with fpo's features, need fpo by itself or once in a sum")
         (self.top_k,) = top_k
         if self.arguments.sae is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from asft_kernels.errors import InputError
-from asft_kernels.objectives import Objective, kto_kl
+from asft_kernels.objectives import Objective, expression_of, kto_kl
 from asft_kernels.training.hooks import LossInputs, Method
 
 SIDES = ("chosen", "rejected")
@@ -49,7 +49,8 @@ class Hooks(Method):
 
     def check(self, config: Any, objective: Objective) -> None:
         if not self.serves(objective):
-            raise InputError(f"method: got 'kto' with {objective!r}, need an objective that reads kl, such as kto")
+            got = expression_of(objective)
+            raise InputError(f"method: got 'kto' with {got}, need an objective that reads kl, such as kto")
 
     def start(self, trainer: Any) -> None:
         self.rows_to_batch = trainer.collator.of_trl

@@ -16,6 +16,7 @@ from asft_kernels.generation import TransformersGenerator
 from asft_kernels.methods.sapo.buffer import ReplayBuffer
 from asft_kernels.methods.sapo.ema import MODES, MovingWeights
 from asft_kernels.methods.sapo.negatives import Regeneration
+from asft_kernels.objectives import expression_of
 from asft_kernels.training.hooks import LossInputs, Method
 from asft_kernels.training.on_pairs import OnPairs
 
@@ -78,7 +79,8 @@ class Hooks(Method):
             if getattr(config, name):
                 raise InputError(f"{name}: got {getattr(config, name)!r}, need none: {why}; leave it out")
         if not objective.paired or isinstance(objective, OnPairs):
-            raise InputError(f"objective: got {objective!r}, need one of pairs for SAPO: dpo, orpo, asft, ...")
+            got = expression_of(objective)
+            raise InputError(f"objective: got {got}, need one of pairs for SAPO: dpo, orpo, asft, ...")
         if config.max_length is None or config.truncation_mode != "keep_start":
             raise InputError(
                 f"max_length: got {config.max_length} and truncation_mode {config.truncation_mode!r}, need a number "
