@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,8 +12,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-IMPORTED = ["torch.distributed.tensor", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama"]
-IMPORTED += ["datasets", "peft", "trl.trainer.dpo_trainer"]  # passed over where they are not installed
+IMPORTED = (
+    "torch.distributed.tensor", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "datasets",
+    "peft", "trl.trainer.dpo_trainer",
+)  # fmt: skip
 LIMIT = 240  # seconds: a rank that waits for ever is killed
 
 
@@ -21,7 +24,8 @@ def launch(world: int, function: Callable[..., Any], *args: Any, **environment: 
 
     environment: variables of the ranks, beside those that torchrun sets.
     """
-    multiprocessing.set_forkserver_preload(IMPORTED)
+    # Of packages that the tests of this process import: one file alone may need none of them.
+    multiprocessing.set_forkserver_preload([name for name in IMPORTED if name.partition(".")[0] in sys.modules])
     with tempfile.TemporaryDirectory(prefix="asft-ranks-") as folder:
         ranks = torch.multiprocessing.start_processes(
             _rank, (world, folder, function, args, environment), world, join=False, start_method="forkserver"

@@ -231,12 +231,12 @@ def rounded_exponents(case: Case, *, softcap: float | None = None, logit_scale: 
 def test_low_precision(backend, dtype, options):
     """Values are fp32's; gradients are rounded once on the torch backend. Triton keeps E and du in bf16 for bf16: each
     is rounded once beside the result, as for logp alone (tests/test_triton_backend.py); for dH E L, too."""
-    case = make_case(rows=2, T=40, D=48, V=251, bias=True, dtype=dtype)
+    case = make_case(rows=2, T=20, D=48, V=131, bias=True, dtype=dtype)
     exact, largest = oracle(case, **options)
-    got = stats_of(case, backend=backend, chunk_size=100, **options)
+    got = stats_of(case, backend=backend, chunk_size=70, **options)
     for name in ("logps", "lse", "mean_logits", "entropy", "log_sum_sq_probs"):
         assert relative_error(getattr(got, name), exact[name]) <= 2 * fp32_bound(largest)
-    got = gradients(case, ALL, backend=backend, chunk_size=100, **options)
+    got = gradients(case, ALL, backend=backend, chunk_size=70, **options)
     low = backend == "triton" and dtype == torch.bfloat16
     others = [rounded_exponents(case, **options) if low else 0.0, 0.0, 0.0]
     for g, want, other in zip(got, exact_gradients(case, ALL, **options)[0], others, strict=True):
