@@ -58,11 +58,22 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "emulated" in item.keywords:
                 item.add_marker(skip)
-    if os.environ.get("TRITON_INTERPRET") == "1" and HAS_TRITON and (fault := interpreter_fault()):
-        skip = pytest.mark.skip(reason=fault)
-        for item in items:
-            if "interpreter" in item.keywords:
-                item.add_marker(skip)
+    if os.environ.get("TRITON_INTERPRET") == "1" and HAS_TRITON:
+        if fault := interpreter_fault():
+            skip = pytest.mark.skip(reason=fault)
+            for item in items:
+                if "interpreter" in item.keywords:
+                    item.add_marker(skip)
+        else:
+            _patch_language_once_a_launch()
+
+
+def _patch_language_once_a_launch():
+    """Triton's interpreter looks through all of triton.language at each call of a device function, a quarter of its
+    time, to put in what the launch of its kernel has put in already."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
 
 
 @pytest.fixture(autouse=True)

@@ -245,8 +245,9 @@ def test_low_precision(backend, dtype, options):
 
 
 @pytest.mark.emulated
-@pytest.mark.parametrize("options", [{}, {"softcap": 150.0, "logit_scale": 0.5}], ids=["plain", "capped"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "options"), [(torch.float32, {"softcap": 150.0, "logit_scale": 0.5}), (torch.bfloat16, {})], ids=str
+)
 def test_emulated(dtype, options):
     """Figures and gradients by the compiled kernels, some references moving; bounds as above."""
     case = with_rivals(make_case(rows=1, T=17, D=33, V=107, bias=True, valid=0.7), options.get("logit_scale", 1.0))

@@ -186,7 +186,7 @@ def test_saturated_softcap(over, device):
         check(problem, saved, problem.backward(saved, plan), largest=cap * max(over, 2))
 
 
-@pytest.mark.parametrize("logits", both(*[[PLAIN, GEMMA]] * 2), ids=str)
+@pytest.mark.parametrize("logits", both([PLAIN, GEMMA], [PLAIN]), ids=str)
 def test_biases_of_minus_infinity(logits, device):
     """A whole chunk of them, and single ones; labels among them and not. Without a softcap a label that is -inf
     has logp = -inf and finite gradients, and all other tokens are as if the entries were not there."""
