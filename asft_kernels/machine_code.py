@@ -193,14 +193,14 @@ def _main_loop(code: str) -> tuple[int, int, int]:
 
 
 def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
-    """(registers, spill instructions, SASS) by the tools that come with Triton."""
+    """(registers, spill instructions, SASS) by the tools that come with Triton; without a look at its data flow."""
     tools = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage, code = (
             subprocess.run([tools / tool, *flags, file.name], capture_output=True, text=True, check=True)
-            for tool, flags in (("cuobjdump", ["-res-usage"]), ("nvdisasm", ["-c"]))
+            for tool, flags in (("cuobjdump", ["-res-usage"]), ("nvdisasm", ["-c", "-ndf"]))
         )
     found = re.search(r"REG:(\d+)", usage.stdout)
     assert found, usage.stdout

@@ -58,11 +58,30 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "emulated" in item.keywords:
                 item.add_marker(skip)
-    if os.environ.get("TRITON_INTERPRET") == "1" and HAS_TRITON and (fault := interpreter_fault()):
-        skip = pytest.mark.skip(reason=fault)
-        for item in items:
-            if "interpreter" in item.keywords:
-                item.add_marker(skip)
+    if os.environ.get("TRITON_INTERPRET") == "1" and HAS_TRITON:
+        if fault := interpreter_fault():
+            skip = pytest.mark.skip(reason=fault)
+            for item in items:
+                if "interpreter" in item.keywords:
+                    item.add_marker(skip)
+        else:
+            _patch_language_once_a_launch()
+
+
+def _patch_language_once_a_launch():
+    """Triton's interpreter looks through all of triton.language at each call of a device function, to put in what is
+    there already: a quarter of its time."""
+    from triton.language import core
+    from triton.runtime.interpreter import InterpretedFunction
+
+    patch_and_call = InterpretedFunction.__call__
+
+    def call(self, *args, **kwargs):
+        if core.is_builtin(core.load):  # as Triton has it
+            return patch_and_call(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    InterpretedFunction.__call__ = call
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,11 @@
-"""One rank of tests/test_sharded_data_parallel.py: python sharded_model_worker.py rank world store quick|all.
+"""What a rank of test_sharded_data_parallel.py does with models under FSDP2.
 
-Models under FSDP2 beside a single process's, over two optimiser steps; what is gathered, and how often.
+They stand beside a single process's over two optimiser steps; what is gathered, and how often.
 """
 
-import os
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -231,24 +228,14 @@ def refusals(rank: int, world: int, mesh: Any) -> None:
         fused_linear_logps(torch.randn(1, 3, 16), model.lm_head, torch.ones(1, 3, dtype=torch.int64))
 
 
-def main() -> None:
-    rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+def checked(rank: int, world: int, cases: list[Case]) -> None:
     warnings.simplefilter("error")
     warnings.simplefilter("ignore", FutureWarning)  # torch's own calls of its renamed collectives
-    dist.init_process_group(
-        "gloo", init_method="file://" + store, rank=rank, world_size=world, timeout=timedelta(seconds=100)
-    )
     mesh = init_device_mesh("cpu", (world,))
-    for case in STREAMED if sys.argv[4] == "all" else QUICK:
+    for case in cases:
         try:
             trained_as_one_process(case, rank, world, mesh)
         except Exception as error:
             raise AssertionError(str(case)) from error
     for check in (bf16_agrees, head_is_gathered_once, memory_decides, exact_values, refusals):
         check(rank, world, mesh)
-    dist.barrier()
-    os._exit(0)  # gloo's threads now and then abort a process that ends in the ordinary way
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,5 @@
 """What the processes of test_sharding.py run: a head over ranks where numbers are at the edge of a decision."""
 
-import os
-import sys
 from typing import Any
 
 import torch
@@ -103,13 +101,5 @@ def empty(rank: int, world: int) -> dict:
     return {"of all": [logps.detach(), *torch.autograd.grad(logps.sum(), [case.hidden, *leaves])]}
 
 
-def main(what: str, rank: int, world: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    found = {name: globals()[name](rank, world) for name in what.split("+")}
-    torch.save(found, f"{folder}/{what}{rank}")
-    dist.barrier()
-    os._exit(0)  # gloo's threads now and then abort a process that ends in the ordinary way
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+def edges(rank: int, world: int) -> dict:
+    return {function.__name__: function(rank, world) for function in (ties, apart, far, empty)}

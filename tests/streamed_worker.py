@@ -1,10 +1,7 @@
-"""One rank of tests/test_sharded_data_parallel.py: python streamed_worker.py rank world store."""
+"""What a rank of test_sharded_data_parallel.py does with a streamed head."""
 
-import os
-import sys
 from collections import Counter
 from contextlib import ExitStack
-from datetime import timedelta
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -152,8 +149,8 @@ def streamed_over_all(case: Case) -> str:
     return stream_text(dist.group.WORLD.group_name, case.vocab)  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def streamed_cases(rank: int, world: int) -> None:
-    for name, case in (TRITON if os.environ.get("TRITON_INTERPRET") == "1" else CASES).items():
+def streamed_cases(rank: int, world: int, cases: dict[str, Case]) -> None:
+    for name, case in cases.items():
         inputs = made(case, rank)
         rows = -(-case.vocab // world)
         shard = slice(min(rank * rows, case.vocab), min((rank + 1) * rows, case.vocab))
@@ -265,18 +262,11 @@ def moved_bytes(rank: int, world: int) -> None:
     assert sent["all_to_all_single"] == 2 * (labels + 8 * wanted + 3 * 8), sent
 
 
-def main() -> None:
-    rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    dist.init_process_group(
-        "gloo", init_method="file://" + store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
-    )
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    of_torch = () if interpreted else (refused_where_ranks_differ, refused_by_one_rank, never_whole, moved_bytes)
-    for check in (streamed_cases, *of_torch):
+def on_torch(rank: int, world: int) -> None:
+    for check in (refused_where_ranks_differ, refused_by_one_rank, never_whole, moved_bytes):
         check(rank, world)
-    dist.barrier()
-    os._exit(0)  # gloo's threads now and then abort a process that ends in the ordinary way
+    streamed_cases(rank, world, CASES)
 
 
-if __name__ == "__main__":
-    main()
+def on_triton(rank: int, world: int) -> None:
+    streamed_cases(rank, world, TRITON)

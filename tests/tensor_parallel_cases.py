@@ -1,7 +1,5 @@
 """What the processes of test_tensor_parallel.py run, and what one process has for it."""
 
-import os
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -89,7 +87,6 @@ def of_transformers(folder: str, rank: int, world: int) -> Any:
     import transformers
     from transformers.distributed import DistributedConfig
 
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     if rank == 0:
         model_of("transformers").save_pretrained(folder + "/model")
     dist.barrier()
@@ -126,7 +123,7 @@ def models(rank: int, world: int, folder: str) -> dict:
     return out
 
 
-def heads(rank: int, world: int, folder: str) -> dict:
+def heads(rank: int, world: int) -> dict:
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -182,7 +179,7 @@ def heads(rank: int, world: int, folder: str) -> dict:
     return {"grads": grads, "said": said}
 
 
-def with_fully_shard(rank: int, world: int, folder: str) -> dict:
+def with_fully_shard(rank: int, world: int) -> dict:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import init_device_mesh
 
@@ -201,14 +198,3 @@ def with_fully_shard(rank: int, world: int, folder: str) -> dict:
             loss.backward()
         out[kind] = {"value": loss.item(), "grads": gradients(model)}
     return out
-
-
-def main(what: str, rank: int, world: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    torch.save(globals()[what](rank, world, folder), f"{folder}/{what}{rank}")
-    dist.barrier()
-    os._exit(0)  # gloo's threads now and then abort a process that ends in the ordinary way
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -50,7 +50,7 @@ SHAPES = [
     dict(rows=8, T=64, D=123, V=507),
     dict(rows=2, T=126, D=507, V=1001),
     dict(rows=2, T=2, D=1, V=2, valid=1.0),
-    dict(rows=64, T=33, D=64, V=2048, valid=0.97),
+    dict(rows=64, T=19, D=16, V=700, valid=0.97),  # more tokens than a block has
 ]
 
 
@@ -76,7 +76,7 @@ def test_fp32_logps(peaked):
 
 @pytest.mark.parametrize("peaked", [False, True])
 def test_fp32_large_vocabulary(peaked):
-    case = make_case(rows=4, T=17, D=48, V=152_001, valid=0.97, peaked=peaked, spread=3.0)
+    case = make_case(rows=2, T=9, D=16, V=152_001, valid=0.97, peaked=peaked, spread=3.0)
     exact = case.to(torch.float64)
     mine = fused_asft_loss(case.hidden, case.head, case.labels)
     truth = plain_loss(exact)
@@ -87,7 +87,7 @@ def test_fp32_large_vocabulary(peaked):
         assert relative_error(got, right) <= fp32_bound(max_logit(case))
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 7, 11])
+@pytest.mark.parametrize("tokens", [1, 3])
 def test_few_tokens_and_many_chunks(tokens):
     """The gradient to hidden is a sum over 297 chunks, and must not lose digits on the way.
 
@@ -136,7 +136,7 @@ def test_low_precision(dtype, peaked, pairs):
 )
 def test_gradcheck(bias, softcap, cache_bytes):
     """Nothing, one of three chunks and everything kept."""
-    case = make_case(rows=4, T=5, D=3, V=11, dtype=torch.float64, bias=bias)
+    case = make_case(rows=4, T=4, D=2, V=9, valid=0.7, dtype=torch.float64, bias=bias)
 
     def loss(hidden, weight, *bias):
         return fused_asft_loss(

@@ -337,9 +337,12 @@ def test_a_device_answers_until_synchronizing_fails(monkeypatch):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("tile", [PERSISTENT, Strips(0, 8, 32, 4, "a test's")], ids=str)
 @pytest.mark.parametrize("logits", [PLAIN, GEMMA], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_both_phases_with_a_chosen_tile(dtype, logits, tile, device, monkeypatch):
-    """A stored choice with descriptors, or of strips, reaches both phases, recomputed chunks included."""
+    """A stored choice with descriptors, or of strips, reaches both phases, recomputed chunks included.
+
+    fp16 differs by the name of a type; test_kernels.py has such tiles with it.
+    """
     if device == "cuda":
         pytest.skip("the tile is the interpreter's: tests/test_kernels.py runs the device's own")
     asked = []
@@ -349,11 +352,11 @@ def test_both_phases_with_a_chosen_tile(dtype, logits, tile, device, monkeypatch
         return tile
 
     monkeypatch.setattr(triton_fused, "best_tile", chosen)
-    whole = Whole(dtype, device, N=50, V=56, D=48, logits=logits, bias=True)
+    whole = Whole(dtype, device, N=33, V=56, D=48, logits=logits, bias=True)
     plan = Plan(56, 40, 1)
     saved = whole.forward(plan)
     check(whole, saved, whole.backward(saved, plan), few)
-    assert asked == [(Problem(dtype, 48, 50, logits.softcap is not None), True)] * 2
+    assert asked == [(Problem(dtype, 48, 33, logits.softcap is not None), True)] * 2
 
 
 def test_rows_that_are_not_aligned_are_told():

@@ -3,10 +3,6 @@
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +23,7 @@ from asft_kernels.objectives import DNPO, get_objective
 from asft_kernels.sequence import Logps
 from asft_kernels.training import PreferenceConfig, PreferenceTrainer
 from asft_kernels.training.hooks import find_method
+from rank_processes import launch
 from test_preference_trainer import logs, options, rows_that_count_differently, tokenised
 from tiny_lm import saved_tiny_model, tiny_model, tiny_tokenizer, write_lines
 from train_extra import QUIET
@@ -312,44 +309,32 @@ def test_the_objective_brings_the_method():
         find_method("sapo", DNPO())
 
 
-WORKER = """
-import os, sys, torch
-import peft
-from datasets import Dataset
-from asft_kernels.training import PreferenceConfig, PreferenceTrainer
-from asft_kernels.training.hooks import find_method
-from test_preference_trainer import options, tokenised
-from tiny_lm import tiny_tokenizer
-
-rank = int(os.environ["RANK"])
-for name, given in (("dnpo", {"objective_args": ["lam=1e-9"]}), ("dpo", {"method": "sapo"})):
-    folder = sys.argv[1] + "/" + name
-    config = PreferenceConfig(**options(folder, objective=name, max_steps=2, per_device_train_batch_size=4,
-        gradient_accumulation_steps=1, ddp_backend="gloo", save_strategy="steps", save_steps=2, **given))
-    trainer = PreferenceTrainer(sys.argv[2], args=config, train_dataset=Dataset.from_list(tokenised(16)),
-        processing_class=tiny_tokenizer())
-    trainer.train()
-    state = trainer.method.state_dict()
-    found = {**state["noise_head"], "grad": trainer.method.noise_head.bias.grad} if name == "dnpo" else state["average"]
-    torch.save(found, f"{folder}/found{rank}.pt")
-torch.distributed.barrier()
-os._exit(0)  # gloo's threads now and then abort a process that ends in the ordinary way
-"""
+def trained_on_ranks(rank, world, folder, model):
+    """What the method holds after two steps, by objective."""
+    found = {}
+    for name, given in (("dnpo", {"objective_args": ["lam=1e-9"]}), ("dpo", {"method": "sapo"})):
+        config = PreferenceConfig(
+            **options(
+                folder / name, objective=name, max_steps=2, per_device_train_batch_size=4,
+                gradient_accumulation_steps=1, ddp_backend="gloo", save_strategy="steps", save_steps=2, **given,
+            )
+        )  # fmt: skip
+        rows = Dataset.from_list(tokenised(16))
+        trainer = PreferenceTrainer(model, args=config, train_dataset=rows, processing_class=tiny_tokenizer())
+        trainer.train()
+        if name == "dnpo":
+            head = trainer.method.noise_head
+            found[name] = {**head.state_dict(), "grad": head.bias.grad}
+        else:
+            found[name] = trainer.method.state_dict()["average"]
+    return found
 
 
 def test_two_ranks(tmp_path, model):
     """The noise moves as that of one process with all pairs would, and SAPO's average is the same on both."""
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    tests = Path(__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        [*command, str(tmp_path), model], capture_output=True, text=True, timeout=240,
-        env={**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert (tmp_path / "dpo" / "found1.pt").is_file(), done.stderr[-3000:]
+    both = launch(2, trained_on_ranks, tmp_path, model)
     for name in ("dnpo", "dpo"):
-        one, other = (torch.load(tmp_path / name / f"found{rank}.pt") for rank in (0, 1))
+        one, other = (of_rank[name] for of_rank in both)
         assert all(torch.equal(one[key], other[key]) for key in one)
         saved = {path.name for path in (tmp_path / name / "checkpoint-2").glob("method*")}
         assert saved == {"method.pt", "method_0.pt", "method_1.pt"}
@@ -358,7 +343,7 @@ def test_two_ranks(tmp_path, model):
         learning_rate=1e-3, lr_scheduler_type="linear", rows=Dataset.from_list(tokenised(16)),
     )  # fmt: skip
     alone.train()
-    expected, found = alone.method.noise_head.state_dict(), torch.load(tmp_path / "dnpo" / "found0.pt")
+    expected, found = alone.method.noise_head.state_dict(), both[0]["dnpo"]
     for key, value in expected.items():
         assert (value - found[key]).abs().mean() <= 1e-6, key  # a hundredth of a step of Adam
     torch.testing.assert_close(found["grad"], alone.method.noise_head.bias.grad, rtol=1e-4, atol=0)

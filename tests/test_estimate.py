@@ -322,7 +322,7 @@ for case in json.loads(sys.argv[1]):
     print("measured", resident("VmHWM") - before, Run(**case).estimate().peak, flush=True)
     del run
 """
-SHAPE = {"N": 2048, "M": 4096, "D": 512, "V": 1500, "chunk_size": None}
+SHAPE = {"N": 2048, "M": 4096, "D": 256, "V": 1000, "chunk_size": None}
 LONG = {"N": 8192, "M": 8192, "D": 128, "V": 600, "chunk_size": None}
 FRESH = {
     "frozen": SHAPE,

@@ -116,11 +116,10 @@ def test_what_comes_with_rows_that_do_not_count_is_not_read(name, value):
         assert torch.equal(clean, got)
 
 
-@pytest.mark.parametrize(("trainable", "expected"), [(False, 2), (True, 3)])
 @pytest.mark.parametrize("name", NAMES)
-def test_same_products_as_asft(name, trainable, expected):
-    case = make_case(rows=8, T=33, D=64, V=1024, valid=0.3)
-    case.weight.requires_grad_(trainable)
+def test_same_products_as_asft(name):
+    """As test_cost.py counts them, which has frozen heads as well: what an objective adds does not depend on them."""
+    case = make_case(rows=8, T=9, D=16, V=256)
     objective = objective_of(name)
     inputs = call_inputs(objective, case.labels)
     valid = int((case.labels[:, 1:] != IGNORE).sum())
@@ -128,4 +127,4 @@ def test_same_products_as_asft(name, trainable, expected):
     def call():
         fused_preference_loss(case.hidden, case.weight, case.labels, objective, **inputs).backward()
 
-    assert gemms(call, valid, 1024, 64) == pytest.approx(expected, rel=1e-9)
+    assert gemms(call, valid, 256, 16) == pytest.approx(3, rel=1e-9)

@@ -219,6 +219,8 @@ def test_averages_from_1e_12_to_1e4(name, backend):
     """
     averages = [mpf(x) for x in AVERAGES]
     pairs = [(a, b) for a in averages for b in averages]
+    if backend == "triton":
+        pairs = pairs[::5]  # a program each; every average still stands on either side
     z = [-mpmath.log(mpmath.expm1(-avg)) for side in zip(*pairs, strict=True) for avg in side]
     hidden = torch.zeros(len(z), 2, 1)
     hidden[:, 0, 0] = torch.tensor([float(x) for x in z])

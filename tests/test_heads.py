@@ -11,6 +11,7 @@ from asft_kernels import fused_asft_loss, fused_linear_logps, heads
 from asft_kernels.heads import resolve_head
 from asft_kernels.sharded_linear import ShardedLinear
 from bounds import fp32_bound, relative_error
+from rank_processes import launch
 
 peft = pytest.importorskip("peft", reason="needs peft, of the test extra")
 
@@ -359,11 +360,9 @@ def test_zero3_parameters_are_used_while_they_are_gathered(status):
             fused_linear_logps(hidden, head, labels)
 
 
-def _on_two_ranks(rank: int, store: str, out) -> None:
+def _error_on_a_rank(rank: int, world: int) -> float:
     from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(0)
     weight, hidden, labels = torch.randn(V, D) / 8, torch.randn(8, T, D), torch.randint(V, (8, T))
     mesh = init_device_mesh("cpu", (2,))
@@ -373,18 +372,12 @@ def _on_two_ranks(rank: int, store: str, out) -> None:
     whole = weight.clone().requires_grad_()
     (fused_linear_logps(hidden, whole, labels).sum() / 2).backward()
     assert sharded.grad.placements == (Shard(0),)
-    out[rank] = relative_error(sharded.grad.full_tensor(), whole.grad)
-    torch.distributed.destroy_process_group()
+    return relative_error(sharded.grad.full_tensor(), whole.grad)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_dtensor_head_takes_every_ranks_gradient(tmp_path):
+def test_a_dtensor_head_takes_every_ranks_gradient():
     """97 rows on two ranks: uneven shards, averaged as FSDP2 averages."""
-    with torch.multiprocessing.Manager() as manager:
-        out = manager.dict()
-        torch.multiprocessing.spawn(_on_two_ranks, (str(tmp_path / "store"), out), nprocs=2)
-        assert len(out) == 2
-        assert max(out.values()) <= BOUND
+    assert max(launch(2, _error_on_a_rank)) <= BOUND
 
 
 def test_a_sharded_head_is_streamed_above_2_gib_alone(monkeypatch):

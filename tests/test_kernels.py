@@ -538,11 +538,14 @@ def test_scaled_hidden(N, V, D, dtype, device):
     assert_within(got, exact, u * exact.abs(), exp_dtype(dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("N", "D", "first", "stop"),
-    both([(1, 1, 0, 9), (40, 67, 0, 9), (40, 1030, 3, 7), (23, 5, 9, 12), (600, 5, 1, 9)], [(20, 67, 3, 9)]),
-)
+    ("N", "D", "first", "stop", "dtype"),
+    both(
+        [*((*shape, dtype) for shape in [(1, 1, 0, 9), (40, 67, 0, 9), (40, 1030, 3, 7), (23, 5, 9, 12)]
+           for dtype in DTYPES), (600, 5, 1, 9, torch.bfloat16)],
+        [(20, 67, 3, 9, dtype) for dtype in DTYPES],
+    ),
+)  # fmt: skip
 def test_label_rows(N, D, first, stop, dtype, device):
     """A run of m tokens with one label: m products and m additions onto what is there already.
     Labels are few, so runs have every length up to 12 and cross the kernel's blocks; 600 are more than its programs."""
@@ -682,7 +685,7 @@ def exact_asft(avg_w, avg_l, lam, beta, sft_weight):
 EXTREMES = [0.0, -1e-9, -3e-7, -1e-6, -2e-6, -1e-4, -0.1, -0.7, -3.0, -20.0, -90.0, -1e4]
 
 
-@pytest.mark.parametrize("beta", both([0.001, 0.1, 10.0], [1.0]))
+@pytest.mark.parametrize("beta", both([0.001, 10.0], [1.0]))
 def test_asft_sequence_over_extreme_averages(beta, device):
     """Single-token sequences, so avg is exact. f = a - log(1 - p) is off by u (|a| + 2 |f| + 12); times
     beta that is the error dx of softplus' argument, a relative error of at most dx + 14 u + u |x| of

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,41 +17,44 @@ from safetensors.torch import save_file
 
 from asft_kernels.errors import InputError
 from asft_kernels.training.checkpoints import find_checkpoint
+from rank_processes import launch
 from tiny_lm import pairs, saved_tiny_model, write_lines
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
-    **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+    **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1",
     # Restarted ranks else find the addresses of those before (pytorch/pytorch issue 135712).
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }  # fmt: skip
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 LIMIT = 60  # seconds in which an error of one rank is one of all
-# Writes down which pairs each step has; in its first life rank 1 ends in the fourth step, by kill -9 or by an error.
-WATCHED = """
-import json, os, signal, sys
-from asft_kernels.cli import main
-from asft_kernels.errors import InputError
-from asft_kernels.training.trainer import PreferenceTrainer
+SCRIPT = "import sys, test_launch\nsys.exit(test_launch.watched(*sys.argv[1:3], sys.argv[3:]))"
 
-folder, end = sys.argv[1:3]
-life, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), os.environ["RANK"]
-step = PreferenceTrainer.training_step
 
-def watched(self, model, inputs, *rest):
-    chosen = inputs["input_ids"].chunk(2)[0]
-    with open(f"{folder}/seen{rank}.jsonl", "a") as file:
-        file.write(json.dumps([life, self.state.global_step, chosen.tolist()]) + "\\n")
-    if rank == "1" and life == 0 and self.state.global_step == 3:
-        if end == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if end == "wrong":
-            raise InputError("labels: got a bad row, need another")
-    return step(self, model, inputs, *rest)
+def watched(folder, end, words):
+    """Trains and writes down which pairs each step has; in its first life rank 1 ends in the fourth step.
 
-PreferenceTrainer.training_step = watched
-sys.exit(main(sys.argv[3:]))
-"""
+    end: well, killed (-9) or wrong (an error).
+    """
+    from asft_kernels.cli import main
+    from asft_kernels.training.trainer import PreferenceTrainer
+
+    life, rank = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), os.environ["RANK"]
+    step = PreferenceTrainer.training_step
+
+    def seen_step(self, model, inputs, *rest):
+        chosen = inputs["input_ids"].chunk(2)[0]
+        with open(f"{folder}/seen{rank}.jsonl", "a") as file:
+            file.write(json.dumps([life, self.state.global_step, chosen.tolist()]) + "\n")
+        if rank == "1" and life == 0 and self.state.global_step == 3:
+            if end == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if end == "wrong":
+                raise InputError("labels: got a bad row, need another")
+        return step(self, model, inputs, *rest)
+
+    PreferenceTrainer.training_step = seen_step
+    return main(words)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +75,7 @@ def launched(folder, words, end, *options):
     """(finished process, folder of the run)."""
     folder.mkdir()
     script = folder / "watched.py"
-    script.write_text(WATCHED)
+    script.write_text(SCRIPT)
     command = [*TORCHRUN, *options, str(script), str(folder), end, *words, "--output_dir", str(folder / "out")]
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240), folder / "out"
 
@@ -82,12 +86,15 @@ def seen(folder):
     return [(life, step, [tuple(x for x in row if x) for row in rows]) for life, step, rows in map(json.loads, lines)]
 
 
+def to_the_end(rank, world, folder, words):
+    return watched(folder, "well", words)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(words, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    done, out = launched(folder, words, "well")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert launch(2, to_the_end, folder, [*words, "--output_dir", str(folder / "out")]) == [0, 0]
+    return folder / "out"
 
 
 def test_a_killed_rank_loses_nothing(words, undisturbed, tmp_path):

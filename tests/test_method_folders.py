@@ -25,7 +25,7 @@ NEEDS = {
 # Imports what is slow once; each copy of the package is loaded by a process of its own.
 WITHOUT = """
 import json, os, sys
-import datasets, trl.trainer.dpo_trainer
+import datasets, peft, tiny_lm, transformers.models.llama.modeling_llama, trl.trainer.dpo_trainer
 
 needs = json.loads(sys.argv[3])
 for name in sys.argv[4:]:

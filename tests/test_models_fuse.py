@@ -189,7 +189,7 @@ def test_gradient_checkpointing():
 # torch.compile itself, of a tensor with a history that crosses the graph break at the head
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_models():
-    model, data = built("Llama"), batch()
+    model, data = built("Llama", num_hidden_layers=1), batch()
     fuse(model)
     expected, logits = model(**data, fused_lm_head=True).log_probs, model(**data).logits
     compiled = torch.compile(model, backend="aot_eager")

@@ -1,50 +1,15 @@
 """Two processes on one machine: DistributedDataParallel and FSDP2 give the values and gradients of one."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("transformers", reason="needs the train extra: transformers")
 
 from asft_kernels.models import PreferenceModel, fuse
 from model_cases import batch, built
-
-TESTS = Path(__file__).parent
-WORKER = """
-import os, sys
-import torch, torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from asft_kernels.models import PreferenceModel, fuse
-from model_cases import batch, built
-from test_models_ranks import case, rows
-
-rank, kind = int(sys.argv[1]), sys.argv[4]
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-model, loss = case(kind)
-if kind.startswith("ddp"):
-    wrapped = DistributedDataParallel(model)
-else:
-    inner = model.model if isinstance(model, PreferenceModel) else model
-    for layer in inner.model.layers:
-        fully_shard(layer)
-    if "head" in kind:
-        fully_shard(inner.lm_head)
-    wrapped = fully_shard(model)
-data = {name: tensor[rows(kind, rank)] for name, tensor in batch(pairs=4).items()}
-for _ in range(2):  # with the first batch's check, and without
-    model.zero_grad()
-    value = loss(wrapped, data)
-    value.backward()
-whole = lambda x: x.full_tensor() if hasattr(x, "full_tensor") else x
-grads = {name.removeprefix("module."): whole(p.grad) for name, p in wrapped.named_parameters() if p.grad is not None}
-torch.save({"value": value.item(), "grads": grads}, sys.argv[3] + str(rank))
-dist.barrier()
-os._exit(0)  # gloo's threads now and then abort a process that ends in the ordinary way
-"""
+from rank_processes import launch
 
 
 def rows(kind, rank):
@@ -75,6 +40,27 @@ def case(kind):
     return inner, entropy_loss if "entropy" in kind else fused_loss
 
 
+def of_rank(rank, world, kind):
+    """(loss, gradients) of the wrapped model's second call, after the one with the first batch's check."""
+    model, loss = case(kind)
+    if kind.startswith("ddp"):
+        wrapped = DistributedDataParallel(model)
+    else:
+        inner = model.model if isinstance(model, PreferenceModel) else model
+        for layer in inner.model.layers:
+            fully_shard(layer)
+        if "head" in kind:
+            fully_shard(inner.lm_head)
+        wrapped = fully_shard(model)
+    data = {name: tensor[rows(kind, rank)] for name, tensor in batch(pairs=4).items()}
+    for _ in range(2):
+        model.zero_grad()
+        value = loss(wrapped, data)
+        value.backward()
+    grads = {name.removeprefix("module."): p.grad for name, p in wrapped.named_parameters() if p.grad is not None}
+    return value.item(), {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in grads.items()}
+
+
 SLOW = ["ddp tokens", "fsdp head tokens", "fsdp root pairs", "fsdp head entropy"]
 KINDS = [
     "ddp pairs",
@@ -85,28 +71,15 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_give_the_gradients_of_one_process(tmp_path, kind):
+def test_two_ranks_give_the_gradients_of_one_process(kind):
     """Gradients are means over the ranks. Bound: fp32 sums of 8 rows in another order, 80 roundings of the largest."""
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    environment = {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path / "store"), str(tmp_path / "out"), kind],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    errors = [worker.communicate(timeout=240)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], errors
     model, loss = case(kind)
     values = []
     for rank in (0, 1):
         values.append(loss(model, {name: tensor[rows(kind, rank)] for name, tensor in batch(pairs=4).items()}))
     torch.stack(values).mean().backward()
-    for rank in (0, 1):
-        theirs = torch.load(tmp_path / f"out{rank}")
-        assert theirs["value"] == pytest.approx(values[rank].item(), rel=1e-5)
-        assert theirs["grads"].keys() == dict(model.named_parameters()).keys()
+    for (value, grads), own in zip(launch(2, of_rank, kind), values, strict=True):
+        assert value == pytest.approx(own.item(), rel=1e-5)
+        assert grads.keys() == dict(model.named_parameters()).keys()
         for name, p in model.named_parameters():
-            assert (theirs["grads"][name] - p.grad).abs().max() <= 1e-5 * p.grad.abs().max() + 1e-9, name
+            assert (grads[name] - p.grad).abs().max() <= 1e-5 * p.grad.abs().max() + 1e-9, name

@@ -5,9 +5,6 @@ What every objective must hold is in test_every_objective.py.
 
 import copy
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,12 +27,14 @@ from asft_kernels.objectives import (
     SimPO,
     WeightedSum,
     get_objective,
+    kto_kl,
     weighted_reference,
 )  # fmt: skip
 from asft_kernels.sequence import Logps
 from bounds import fp32_bound, relative_error
 from cases import make_case, packed
 from objective_cases import call_inputs
+from rank_processes import launch
 
 # A handful of float64 roundings (exp, log, sigmoid, some products), each 1.1e-16; relative to the result.
 DOUBLE = 1e-14
@@ -376,46 +375,20 @@ def test_lmpo_in_training_from_hidden_states(dtype):
         assert relative_error(got, right) <= fp32_bound(32) + (2**-8 if dtype == torch.bfloat16 else 0)
 
 
-RANK = """
-import os, sys
-import torch, torch.distributed as dist
-from asft_kernels.objectives import LMPO, kto_kl
-from asft_kernels.sequence import Logps
-
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method="file://" + folder + "/store", rank=rank, world_size=2)
-sums, lengths = torch.load(folder + "/batch")
-rows = [[0, 3], [1, 2, 4, 5]][rank]
-objective = LMPO()
-losses = [objective(Logps(sums[rows] * scale, lengths[rows])).loss for scale in (1.0, 2.0)]
-empty = torch.zeros(2, dtype=torch.int64) if rank == 0 else lengths[[1, 2, 4, 5]]
-objective(Logps(sums[rows], empty))  # a rank without a counting pair joins all the same
-if rank == 0:
-    objective.eval()(Logps(sums[rows], lengths[rows]))  # alone: in evaluation nobody waits for anybody
-kl = kto_kl(sums[rows], sums[rows] - (-4, 3)[rank])
-torch.save((losses, objective.state_dict(), kl), folder + f"/rank{rank}")
-dist.barrier()
-os._exit(0)  # gloo's threads now and then abort a process that ends in the ordinary way
-"""
+def of_rank(rank, world):
+    rows = [[0, 3], [1, 2, 4, 5]][rank]
+    objective = LMPO()
+    losses = [objective(Logps(SUMS[rows] * scale, LENGTHS[rows])).loss for scale in (1.0, 2.0)]
+    empty = torch.zeros(2, dtype=torch.int64) if rank == 0 else LENGTHS[[1, 2, 4, 5]]
+    objective(Logps(SUMS[rows], empty))  # a rank without a counting pair joins all the same
+    if rank == 0:
+        objective.eval()(Logps(SUMS[rows], LENGTHS[rows]))  # alone: in evaluation nobody waits for anybody
+    return losses, objective.state_dict(), kto_kl(SUMS[rows], SUMS[rows] - (-4, 3)[rank])
 
 
-def test_statistics_of_lmpo_and_kto_are_of_all_ranks(tmp_path):
+def test_statistics_of_lmpo_and_kto_are_of_all_ranks():
     """Ranks of one and two pairs have the losses and the state of one process with the three."""
-    (tmp_path / "rank.py").write_text(RANK)
-    torch.save((SUMS, LENGTHS), tmp_path / "batch")
-    environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "rank.py"), str(rank), str(tmp_path)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    errors = [worker.communicate(timeout=120)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], errors
-    (losses0, state0, kl0), (losses1, state1, kl1) = (torch.load(tmp_path / f"rank{rank}") for rank in (0, 1))
+    (losses0, state0, kl0), (losses1, state1, kl1) = launch(2, of_rank)
     # Gains of -4 on two rows and of 3 on four: the mean first, held at 0 after it.
     assert kl0.item() == kl1.item() == pytest.approx((2 * -4 + 4 * 3) / 6)
     whole = LMPO()

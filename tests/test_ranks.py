@@ -1,10 +1,6 @@
 """Several processes give one's loss and gradients: sequences in pieces, batches in parts, and errors on all ranks."""
 
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,46 +19,17 @@ from bounds import relative_error
 from cases import IGNORE, make_case, packed
 from model_cases import batch, built
 from objective_cases import call_inputs, objective_of
+from rank_processes import launch
 from test_every_objective import NAMES
 from train_extra import QUIET
 
 pytestmark = QUIET
-TESTS = Path(__file__).parent
-LIMIT = 240
-WORKER = """
-import os, sys, torch
-import torch.distributed as dist
-import test_ranks
-
-dist.init_process_group("gloo")
-found = {}
-try:
-    for name in sys.argv[2:]:
-        found[name] = getattr(test_ranks, name)()
-finally:
-    torch.save(found, f"{sys.argv[1]}/found{dist.get_rank()}")
-dist.barrier()
-os._exit(0)  # gloo's threads now and then abort a process that ends in the ordinary way
-"""
 # float64, relative to the largest entry: sums of some 50 terms in another order, 50 * 2^-53, which the objectives'
 # derivatives (log-odds near p = 1, squares) magnify by less than 100.
 EXACT = 1e-12
 SINGLE = 2e-6  # fp32, as the issue asks: each rank's sums in another order, 8 roundings of 2^-24 and two more
 
 rank = dist.get_rank
-
-
-def launched(folder, count, *cases):
-    """What each of `count` ranks found in the functions of this file of these names, [rank][name]."""
-    script = folder / "worker.py"
-    script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    done = subprocess.run(
-        [*command, str(script), str(folder), *cases], capture_output=True, text=True, timeout=LIMIT,
-        env={**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[:6000] + done.stderr[-3000:]
-    return [torch.load(folder / f"found{i}") for i in range(count)]
 
 
 # Sequences in pieces, on all ranks of the world
@@ -351,7 +318,7 @@ def gathered_attention(group, at):
     return attention
 
 
-def context_parallel():
+def context_parallel(*_):
     """Two data-parallel groups of two ranks, each with the head and tail or the middle of its sequences.
 
     A batch of two groups is 3 + 2 pairs. With the average over all four ranks, and with the sum over a group alone.
@@ -397,7 +364,7 @@ def context_parallel():
     return found
 
 
-def trainers():
+def trainers(folder):
     """PreferenceTrainer on three ranks with a pair each at a time, two of eight of which do not count."""
     from asft_kernels.errors import InputError
     from asft_kernels.training import PreferenceConfig, PreferenceTrainer
@@ -406,7 +373,7 @@ def trainers():
 
     rows = rows_that_count_differently()
     rows = rows.map(lambda row, i: {"rejected_ids": [] if i == 5 else row["rejected_ids"]}, with_indices=True)
-    found, folder = {}, Path(sys.argv[1])
+    found = {}
     model = str(saved_tiny_model(folder / "model", initializer_range=0.3))
     dist.barrier()  # the first rank alone writes
 
@@ -440,12 +407,16 @@ def trainers():
 
 
 WEIGH_BY_PLACE = ("ld_dpo", "ld_of_a_sum", "ld_wpo")
-CASES = ("sequence_objectives", "sequence_layouts", "sequence_bytes", "sequence_errors", "data_parallel", "trainers")
+
+
+def of_three(rank, world, folder):
+    cases = (sequence_objectives, sequence_layouts, sequence_bytes, sequence_errors, data_parallel)
+    return {case.__name__: case() for case in cases} | {"trainers": trainers(folder)}
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
-    return launched(tmp_path_factory.mktemp("three"), 3, *CASES)
+    return launch(3, of_three, tmp_path_factory.mktemp("three"))
 
 
 def test_sequences_in_pieces_are_as_whole_ones(three):
@@ -501,8 +472,8 @@ def test_a_group_without_processes_is_refused():
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    return launched(tmp_path_factory.mktemp("four"), 4, "context_parallel")
+def four():
+    return launch(4, context_parallel)
 
 
 def test_batches_in_parts_are_as_whole_ones(three):
@@ -550,8 +521,7 @@ def test_a_loss_that_is_nan_on_one_rank_ends_all(three):
 
 
 def test_a_model_whose_sequences_are_in_pieces(four):
-    for of_rank in four:
-        found = of_rank["context_parallel"]
+    for found in four:
         assert found.pop("labels").startswith("labels: got labels with sequence_group, need shift_labels")
         for key, error in found.items():
             assert error <= EXACT, key

@@ -14,7 +14,7 @@ pytest.importorskip("trl", reason="needs the train extra: trl")
 
 @pytest.fixture(scope="module")
 def real():
-    """hidden (8, T, 576), weight (49152, 576) and labels of 4 pairs, fp32."""
+    """hidden (4, T, 576), weight (49152, 576) and labels of 2 pairs, fp32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -29,7 +29,7 @@ def real():
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     path = Path(asft_kernels.__file__).parent / "demo_data" / "eval.jsonl"
     pairs, _ = load_pairs(path, tokenizer, max_length=160)
-    batch = with_labels(DataCollatorForPreference(tokenizer.pad_token_id or 0)(list(pairs.select(range(4)))))
+    batch = with_labels(DataCollatorForPreference(tokenizer.pad_token_id or 0)(list(pairs.select(range(2)))))
     with torch.no_grad():
         hidden = model.model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
     return hidden, model.lm_head.weight.detach(), batch["labels"]

@@ -10,47 +10,33 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import streamed_worker
 from asft_kernels.backends import HAS_TRITON, interpreter_fault
+from rank_processes import launch
 
 TESTS = Path(__file__).parent
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 
 
-def run_ranks(script: Path, world: int, folder: Path, *arguments: str, **variables: str) -> None:
-    """Runs a script on every rank; fails with what they wrote where one fails, or is not done in time."""
-    environment = {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"} | variables
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(world), str(folder / "store"), *arguments],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        errors = [worker.communicate(timeout=240)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0] * world, "\n".join(errors)
-
-
-def test_streamed_head_gives_one_process_values_and_gradients(tmp_path):
+def test_streamed_head_gives_one_process_values_and_gradients():
     """61 rows on three ranks, 24 cases; ranks that differ; no tensor of V D elements; bytes on the wire."""
-    run_ranks(TESTS / "streamed_worker.py", 3, tmp_path)
+    launch(3, streamed_worker.on_torch)
 
 
-def test_streamed_head_on_triton(tmp_path):
+def test_streamed_head_on_triton():
     """In its interpreter: 8 cases, a rank without a token among them."""
     if not HAS_TRITON or interpreter_fault():
         pytest.skip("needs Triton, and a NumPy that its interpreter takes")
-    run_ranks(TESTS / "streamed_worker.py", 3, tmp_path, TRITON_INTERPRET="1")
+    launch(3, streamed_worker.on_triton, TRITON_INTERPRET="1")
 
 
-@pytest.mark.parametrize("cases", ["quick", pytest.param("all", marks=pytest.mark.slow)])
-def test_models_under_fsdp2_train_as_one_process(tmp_path, cases):
+@pytest.mark.parametrize("cases", ["QUICK", pytest.param("STREAMED", marks=pytest.mark.slow)])
+def test_models_under_fsdp2_train_as_one_process(cases):
     """Streamed and gathered, LoRA, accumulation, checkpointing, bf16; the head gathered once a step; refusals."""
+    pytest.importorskip("transformers", reason="needs the train extra: transformers")
     pytest.importorskip("peft", reason="needs the train extra: peft")
-    run_ranks(TESTS / "sharded_model_worker.py", 2, tmp_path, cases)
+    import sharded_model_worker
+
+    launch(2, sharded_model_worker.checked, getattr(sharded_model_worker, cases))
 
 
 class Gathering(torch.autograd.Function):

@@ -7,14 +7,14 @@ from asft_kernels.backends import HAS_TRITON, interpreter_fault
 from bounds import entry_bound, relative_error, rounded_once
 from cases import IGNORE, make_case
 from rank_processes import launch
-from sharding_edges import FAR, LEVELS, TIES, far_case
+from sharding_edges import FAR, LEVELS, TIES, edges, far_case
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON or bool(interpreter_fault()), reason="needs Triton's interpreter")
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return launch("sharding_edges.py", tmp_path_factory.mktemp("two"), 2, "ties+apart+far+empty", TRITON_INTERPRET="1")
+def two():
+    return launch(2, edges, TRITON_INTERPRET="1")
 
 
 def test_ties_across_ranks(two):

@@ -1,21 +1,18 @@
 """Tensor-parallel models and DTensor heads: the loss and gradients of one process, and no logits between ranks."""
 
-from functools import partial
-
 import pytest
 
 pytest.importorskip("transformers", reason="needs the train extra: transformers")
 
-from rank_processes import launch as launch_script
-from tensor_parallel_cases import KINDS, sides, whole_gradients
+from rank_processes import launch
+from tensor_parallel_cases import KINDS, heads, models, sides, whole_gradients, with_fully_shard
 
-launch = partial(launch_script, "tensor_parallel_cases.py")
 FP32 = 2e-6  # of the largest entry of each gradient: the same sums in other orders
 
 
 def test_models(tmp_path):
     """torch's ColwiseParallel in each output layout, transformers' plan, preference losses; 2 ranks."""
-    got = launch(tmp_path, 2, "models")
+    got = launch(2, models, str(tmp_path))
     for kind in KINDS:
         value, grads = whole_gradients(kind)
         for found in (x[kind] for x in got):
@@ -27,9 +24,9 @@ def test_models(tmp_path):
             assert max(found["sent"]) <= found["grad_hidden_bytes"], kind
 
 
-def test_heads(tmp_path):
+def test_heads():
     """DTensors in a direct call, float64: 100 roundings; names of mesh dimensions decide what is not said otherwise."""
-    got = launch(tmp_path, 2, "heads")
+    got = launch(2, heads)
     for found in got:
         for what, (grad, right) in found["grads"].items():
             assert (grad - right).abs().max() <= 2e-14 * right.abs().max(), what
@@ -43,9 +40,9 @@ def test_heads(tmp_path):
 
 
 @pytest.mark.slow
-def test_with_data_parallelism(tmp_path):
+def test_with_data_parallelism():
     """2 x 2 ranks: fully_shard over the one dimension of the mesh, the vocabulary over the other."""
-    got = launch(tmp_path, 4, "with_fully_shard")
+    got = launch(4, with_fully_shard)
     for kind in ("root", "head", "tied"):
         values, grads = sides(kind)
         for rank, found in enumerate(x[kind] for x in got):

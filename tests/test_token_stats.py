@@ -231,12 +231,12 @@ def rounded_exponents(case: Case, *, softcap: float | None = None, logit_scale: 
 def test_low_precision(backend, dtype, options):
     """Values are fp32's; gradients are rounded once on the torch backend. Triton keeps E and du in bf16 for bf16: each
     is rounded once beside the result, as for logp alone (tests/test_triton_backend.py); for dH E L, too."""
-    case = make_case(rows=2, T=40, D=48, V=251, bias=True, dtype=dtype)
+    case = make_case(rows=2, T=20, D=48, V=131, bias=True, dtype=dtype)
     exact, largest = oracle(case, **options)
-    got = stats_of(case, backend=backend, chunk_size=100, **options)
+    got = stats_of(case, backend=backend, chunk_size=70, **options)
     for name in ("logps", "lse", "mean_logits", "entropy", "log_sum_sq_probs"):
         assert relative_error(getattr(got, name), exact[name]) <= 2 * fp32_bound(largest)
-    got = gradients(case, ALL, backend=backend, chunk_size=100, **options)
+    got = gradients(case, ALL, backend=backend, chunk_size=70, **options)
     low = backend == "triton" and dtype == torch.bfloat16
     others = [rounded_exponents(case, **options) if low else 0.0, 0.0, 0.0]
     for g, want, other in zip(got, exact_gradients(case, ALL, **options)[0], others, strict=True):
@@ -245,8 +245,9 @@ def test_low_precision(backend, dtype, options):
 
 
 @pytest.mark.emulated
-@pytest.mark.parametrize("options", [{}, {"softcap": 150.0, "logit_scale": 0.5}], ids=["plain", "capped"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "options"), [(torch.float32, {"softcap": 150.0, "logit_scale": 0.5}), (torch.bfloat16, {})], ids=str
+)
 def test_emulated(dtype, options):
     """Figures and gradients by the compiled kernels, some references moving; bounds as above."""
     case = with_rivals(make_case(rows=1, T=17, D=33, V=107, bias=True, valid=0.7), options.get("logit_scale", 1.0))
@@ -351,7 +352,7 @@ def test_logits_of_minus_infinity(backend, options, cache_bytes):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_products(backend, differentiable, softcap, frozen_head, cached, recomputed):
     """All figures are asked for each time: their values cost no product."""
-    case = make_case(rows=2, T=9, D=32, V=96)
+    case = make_case(rows=2, T=9, D=32, V=64)
     n = int((case.labels[:, 1:] != IGNORE).sum())
 
     def call(cache_bytes=None):
@@ -362,7 +363,7 @@ def test_products(backend, differentiable, softcap, frozen_head, cached, recompu
         loss_of(stats, ("logps", *differentiable)).backward()
 
     def count(*args):
-        return gemms(lambda: call(*args), n, 96, 32)
+        return gemms(lambda: call(*args), n, 64, 32)
 
     if backend == "triton" and not differentiable:
         recomputed -= 1  # by logits_exp, whose products are NumPy's in the interpreter: not counted

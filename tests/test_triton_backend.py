@@ -128,11 +128,17 @@ WAYS = [
 
 
 # Both ways to round dW: rows of a multiple of 16 elements, where bf16 takes it whole, and others, in slices. fp32 and
-# fp16 know slices alone, and differ in operands and rounding: fp16 needs some of the ways.
+# fp16 know slices alone. Types differ in operands and rounding, whatever the plan: fp32 goes every way, others some.
 ROUNDED = [(torch.float32, 43), (torch.bfloat16, 43), (torch.bfloat16, 48)]
-BOTH_PHASES = [(dtype, D, *way) for dtype, D in ROUNDED for way in WAYS] + [
-    (torch.float16, D, *way) for D, way in ((43, WAYS[1]), (43, WAYS[4]), (48, WAYS[6]))
-]
+SLICES_AND_WHOLE = ROUNDED[::2]
+SOME = {
+    (torch.bfloat16, 43): (2, 4, 6),
+    (torch.bfloat16, 48): (2, 5),
+    (torch.float16, 43): (1, 4),
+    (torch.float16, 48): (6,),
+}
+BOTH_PHASES = [(torch.float32, 43, *way) for way in WAYS]
+BOTH_PHASES += [(dtype, D, *WAYS[i]) for (dtype, D), ways in SOME.items() for i in ways]
 
 
 @pytest.mark.interpreter
@@ -166,7 +172,7 @@ def test_both_phases_emulated(dtype, D, logits, bias, plan, device):
     check(problem, saved, problem.backward(saved, plan), few)
 
 
-@pytest.mark.parametrize("over", both([3.0, 8.0], [8.0]))
+@pytest.mark.parametrize("over", both([8.0], [8.0]))
 def test_saturated_softcap(over, device):
     """Logits of +-over softcaps: their slopes, down to 4.5e-7, keep their relative accuracy. exp(-2 |u| / cap)
     magnifies the roundings of u as exp(z - r) does those of z, and twice as much."""
@@ -180,7 +186,7 @@ def test_saturated_softcap(over, device):
         check(problem, saved, problem.backward(saved, plan), largest=cap * max(over, 2))
 
 
-@pytest.mark.parametrize("logits", both(*[[PLAIN, GEMMA]] * 2), ids=str)
+@pytest.mark.parametrize("logits", both([PLAIN, GEMMA], [PLAIN]), ids=str)
 def test_biases_of_minus_infinity(logits, device):
     """A whole chunk of them, and single ones; labels among them and not. Without a softcap a label that is -inf
     has logp = -inf and finite gradients, and all other tokens are as if the entries were not there."""
@@ -219,7 +225,7 @@ def test_references_moved_in_the_problem(dtype, device):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize(("dtype", "D"), [*ROUNDED, (torch.float16, 43)], ids=str)
+@pytest.mark.parametrize(("dtype", "D"), ROUNDED, ids=str)
 def test_more_tokens_than_entries(dtype, D, device):
     problem = Problem(dtype, device, N=97, V=75, D=D, bias=True, rivals=False)
     plan = Plan(75, 50, 1)
@@ -255,7 +261,7 @@ def test_no_tokens(dtype, device):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize(("dtype", "D"), ROUNDED, ids=str)
+@pytest.mark.parametrize(("dtype", "D"), SLICES_AND_WHOLE, ids=str)
 def test_parts_that_are_not_asked_for(dtype, D, device):
     """Every combination of frozen inputs gives what the full call gives, and None elsewhere."""
     problem = Problem(dtype, device, N=20, V=75, D=D, bias=True)
@@ -293,7 +299,7 @@ def test_strides(dtype, device):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize(("dtype", "D"), ROUNDED, ids=str)
+@pytest.mark.parametrize(("dtype", "D"), SLICES_AND_WHOLE, ids=str)
 def test_backward_changes_nothing_and_repeats(dtype, D, device):
     """retain_graph, and two live graphs: saved tensors and inputs keep their bits, results repeat."""
     problem = Problem(dtype, device, N=33, V=75, bias=True, D=D)

@@ -3,27 +3,29 @@
 Each launch of processes runs many cases (vocab_parallel_cases.py has them) and writes what each rank got.
 """
 
-from functools import partial
-
 import pytest
 import torch
 
 from asft_kernels import fused_linear_logps, fused_preference_loss
 from bounds import fp32_bound, unit_roundoff
-from rank_processes import launch as launch_script
+from rank_processes import launch
 from vocab_parallel_cases import (
     CASES,
     DIFFERENTIABLE,
     FIGURES,
+    cost,
     cut,
+    further,
+    gradients,
     loss_of,
     loss_of_logps,
     made,
     objective_loss,
+    objectives,
+    refusals,
+    triton,
     without_the_first,
 )
-
-launch = partial(launch_script, "vocab_parallel_cases.py")
 
 
 def assert_gradients(got: list[dict], name: str, world: int) -> None:
@@ -58,15 +60,15 @@ def assert_gradients(got: list[dict], name: str, world: int) -> None:
 
 
 @pytest.mark.parametrize("world", [3, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
-def test_values_and_gradients(tmp_path, world):
-    got = launch(tmp_path, world, "gradients")
+def test_values_and_gradients(world):
+    got = launch(world, gradients)
     for name in CASES:
         assert_gradients(got, name, world)
 
 
-def test_objectives(tmp_path):
+def test_objectives():
     """Every objective, its value and the gradient of hidden: 100 roundings of float64 of the largest entry."""
-    got = launch(tmp_path, 2, "objectives")
+    got = launch(2, objectives)
     case = made("float64")
     for name in got[0]:
         loss = objective_loss(name, case.hidden, case.head, case.labels)
@@ -76,10 +78,10 @@ def test_objectives(tmp_path):
             assert (found[name]["grad"] - grad).abs().max() <= 2e-14 * grad.abs().max(), name
 
 
-def test_triton(tmp_path):
+def test_triton():
     """The kernels, interpreted: a small case with and without figures."""
     pytest.importorskip("triton")
-    got = launch(tmp_path, 2, "triton", TRITON_INTERPRET="1")
+    got = launch(2, triton, TRITON_INTERPRET="1")
     case = made("triton").to(torch.float64)
     for name in ("asft", "figures", "absent", "absent torch"):
         options = CASES["triton"].call
@@ -104,10 +106,10 @@ def test_triton(tmp_path):
                 assert (grad - right).abs().max() <= fp32_bound(32) * right.abs().max(), (name, rank)
 
 
-def test_adapters_and_torch_compile(tmp_path):
+def test_adapters_and_torch_compile():
     """A local LoRA on each rank: gradients of A whole, of B its rows. Traced: the numbers of the eager call."""
     pytest.importorskip("peft")
-    got = launch(tmp_path, 2, "further")
+    got = launch(2, further)
     for rank, found in enumerate(got):
         for what, (grad, right) in found["lora"].items():
             assert (grad - right).abs().max() <= 2e-14 * right.abs().max(), (rank, what)
@@ -115,9 +117,9 @@ def test_adapters_and_torch_compile(tmp_path):
             assert (grad - right).abs().max() <= 2e-14 * right.abs().max(), rank
 
 
-def test_refusals_reach_all_ranks(tmp_path):
+def test_refusals_reach_all_ranks():
     """What one rank refuses, and what is not the same on all: an error on each, and then a call that goes through."""
-    got = launch(tmp_path, 3, "refusals")
+    got = launch(3, refusals)
     said = [x["said"] for x in got]
     assert said[0]["shape"] == said[2]["shape"]
     assert said[0]["shape"].startswith("rank 1 of lm_head's group refuses its arguments: ValueError: labels: got shape")
@@ -143,9 +145,9 @@ def test_refusals_reach_all_ranks(tmp_path):
         assert said[rank]["fine"] == ""
 
 
-def test_products_and_bytes(tmp_path):
+def test_products_and_bytes():
     """A rank multiplies its rows alone, and sends what docs/distributed.md counts: never logits."""
-    got = launch(tmp_path, 2, "cost")
+    got = launch(2, cost)
     for found in got:
         N, D = found["N"], found["D"]
         assert found["products"] == pytest.approx(3 / 2, rel=1e-9)

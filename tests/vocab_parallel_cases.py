@@ -1,7 +1,5 @@
 """What the processes of test_vocab_parallel.py run, and the inputs that they share with it."""
 
-import os
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -251,14 +249,3 @@ def cost(rank: int, world: int) -> dict:
     with torch.no_grad():
         fused_linear_logps(case.hidden, head, case.labels)
     return out | {"evaluation": sent}
-
-
-def main(what: str, rank: int, world: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    torch.save(globals()[what](rank, world), f"{folder}/{what}{rank}")
-    dist.barrier()
-    os._exit(0)  # gloo's threads now and then abort a process that ends in the ordinary way
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
