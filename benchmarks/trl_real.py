@@ -2,8 +2,9 @@
 
     python -m benchmarks.trl_real --model FOLDER --data pairs.jsonl.gz --out FILE [--bf16]
 
-The same pairs in the same order for each, one after the other in this process, float32 weights. A row of JSON each; one
-that fails says so and the next begins. `python -m benchmarks.seeds_report` draws the table where the file is called
+The same pairs in the same order for each, in turns in this process after a training that is not measured, as shapes
+that are new to a process cost its first steps most; float32 weights. A row of JSON each time; one that fails says so
+and the next begins. `python -m benchmarks.seeds_report` draws the table where the file is called
 speed.jsonl and lies beside the rows of `benchmarks.methods`.
 """
 
@@ -143,6 +144,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="preference pairs: JSON lines, plain or gzipped")
     parser.add_argument("--out", type=Path, required=True, help="file that the rows are added to")
     parser.add_argument("--steps", type=int, default=40, help="of each; the first quarter warms up; default 40")
+    parser.add_argument("--rounds", type=int, default=2, help="turns, every other one backward; default 2")
     parser.add_argument("--pairs", type=int, default=16, help="of a step; default 16")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=[*CONTESTANTS], help="default: all")
@@ -161,16 +163,22 @@ def main() -> None:
         "dtype": "bfloat16 autocast" if args.bf16 else "float32", "device": DEVICE, "package": "trl",
         "version": package_version("trl"), "about": facts,
     }  # fmt: skip
-    for name in args.contestants:
+    turns = [name for turn in range(args.rounds) for name in args.contestants[:: -1 if turn % 2 else 1]]
+    for unmeasured, name in ((True, args.contestants[-1]), *((False, name) for name in turns)):
         try:
             measured = measure(name, rows, tokenizer, args)
+            if unmeasured:
+                continue
             print(name, f"{measured['tokens_per_second']:.0f} tokens/s", flush=True)
         except Exception as error:  # whatever a peer, a compiler or a driver may raise
+            if unmeasured:
+                continue  # its turn says so
             measured = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
             failed.append(f"{name}: {measured['failed']}")
             print(failed[-1], flush=True)
-        gc.collect()
-        release(DEVICE)
+        finally:
+            gc.collect()
+            release(DEVICE)
         append(args.out, [{"contestant": name, "note": CONTESTANTS[name][2], **measured, **common}])
     if failed:
         sys.exit(f"{len(failed)} failed, see above")

@@ -65,9 +65,14 @@ def test_claim_is_held_against_every_seed():
 
 
 def test_speed_is_beside_full_logits():
-    rows = [speed("ours", 500.0), speed("TRL DPO, full logits", 200.0), speed("bad", 0, failed="OutOfMemoryError: x")]
+    rows = [
+        speed("ours", 400.0),
+        speed("ours", 600.0, seconds=0.2),
+        speed("TRL DPO, full logits", 200.0),
+        speed("bad", 0, failed="OutOfMemoryError: x"),
+    ]
     assert speed_table(rows)[2:] == [
-        "| ours | what it is | 0.7000 to 0.5000 | 250 | 500 | 2.50 | 3072 |",
+        "| ours | what it is | 0.7000 to 0.5000 | 250, 200 | 500 | 2.50 | 3072 |",
         "| TRL DPO, full logits | what it is | 0.7000 to 0.5000 | 250 | 200 | 1.00 | 3072 |",
         "| bad | what it is | failed: OutOfMemoryError: x |  |  |  |  |",
     ]

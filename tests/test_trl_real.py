@@ -77,9 +77,10 @@ def test_what_fails_has_a_row_and_the_next_begins(model, tmp_path, monkeypatch, 
     names = ["TRL DPO", "asft_kernels DPO"]
     given = ["trl_real", "--model", str(model), "--data", str(data), "--out", str(out), "--contestants", *names]
     monkeypatch.setattr(sys, "argv", given)
-    with pytest.raises(SystemExit, match="1 failed"):
+    with pytest.raises(SystemExit, match="2 failed"):
         trl_real.main()
-    failed, went = rows_of(out)
+    failed, went, again, fails_again = rows_of(out)  # nothing of the training before them
+    assert (again["contestant"], fails_again["contestant"]) == ("asft_kernels DPO", "TRL DPO")
     assert failed["failed"] == "OutOfMemoryError: no room"
     assert went["contestant"] == "asft_kernels DPO"
     assert "failed" not in went
