@@ -328,6 +328,7 @@ def graphs(probe: Probe) -> None:
             graph.replay()
             wait(DEVICE)
             equal = all(a is b or bool(torch.equal(a, b)) for a, b in zip(captured, eager, strict=True))
+            probe.bad += name.startswith(OURS) and not equal
             seconds = [seconds_of(way) for way in (graph.replay, call)]
             probe.row(
                 "graphs", f"{name}, {work}", ms=1e3 * seconds[0], eager_ms=1e3 * seconds[1],

@@ -101,7 +101,7 @@ def speed_table(rows: list[Row]) -> list[str]:
     rates = {
         name: statistics.fmean(row["tokens_per_second"] for row in turns)
         for name, turns in by_name.items()
-        if not any("failed" in row for row in turns)
+        if not any("failed" in row or row["tokens_per_second"] is None for row in turns)
     }
     lines = []
     for name, turns in by_name.items():
@@ -109,11 +109,12 @@ def speed_table(rows: list[Row]) -> list[str]:
         if "failed" in row:
             lines.append([name, row["note"], f"failed: {row['failed']}", "", "", "", ""])
             continue
-        faster = f"{rates[name] / rates[FULL]:.2f}" if FULL in rates else "–"
+        faster = f"{rates[name] / rates[FULL]:.2f}" if {name, FULL} <= rates.keys() else "–"
         losses = f"{row['losses'][0]:.4f} to {row['losses'][-1]:.4f}"
         memory = "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / MIB:.0f}"
         steps = ", ".join(f"{turn['seconds'] * 1000:.0f}" for turn in turns)
-        lines.append([name, row["note"], losses, steps, f"{rates[name]:.0f}", faster, memory])
+        rate = f"{rates[name]:.0f}" if name in rates else "–"
+        lines.append([name, row["note"], losses, steps, rate, faster, memory])
     header = ["", "what", "loss, first to last step", "ms a step, by turn", "tokens/s", "× full logits", "peak MiB"]
     return markdown(header, lines)
 

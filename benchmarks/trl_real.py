@@ -169,7 +169,8 @@ def main() -> None:
             measured = measure(name, rows, tokenizer, args)
             if unmeasured:
                 continue
-            print(name, f"{measured['tokens_per_second']:.0f} tokens/s", flush=True)
+            rate = measured["tokens_per_second"]
+            print(name, "–" if rate is None else f"{rate:.0f}", "tokens/s", flush=True)
         except Exception as error:  # whatever a peer, a compiler or a driver may raise
             if unmeasured:
                 continue  # its turn says so

@@ -867,6 +867,16 @@ def test_a_long_sum_is_made_of_shorter_ones(monkeypatch, terms, device):
     a = torch.randint(-50, 50, (3, terms), device=device).bfloat16()
     b = torch.randint(-50, 50, (terms, 5), device=device).bfloat16()
     out = torch.full((3, 5), math.nan, device=device)
+    pieces, addmm = [], torch.addmm
+
+    def counted(acc, x, y, *, beta, **options):
+        pieces.append((x.shape[1], beta))
+        return addmm(acc, x, y, beta=beta, **options)
+
+    monkeypatch.setattr(torch, "addmm", counted)
     for times, fresh in ((1, True), (2, False)):
+        pieces.clear()
         add_product(a, b, out=out, fresh=fresh)
+        lengths = [8] * (terms // 8) + [terms % 8] * (terms % 8 > 0)
+        assert pieces == [(n, int(not fresh or i > 0)) for i, n in enumerate(lengths)]
         assert torch.equal(out.cpu(), times * (a.cpu().float() @ b.cpu().float()))

@@ -181,7 +181,8 @@ def require_number(objective: str, name: str, value: float, *, above_zero: bool 
 
 
 def require_factor(objective: str, name: str, value: Real | float) -> None:
-    """A ValueError for a finite number that torch does not multiply by: a fraction, or an integer beyond 64 bits."""
+    """A ValueError for a finite number that torch does not multiply by: a fraction, or an integer from 2**31 on, whose
+    product with another could leave 64 bits."""
     # Two parameters are multiplied in places: their product fits, too.
     if isinstance(value, Rational) and (not isinstance(value, Integral) or abs(int(value)) >= 2**31):
         need = f"a float, or an integer below 2**31; write {float(value)}"
