@@ -454,6 +454,7 @@ def test_sums_compare_by_their_terms():
     [
         "dpo", "1 dpo", "dpo + 0.005 sft", "dpo(beta=0.2, ld_alpha=0.5)", "dpo(use_weighting=True)",
         "bmc(base='dpo(beta=0.2) + 0.1 sft', delta=3)", "mrpo(alpha=(0.5, 0.5)) + 2 kto", "lmpo(power=3)",
+        "dpo + 0.123456789 sft", "1234567.5 dpo + 1e-07 sft", "1e+16 dpo",
     ],
 )  # fmt: skip
 def test_an_objective_is_shown_as_it_may_be_written(text):

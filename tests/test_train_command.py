@@ -16,14 +16,17 @@ import torch
 pytest.importorskip("train_extra")
 
 import transformers
+from datasets import Dataset
 
 from asft_kernels.cli import main as asft
 from asft_kernels.cli.train import parse
 from asft_kernels.errors import InputError
-from asft_kernels.objectives import DPO
+from asft_kernels.objectives import DPO, get_objective
+from asft_kernels.training import run_folder
 from asft_kernels.training.callbacks import MetricsFile
 from asft_kernels.training.checkpoints import find_checkpoint
 from asft_kernels.training.figures import Evaluation, change
+from asft_kernels.training.reference import require_references
 from asft_kernels.training.run_folder import command, require_same_settings
 from asft_kernels.training.trainer import PreferenceTrainer
 from tiny_lm import pairs, saved_tiny_model, tiny_model, write_lines
@@ -192,7 +195,9 @@ def test_resume_refuses_what_would_be_another_experiment(job, whole_run, tmp_pat
     expected = "training_pairs: others (1 new or changed: line 6; 2 gone or changed: lines 6, 11), need"
     assert expected in capsys.readouterr().err
     assert main([*resume, "--dataset_name", str(write_lines(tmp_path / "pairs.jsonl", pairs(30)[::-1]))]) == 2
-    assert "training_pairs: others (the same rows, but another order or split), need" in capsys.readouterr().err
+    assert (
+        "training_pairs: others (the same rows, but in another order, split or number), need" in capsys.readouterr().err
+    )
     (folder / "pairs.json").write_text("{")
     assert main([*resume, "--dataset_name", str(grown)]) == 2
     assert "resume: training_pairs: others, need the same" in capsys.readouterr().err
@@ -480,3 +485,21 @@ def test_a_file_to_evaluate_on_has_no_split(job, tmp_path, capsys):
     assert "30 pairs for training, 3 for evaluation" in capsys.readouterr().out
     assert main([*words, "--dataset_test_split", "validation"]) == 2
     assert "split: got 'validation'" in capsys.readouterr().err
+
+
+def test_the_digest_of_pairs_holds_what_they_say_of_a_reference():
+    """A run that went on with other log-probabilities of the reference would be another one; so would a row twice."""
+    rows = {"id": ["a" * 64, "b" * 64], "line": [1, 2], "prompt": ["x", "y"]}
+    sums = {f"ref_{side}_logps": [-3.0, -4.0] for side in ("chosen", "rejected")}
+    plain, brought = Dataset.from_dict(rows), Dataset.from_dict(rows | sums)
+    other = Dataset.from_dict(rows | sums | {"ref_chosen_logps": [-3.0, -4.5]})
+    digests = {run_folder.digest_of_pairs(x) for x in (plain, brought, other, plain.select([0, 1, 1]))}
+    assert len(digests) == 4
+    first, second = (run_folder._ids_of_lines(x) for x in (brought, other))
+    assert first["1"] == second["1"]
+    assert first["2"] != second["2"]
+
+
+def test_an_evaluation_set_without_rows_brings_no_reference():
+    empty = Dataset.from_dict({"ref_chosen_logps": [], "ref_rejected_logps": []})
+    require_references(get_objective("dpo"), None, [empty])

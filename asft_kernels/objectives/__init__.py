@@ -125,7 +125,7 @@ def expression_of(objective: Objective) -> str:
     if isinstance(objective, WeightedSum):
         alone = len(objective.terms) == 1
         texts = (
-            ("" if weight == 1 and not alone else f"{weight:g} ") + expression_of(term)
+            ("" if weight == 1 and not alone else repr(float(weight)).removesuffix(".0") + " ") + expression_of(term)
             for weight, term in objective.terms
         )
         return " + ".join(texts)

@@ -104,7 +104,19 @@ def write_pairs(folder: Path, datasets: Mapping[str, Any]) -> None:
 def _ids_of_lines(dataset: Any) -> dict[str, str]:
     if dataset is None or not {"id", "line"} <= set(dataset.column_names):
         return {}
-    return {str(line): pair[:16] for line, pair in zip(dataset["line"][:], dataset["id"][:], strict=True)}
+    return {str(line): pair[:16] for line, pair in zip(dataset["line"][:], _digests(dataset), strict=True)}
+
+
+def _digests(dataset: Any) -> list[str]:
+    """Of each row: its id, which is of its texts, and with it what it says of reference models, where it does."""
+    ids, brought = dataset["id"][:], sorted(x for x in dataset.column_names if x.startswith("ref_"))
+    if not brought:
+        return ids
+    columns = [dataset[name][:] for name in brought]
+    return [
+        hashlib.sha256(json.dumps([pair, brought, values]).encode()).hexdigest()
+        for pair, *values in zip(ids, *columns, strict=True)
+    ]
 
 
 def _changed_rows(path: Path, name: str, datasets: Mapping[str, Any]) -> str:
@@ -121,14 +133,15 @@ def _changed_rows(path: Path, name: str, datasets: Mapping[str, Any]) -> str:
                 said.append(f"{len(lines)} {what}: {line_numbers(lines)}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ""
-    return "; ".join(said) or "the same rows, but another order or split"
+    return "; ".join(said) or "the same rows, but in another order, split or number"
 
 
 def digest_of_pairs(dataset: Any) -> str | None:
-    """Of what the pairs say and their order; None for no dataset, or for one without ids."""
+    """Of what the pairs say, log-probabilities of a reference too, and their order; None for no dataset, or for one
+    without ids."""
     if dataset is None or "id" not in dataset.column_names:
         return None
-    return hashlib.sha256("".join(dataset["id"][:]).encode()).hexdigest()
+    return hashlib.sha256("".join(_digests(dataset)).encode()).hexdigest()
 
 
 def digest_of_files(paths: Iterable[str]) -> list[str]:
