@@ -1,16 +1,17 @@
 """What a call will take, before it runs: bytes by term at each moment, and products (memory.py has the terms)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from asft_kernels import checks
-from asft_kernels.backends import choose_backend
+from asft_kernels.backends import choose_backend, exp_dtype
 from asft_kernels.backends.head_rows import EIGHT_BITS, FOUR_BITS, HeadRows, codes_text
 from asft_kernels.backends.plan import default_cache_bytes
 from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, Wanted
 from asft_kernels.heads import ALIGNED, ResolvedHead
+from asft_kernels.kernels.configs import Tile
 from asft_kernels.memory import Sizes, in_units, largest, moments, operations
 from asft_kernels.memory.terms import ADVICE, GRAD_LOW_RANK, Terms
 from asft_kernels.memory.triton_moments import tile_and_form
@@ -114,10 +115,9 @@ def estimate(
 ) -> Estimate:
     """Computes what a call takes beside its inputs, from the sizes that its backend would choose: nothing is run.
 
-    Memory is what torch's allocator is asked for, on each rank; measured on a CPU it is within 10 % (tests; a streamed
-    head's with the copies that gloo makes and NCCL does not). On
-    a GPU chunks are those of the one that is here, and of an H100's tiles where there is none. Not counted: what a loss
-    makes of N log-probabilities, DoRA, dropout in the adapter, copies that autocast or num_valid make.
+    Memory is what torch's allocator is asked for, on each rank; measured on a CPU it is within 10 % (tests). On a GPU
+    chunks are those of the one that is here, and of an H100's tiles where there is none. Not counted: what a loss makes
+    of N log-probabilities, DoRA, dropout in the adapter, copies that autocast, num_valid or gloo make.
 
     Args:
         tokens: N, labels that carry loss.
@@ -218,10 +218,13 @@ def of_head(
         softcap=options.softcap is not None, needs_hidden=hidden_grad or adapts, needs_weight=rows.weight.requires_grad,
         needs_low_rank=adapts,
         needs_bias=bias is not None and bias.requires_grad, wanted=wanted or Wanted(), ranks=streamed,
+        row_major=rows.weight.stride(1) == 1,
     )  # fmt: skip
     found, by = moments(sizes), sizes.backend
     if by == "triton":
         tile, whole_form = tile_and_form(sizes)
+        if isinstance(tile, Tile) and not tile.in_one_loop(exp_dtype("triton", product_dtype), bias is not None):
+            tile = replace(tile, one_loop=False, why="one loop where nothing is stored") if tile.one_loop else tile
         of_head_gradient = f", dW rounded {'whole' if whole_form else 'in slices'}" if sizes.needs_weight else ""
         by = f"triton by {tile} ({tile.why}){of_head_gradient}"
     M, D, item = positions, sizes.columns, product_dtype.itemsize

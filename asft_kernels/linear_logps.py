@@ -304,7 +304,7 @@ def _sizes(
         len(rows), len(hidden), head.size[0], head.columns, hidden.dtype, backend, hidden.device, cache_bytes,
         chunk_size, 0 if low_rank is None else low_rank.shape[1], head.weight.dtype,
         torch.float32 if low_rank is None else low_rank.dtype, head.codes, bias is not None, softcap is not None,
-        *needs, wanted, ranks_of(head),
+        *needs, wanted, ranks_of(head), head.weight.stride(1) == 1,
     )  # fmt: skip
 
 

@@ -441,6 +441,7 @@ def test_names_of_sums():
     assert get_objective("1e+3 dpo + 2.e+0 simpo+sft") == WeightedSum(((1e3, DPO()), (2.0, SimPO()), (1.0, SFT())))
     assert get_objective("hinge+sft") == WeightedSum(((1.0, Hinge()), (1.0, SFT())))  # its e is no exponent's
     assert get_objective("0.5 dpo") == WeightedSum(((0.5, DPO()),))
+    assert get_objective("dpo + 1E-3 sft") == WeightedSum(((1.0, DPO()), (1e-3, SFT())))
 
 
 def test_sums_compare_by_their_terms():
@@ -521,6 +522,7 @@ def test_a_sum_says_what_its_parts_need():
         (lambda: get_objective("sft * 0.1"), r"got the term 'sft \* 0\.1', a weight behind its name, need it before"),
         (lambda: get_objective("dpo + 0.1"), r"got the term '0\.1', a weight without a name"),
         (lambda: get_objective("dpo, sft"), r"got the term 'dpo, sft', two names, need a \+"),
+        (lambda: get_objective("dpo 0.1 sft"), r"got the term 'dpo 0\.1 sft', two terms, need a \+ between"),
         (lambda: get_objective("dpo & sft"), "got the term 'dpo & sft', need 'name' or 'weight name', its parameters"),
         (lambda: get_objective("dpo + sft", beta=1.0), r"got 'dpo \+ sft' and beta beside it, need parameters"),
         (lambda: get_objective("2 dpo", beta=1.0), "got '2 dpo' and beta beside it, need parameters behind the name"),
@@ -549,10 +551,10 @@ def test_a_sum_says_what_its_parts_need():
         ),
     ],
     ids=[
-        "name", "near name", "empty term", "number", "sign", "minus", "weight behind", "weight alone", "comma", "other",
-        "parameters", "parameters of one", "beside its own", "unknown", "not allowed", "no value", "twice behind",
-        "twice", "stars", "open", "closed", "no comma", "odd value", "name as parameter", "bmc", "two references",
-        "no pair", "bool", "nothing", "weight", "no object", "weighs tokens",
+        "name", "near name", "empty term", "number", "sign", "minus", "weight behind", "weight alone", "comma",
+        "two terms", "other", "parameters", "parameters of one", "beside its own", "unknown", "not allowed", "no value",
+        "twice behind", "twice", "stars", "open", "closed", "no comma", "odd value", "name as parameter", "bmc",
+        "two references", "no pair", "bool", "nothing", "weight", "no object", "weighs tokens",
     ],
 )  # fmt: skip
 def test_impossible_sums(make, message):

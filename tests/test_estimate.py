@@ -340,6 +340,16 @@ FRESH = {
 }
 
 
+@pytest.mark.parametrize(
+    ("dtype", "bias", "one_loop"),
+    [("bfloat16", False, True), ("bfloat16", True, False), ("float16", False, False)],
+)
+def test_a_tile_is_called_one_loop_where_it_is_launched_so(dtype, bias, one_loop):
+    pytest.importorskip("triton")
+    said = estimate(8192, 4096, 151936, dtype=getattr(torch, dtype), device="cuda", backend="triton", bias=bias).what
+    assert ("8 warps 3 stages descriptors one loop" in said) == one_loop, said
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_a_fresh_process_takes_what_is_said():
     """Resident memory, within 10 % and the pages that Linux counts in batches (test_cost.py says how). malloc gives

@@ -19,6 +19,7 @@ from asft_kernels.backends.plan import (
     weight_slice,
 )
 from asft_kernels.backends.streamed_order import StreamedOrder
+from asft_kernels.backends.token_stats import Wanted
 from asft_kernels.kernels.configs import multiprocessors
 
 DEVICES = st.sampled_from(["cpu", "cuda"])
@@ -132,6 +133,9 @@ def test_a_few_tokens_take_one_chunk_of_a_head_that_is_read_as_it_is(dtype, back
     hidden, rows = weight.new_empty(512, 4096), torch.empty(512, device="meta")
     head = make(weight)
     plan = linear_logps._plan(hidden, head, rows, backend, None, 0)
+    needs = (True, False, False, False)
+    sizes = linear_logps._sizes(hidden, head, None, rows, backend, None, None, 0, needs, Wanted())
+    assert sizes.plan == plan  # what an out-of-memory error tells of is the call's own
     by_exps = 2**28 // (512 * exp_dtype(backend, dtype).itemsize)
     by_weight = 2**29 // (4 * head.size[1]) // 64 * 64
     assert plan.chunk == (by_weight if copied else min(151_936, by_exps))

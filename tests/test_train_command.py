@@ -17,10 +17,12 @@ pytest.importorskip("train_extra")
 
 import transformers
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
 
 from asft_kernels.cli import main as asft
 from asft_kernels.cli.train import parse
 from asft_kernels.errors import InputError
+from asft_kernels.models.loading import loading, with_all_weights
 from asft_kernels.objectives import DPO, get_objective
 from asft_kernels.training import run_folder
 from asft_kernels.training.callbacks import MetricsFile
@@ -419,6 +421,8 @@ BAD = [
     (["--model", "."], "'.' cannot be loaded as a causal language model"),
     (["--model", "no-such-folder"], "no such folder, and no hub name either"),
     (["--report_to", "wandb"], "wandb"),
+    (["--model_init_kwargs", '{"output_loading_info": true}'], "got 'output_loading_info', need it left out"),
+    (["--model_init_kwargs", '{"dtype": 5}'], "model_init_kwargs: dtype: got 5, need one of float32"),
     (["--model_init_kwargs", "{"], "model_init_kwargs: got '{', need JSON ("),
     (["--model_init_kwargs", '{"foo": 1}'], "model_init_kwargs: got {'foo': 1}, with which "),
     (["--model_init_kwargs", '{"dtype": "float16"}'], "dtype: got 'float16', need it in --dtype alone, which is 'flo"),
@@ -503,3 +507,36 @@ def test_the_digest_of_pairs_holds_what_they_say_of_a_reference():
 def test_an_evaluation_set_without_rows_brings_no_reference():
     empty = Dataset.from_dict({"ref_chosen_logps": [], "ref_rejected_logps": []})
     require_references(get_objective("dpo"), None, [empty])
+
+
+def test_a_model_that_lacks_weights_is_blamed_on_it_and_spare_ones_are_no_fault_of_a_keyword(tmp_path):
+    """Beside a keyword that changes no layer; of one that drops layers the weights are named above."""
+    from safetensors.torch import load_file, save_file
+
+    def changed(name, change):
+        folder = saved_tiny_model(tmp_path / name)
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        return str(folder)
+
+    lacking = changed("lacking", lambda weights: weights.pop("model.norm.weight"))
+    for keywords, begins in (
+        ({"attn_implementation": "eager"}, "--model: "),
+        ({"use_cache": False}, "--model, model_"),
+    ):
+        message = begins + ".*weights without model.norm.weight, which would be random"
+        both = AutoModelForCausalLM.from_pretrained(lacking, **keywords, output_loading_info=True)
+        with pytest.raises(InputError, match=message), loading(lacking, keywords):
+            with_all_weights(*both, keywords)
+    spare = changed("spare", lambda weights: weights.update({"v_head.weight": torch.zeros(2)}))
+    both = AutoModelForCausalLM.from_pretrained(spare, use_cache=False, output_loading_info=True)
+    assert both[1]["unexpected_keys"]
+    assert with_all_weights(*both, {"use_cache": False}) is both[0]
+
+
+def test_references_are_counted_in_every_row():
+    mrpo, rows = get_objective("mrpo(alpha=(0.5, 0.5))"), Dataset.from_dict({"ref_chosen_logps": [[1.0, 2.0], [1.0]]})
+    require_references(mrpo, None, [rows.select([0])])
+    with pytest.raises(InputError, match="mrpo: alpha: got 2 weights for 1 references"):
+        require_references(mrpo, None, [rows])

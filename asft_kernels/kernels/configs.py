@@ -39,6 +39,14 @@ class Tile:
     one_loop: bool = False  # a program a multiprocessor, tiles and D in one loop, where the epilogue leaves it room
     triton: tuple[int, int] = (3, 6)  # the oldest release that compiles it
 
+    def in_one_loop(self, stored: torch.dtype | None, bias: bool) -> bool:
+        """Whether a launch takes tiles and D in one loop. stored: of the exponentials that it writes, None without.
+
+        A tile that waits to be written takes registers beside the next one's sums: no room for a bias as well, and in
+        fp32 none in shared memory.
+        """
+        return self.one_loop and (stored is None or (stored == torch.bfloat16 and not bias))
+
     def __str__(self) -> str:
         flags = ["descriptors"] * self.descriptors + ["persistent"] * self.persistent + ["one loop"] * self.one_loop
         shape = f"{self.BLOCK_M}x{self.BLOCK_V}x{self.BLOCK_D}"

@@ -129,9 +129,7 @@ def logits_exp(
         )
     tiles_v = triton.cdiv(width, tile.BLOCK_V)
     programs = triton.cdiv(N, tile.BLOCK_M) * tiles_v
-    # A tile that waits to be written takes registers beside the next one's sums: no room for a bias as well, and
-    # in fp32 none in shared memory.
-    one_loop = tile.one_loop and (exps is None or (exps.dtype == torch.bfloat16 and bias is None))
+    one_loop = tile.in_one_loop(None if exps is None else exps.dtype, bias is not None)
     if tile.persistent or one_loop:
         programs = min(programs, multiprocessors(hidden.device) or 3)  # off a GPU nothing runs side by side: a few
     operands = (hidden, weight)

@@ -38,6 +38,7 @@ class Sizes:
     needs_bias: bool = False
     wanted: Wanted = field(default_factory=Wanted)
     ranks: int = 1  # over which a streamed head's rows are sharded
+    row_major: bool = True  # whether the entries of a row of the head stand side by side
 
     @cached_property
     def plan(self) -> Plan:
@@ -49,7 +50,8 @@ class Sizes:
             self.tokens, self.vocab, self.width, exp_bytes=self.exp_bytes, chunk_size=self.chunk_size,
             cache_bytes=0 if recomputes else self.cache_bytes, device_type=self.device.type,
             multiprocessors=multiprocessors(self.device) if self.chunk_size is None else 0,
-            copies=not self.is_plain or exp_dtype(self.backend, self.dtype) != self.dtype, order=order,
+            copies=not self.is_plain or not self.row_major or exp_dtype(self.backend, self.dtype) != self.dtype,
+            order=order,
         )  # fmt: skip
 
     @property

@@ -41,6 +41,9 @@ def triton_moments(s: Sizes) -> dict[str, Terms]:
         gathered, buffer = s.dtype.itemsize * N * D, s.dtype.itemsize * chunk * D
         assembling, taking = s.dequantising(chunk, taken=False), s.dequantising(N, taken=True)
 
+    elif not s.row_major:
+        buffer = s.dtype.itemsize * chunk * D
+
     summed = s.wanted.names - {"lse"}
     made = STRIPS[0] if summed else tile
     of_figures = s.wanted.differentiable if s.needs_hidden else frozenset()

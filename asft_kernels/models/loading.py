@@ -12,6 +12,7 @@ from asft_kernels.errors import InputError, of_a_library
 DEFAULT_LENGTH = 1024  # tokens of prompt and answer, TRL's
 # Keywords of from_pretrained that every run gives, or that stand for an option checked before.
 OF_RUNS = ("dtype", "device_map", "trust_remote_code", "revision", "quantization_config", "output_loading_info")
+OF_ANY_LAYERS = (*OF_RUNS, "attn_implementation")  # those that leave a model's weights what they are
 # Files that say, beside the weights, what a model makes of a text.
 READ_WITH_WEIGHTS = (
     "config.json", "adapter_config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
@@ -74,18 +75,28 @@ def with_all_weights(model: Any, found: Mapping[str, Any], keywords: Mapping[str
     Args:
         model: a PreTrainedModel.
         found: from_pretrained's loading info.
-        keywords: what it was given; with some of a user's own, weights without a place in the model are refused, too.
+        keywords: what it was given; weights that some of a user's own leave without a place are refused, too.
 
     Raises:
-        ValueError: which are missing or left over.
+        OtherWeights: which are missing or left over.
     """
     missing = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     unused = sorted(found["unexpected_keys"])
     if missing:
-        raise ValueError(f"weights without {_first_of(missing)}, which would be random")
-    if unused and any(name not in (*OF_RUNS, "attn_implementation") for name in keywords or ()):
-        raise ValueError(f"weights with {_first_of(unused)}, which would not be used")
+        raise OtherWeights(f"weights without {_first_of(missing)}, which would be random")
+    if unused and any(name not in OF_ANY_LAYERS for name in keywords or ()):
+        import torch
+
+        own = type(model.config).from_pretrained(model.name_or_path, revision=(keywords or {}).get("revision", "main"))
+        with torch.device("meta"):
+            unused = sorted({*unused} & type(model)(own).state_dict().keys())
+        if unused:
+            raise OtherWeights(f"weights with {_first_of(unused)}, which would not be used")
     return model
+
+
+class OtherWeights(ValueError):
+    """The checkpoint's weights are not the model's."""
 
 
 def _first_of(names: list[str]) -> str:
@@ -216,11 +227,18 @@ def loading(model: str, keywords: Mapping[str, Any] | None = None) -> Iterator[N
         if not expected or type(error).__name__ == "OutOfMemoryError":
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        said = {name: x for name, x in (keywords or {}).items() if x is not None and name not in OF_RUNS}
+        of_weights = isinstance(error, OtherWeights)
+        others = OF_ANY_LAYERS if of_weights else OF_RUNS
+        said = {name: x for name, x in (keywords or {}).items() if x is not None and name not in others}
         if not said or type(error).__name__ == "SafetensorError":
             raise InputError(
                 f"--model: {model!r} cannot be loaded as a causal language model with its "
                 f"tokenizer ({reason}); need a folder that from_pretrained reads, or a hub name"
+            ) from error
+        if of_weights:
+            raise InputError(
+                f"--model, model_init_kwargs: {model!r} with {said} cannot be loaded ({reason}); need a checkpoint "
+                "that is whole, and keywords that leave its layers as they are"
             ) from error
         of_option = said.keys() == {"attn_implementation"}
         what = f"attn_implementation: got {said.popitem()[1]!r}" if of_option else f"model_init_kwargs: got {said}"

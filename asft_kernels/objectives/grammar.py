@@ -9,11 +9,12 @@ import ast
 import re
 from typing import Any, NamedTuple
 
-NUMBER, NAME = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?", r"[A-Za-z_]\w*"
+NUMBER, NAME = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", r"[A-Za-z_]\w*"
 TERM = re.compile(rf"(?:({NUMBER})\s*\*?\s*)?({NAME})\s*(?:\((.*)\))?", re.DOTALL)
 MISTAKES = (  # what a term may be that is none
     (r"", "nothing beside a +, need a name on both sides of it"),
     (rf"{NUMBER}\s*\*?", "a weight without a name, need the name behind it"),
+    (rf"({NUMBER}\s*\*?\s*)?{NAME}\s*(\(.*\))?\s+{NUMBER}\s*\*?\s*{NAME}.*", "two terms, need a + between them"),
     (rf"{NAME}\s*(\(.*\))?\s*\*?\s*{NUMBER}", "a weight behind its name, need it before the name, as in '0.005 sft'"),
     (rf"({NUMBER}\s*\*?\s*)?{NAME}\s*(\(.*\))?[\s,;]+{NAME}.*", "two names, need a + between terms"),
     (r"[\d.].*", "a weight that is no number, need one such as 0.005 before the name"),
@@ -58,7 +59,7 @@ def _parts(text: str) -> list[str]:
         depth += {"(": 1, ")": -1}.get(letter, 0)
         if depth < 0:
             raise ValueError(f"objective: got {text!r}, where a ) closes nothing, need a ( for it")
-        if depth or letter not in "+-" or re.search(r"[\d.]e$", text[:at]):
+        if depth or letter not in "+-" or re.search(r"[\d.][eE]$", text[:at]):
             parts[-1] += letter
         elif letter == "+":
             parts.append("")

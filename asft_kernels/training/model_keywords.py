@@ -6,6 +6,8 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
+import torch
+
 from asft_kernels.errors import InputError
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -30,11 +32,13 @@ def check_model_keywords(given: Any, ranks: int) -> None:
         raise _wrong("", given, f"a mapping, on the command line as JSON: '{EXAMPLE}'")
     if "torch_dtype" in given:
         raise _wrong("", "torch_dtype", "its name of today, 'dtype'")
+    if "output_loading_info" in given:
+        raise _wrong("", "output_loading_info", "it left out: missing weights are an error here")
     for name in ("tp_plan", "tp_size"):
         if name in given:
             raise _wrong("", name, f"it in distributed_config, as in {EXAMPLE}")
     dtype = given.get("dtype")
-    if isinstance(dtype, str) and dtype not in DTYPES:
+    if not (dtype is None or isinstance(dtype, torch.dtype) or dtype in DTYPES):
         raise _wrong("dtype: ", dtype, f"one of {', '.join(DTYPES)}")
     if (sizes := given.get("distributed_config")) is not None:
         _check_sizes(sizes, ranks)

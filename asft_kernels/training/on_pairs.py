@@ -56,5 +56,8 @@ def on_pairs(objective: Any) -> Any:
     """
     if "desirable" in objective.inputs and isinstance(objective, WeightedSum):
         got = expression_of(objective)
-        raise InputError(f"objective: got {got!r}, need kto by itself: a sum does not tell it which answers are good")
+        raise InputError(
+            f"objective: got {got!r}, need kto by itself, without a weight: "
+            "a sum does not tell it which answers are good"
+        )
     return objective if objective.paired else OnPairs(objective)

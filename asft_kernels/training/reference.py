@@ -37,9 +37,9 @@ def require_references(objective: Any, files: Sequence[str] | None, datasets: Se
     if files:
         numbers = [len(files) if objective.reference_kind == "sum" else 1]  # means are made one
     else:
-        firsts = [next(iter(rows), None) for rows in datasets if SUMS[0] in (rows.column_names or ())]
-        brought = [row[SUMS[0]] for row in firsts if row is not None]
-        numbers = [len(sums) if isinstance(sums, list) else 1 for sums in brought] or [1]
+        columns = [rows.select_columns(SUMS[0]) for rows in datasets if SUMS[0] in (rows.column_names or ())]
+        brought = (row[SUMS[0]] for rows in columns for row in rows)
+        numbers = sorted({len(sums) if isinstance(sums, list) else 1 for sums in brought}) or [1]
     for number in numbers:
         try:
             objective.check_references(number)
