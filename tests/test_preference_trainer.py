@@ -341,6 +341,16 @@ REFUSED = [
     ({"objective": "dpo", "ref_scores": ["a", "b"]}, "objective: DPO: got 2 references, need one; mrpo has more"),
     ({"lr_scheduler_kwargs": "{"}, r"lr_scheduler_kwargs: got '{', need JSON \("),
     ({"lr_scheduler_kwargs": "x"}, "lr_scheduler_kwargs: got 'x', need a mapping, on the command line as JSON"),
+    ({"lr_scheduler_kwargs": {"min_lr": 0.1}}, r"got {'min_lr': 0.1}, need those of the schedule 'linear' \(.*min_lr"),
+    ({"lr_scheduler_type": "cosine_with_min_lr"}, "got {}, need those of the schedule 'cosine_with_min_lr' .*min_lr"),
+    (
+        {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": "x"}},
+        "lr_scheduler_kwargs: got {'num_cycles': 'x'}, need those of the schedule 'cosine' ",
+    ),
+    (
+        {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"min_lr": 0.1}},
+        "lr_scheduler_kwargs: got {'min_lr': 0.1}, need none: the schedule 'constant' takes none",
+    ),
     ({"accelerator_config": "no.json"}, "accelerator_config: got 'no.json', need JSON .* or a file of it"),
     ({"objective": "dpo + sft", "beta": 0.3}, r"got 'dpo \+ sft' and beta beside it, need param"),
     ({"objective": "asft", "f_divergence_type": "forward_kl"}, "asft: got the parameter 'f_divergence_type'"),

@@ -25,6 +25,7 @@ from asft_kernels.errors import InputError
 from asft_kernels.models.loading import loading, with_all_weights
 from asft_kernels.objectives import DPO, get_objective
 from asft_kernels.training import run_folder
+from asft_kernels.training.arguments import ModelArguments
 from asft_kernels.training.callbacks import MetricsFile
 from asft_kernels.training.checkpoints import find_checkpoint
 from asft_kernels.training.figures import Evaluation, change
@@ -297,6 +298,11 @@ def test_lora_and_going_on_with_an_adapter(job, tmp_path):
     assert main(again) == 0
     assert rows(second)[0]["loss"] == pytest.approx(0.693147, abs=1e-5)  # the reference is the adapter as it came
     assert rows(second)[0]["logps/chosen"] == pytest.approx(rows(first)[-1]["logps/chosen"], rel=1e-5)
+
+
+@pytest.mark.parametrize("given", [["q_proj"], ["q_proj", "v_proj"], "all-linear", r".*\.q_proj"])
+def test_one_module_for_lora_is_a_name_and_no_pattern(given):
+    assert ModelArguments(lora_target_modules=given).lora_target_modules == given
 
 
 def test_settings_may_stand_in_yaml(job, tmp_path):

@@ -20,6 +20,12 @@ class ModelArguments(ModelConfig):
         },
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # TRL makes a text of one name, which PEFT reads as a pattern of whole paths: "q_proj" alone would match none.
+        if isinstance(self.lora_target_modules, str) and self.lora_target_modules.isidentifier():
+            self.lora_target_modules = [self.lora_target_modules]
+
 
 @dataclass
 class DataArguments:

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from transformers import SchedulerType, get_scheduler
 from trl import DPOConfig
 
 from asft_kernels.errors import InputError
@@ -150,6 +151,7 @@ class PreferenceConfig(DPOConfig):
         if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
             self.bf16 = False
         super().__post_init__()
+        self._check_schedule()
         check_model_keywords(self.model_init_kwargs, self.world_size)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it
@@ -191,6 +193,18 @@ class PreferenceConfig(DPOConfig):
                 raise InputError(f"{name}: got {value!r}, need {need}")
             elif name != "deepspeed" and not Path(value).is_file():
                 raise InputError(f"{name}: got {value!r}, need JSON such as '{{...}}', or a file of it")
+
+    def _check_schedule(self) -> None:
+        """Makes the schedule once: transformers does when all else is loaded, and drops keywords of a constant one."""
+        name, keywords = SchedulerType(self.lr_scheduler_type), cast("dict[str, Any]", self.lr_scheduler_kwargs or {})
+        got = f"lr_scheduler_kwargs: got {keywords!r}"
+        if keywords and name in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP):
+            raise InputError(f"{got}, need none: the schedule {name.value!r} takes none")
+        try:
+            optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+            get_scheduler(name, optimizer, 0, 2, scheduler_specific_kwargs=keywords)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{got}, need those of the schedule {name.value!r} ({error})") from error
 
     def build_objective(self, given: Any = None) -> Any:
         """Returns the objective that the arguments name, or the one that is given in its place.
