@@ -27,6 +27,8 @@ from train_extra import QUIET
 pytestmark = QUIET
 TESTS = Path(__file__).parent
 LIMIT = 240  # seconds: ranks that wait for ever are ended
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node")
+EXAMPLE = TESTS.parent / "examples" / "accelerate" / "tp2fsdp-1x8.yaml"
 OF_CLOCKS = ("runtime", "per_second", "epoch", "preparation")
 
 
@@ -55,9 +57,9 @@ def words(tmp_path_factory):
     ]
 
 
-def on_ranks(words, count, **more):
+def on_ranks(words, count, launcher=TORCHRUN, **more):
     environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    command = [sys.executable, "-m", *launcher, str(count)]
     return subprocess.run(
         [*command, str(TESTS / "tensor_parallel_trainer_worker.py"), *words, "--ddp_backend", "gloo"],
         env=environment, timeout=LIMIT, capture_output=True, text=True, **more,
@@ -84,7 +86,12 @@ def test_ranks_with_the_same_pairs_train_as_one_process(words, tmp_path, tp, dp,
     assert asft(["train", *words, *more, "--per_device_train_batch_size", "2", "--output_dir", str(alone)]) == 0
     sizes = json.dumps({"distributed_config": {"tp_size": tp, "fsdp_size": dp}})
     batch = ["--per_device_train_batch_size", str(2 // dp), "--model_init_kwargs", sizes]
-    done = on_ranks([*words, *more, *batch, "--output_dir", str(several)], tp * dp)
+    launcher = TORCHRUN
+    if dp > 1:  # by the example's config, on the ranks that are here
+        here = EXAMPLE.read_text().replace("use_cpu: false", "use_cpu: true")
+        (tmp_path / "here.yaml").write_text(here.replace("mixed_precision: bf16", "mixed_precision: 'no'"))
+        launcher = ("accelerate.commands.launch", "--config_file", str(tmp_path / "here.yaml"), "--num_processes")
+    done = on_ranks([*words, *more, *batch, "--output_dir", str(several)], tp * dp, launcher)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "output head: checked at the first batch" in done.stdout
     assert done.stdout.count(f"tensor parallel {tp} x data parallel {dp}\n") == 1
