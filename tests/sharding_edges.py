@@ -14,7 +14,7 @@ EPS = torch.finfo(torch.float32).eps
 # How far the other rank's largest logit stands above the label's -> whether the label still counts as the top.
 TIES = {0.0: True, EPS: True, 16 * EPS: False, 1e-4: False, 0.05: False, -16 * EPS: True}
 LEVELS = (8.0, -8.0, 1000.0)
-FAR = ("gap of 60", "gap of 120", "1e3 and -1e3")
+FAR = ("gap of 60", "gap of 120", "1e3 and -1e3", "-1e3 and no rows", "none of the second")
 
 
 def sharded(weight: Tensor, bias: Tensor, rank: int, ends: list[int]) -> tuple[list[Tensor], VocabParallelHead]:
@@ -61,13 +61,17 @@ def apart(rank: int, world: int) -> dict:
 
 
 def far_case(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden, weight, bias and labels. Of two ranks with four rows each the first has the labels' rows.
+    """hidden, weight, bias and labels. The first of two ranks has the labels' rows: four of eight, or all.
 
     A gap: the second rank's stand-in for a label is that far below, 40 nats below the rest of its rank.
     """
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(2, 3, 4, generator=g), 0.1 * torch.randn(8, 4, generator=g)
     labels = torch.tensor([[0, 1, 2], [1, 0, 3]])
+    if name == "none of the second":
+        return hidden, weight, torch.tensor([0.0] * 4 + [-torch.inf] * 4), labels
+    if name == "-1e3 and no rows":
+        return hidden, weight, torch.full((8,), -1e3), labels
     if name == "1e3 and -1e3":
         return hidden, weight, torch.tensor([1e3, -1e3, 1e3, 0.0, -1e3, 1e3, 999.0, -1e3]), labels
     gap = float(name.split()[-1])
@@ -76,19 +80,26 @@ def far_case(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return hidden, weight, bias, labels
 
 
+def far_ends(name: str) -> list[int]:
+    return [0, 8, 8] if name == "-1e3 and no rows" else [0, 4, 8]
+
+
 def far(rank: int, world: int) -> dict:
     out = {}
     for backend in ("torch", "triton"):
         for name in FAR:
             for cache_bytes in (None, 0):
                 hidden, weight, bias, labels = far_case(name)
-                leaves, head = sharded(weight, bias, rank, [0, 4, 8])
+                leaves, head = sharded(weight, bias, rank, far_ends(name))
                 hidden.requires_grad_()
-                logps = fused_linear_logps(
-                    hidden, head, labels, shift=False, backend=backend, cache_bytes=cache_bytes, chunk_size=2
-                )
-                grads = torch.autograd.grad(logps.sum(), [hidden, *leaves])
-                out[backend, name, cache_bytes] = [logps.detach(), *grads]
+                found = fused_linear_logps(
+                    hidden, head, labels, shift=False, backend=backend, cache_bytes=cache_bytes, chunk_size=2,
+                    return_stats=["entropy", "lse", "log_sum_sq_probs"], differentiable=["entropy", "lse"],
+                )  # fmt: skip
+                aim = found.logps.sum() + (found.entropy + found.lse).sum() * (name == FAR[-1])
+                grads = torch.autograd.grad(aim, [hidden, *leaves])
+                figures = {x: getattr(found, x) for x in ("entropy", "lse", "log_sum_sq_probs")}
+                out[backend, name, cache_bytes] = [found.logps.detach(), *grads, figures]
     return out
 
 

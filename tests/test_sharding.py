@@ -7,7 +7,7 @@ from asft_kernels.backends import HAS_TRITON, interpreter_fault
 from bounds import entry_bound, relative_error, rounded_once
 from cases import IGNORE, make_case
 from rank_processes import launch
-from sharding_edges import FAR, LEVELS, TIES, edges, far_case
+from sharding_edges import FAR, LEVELS, TIES, edges, far_case, far_ends
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON or bool(interpreter_fault()), reason="needs Triton's interpreter")
 
@@ -35,7 +35,7 @@ def test_hidden_states_that_differ_between_ranks(two):
 
 @pytest.mark.parametrize("name", FAR)
 def test_logits_far_apart_between_ranks(two, name):
-    """The second rank's share of the softmax is e^-20, e^-80 or large.
+    """The second rank's share of the softmax is e^-20, e^-80, large, or none: the figures' gradients then as well.
 
     Below 1e20 times the least factor, 5e-31, what a rank's rows get may be anything up to 5e-11 (sharding.py): at e^-80
     their error is one of the gradient as a whole.
@@ -44,17 +44,24 @@ def test_logits_far_apart_between_ranks(two, name):
     leaves = [x.double().requires_grad_() for x in (hidden, weight, bias)]
     z = leaves[0] @ leaves[1].T + leaves[2]
     truth = z.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
-    grads = torch.autograd.grad(truth.sum(), leaves)
+    logs = z.log_softmax(-1)
+    entropy = -(logs.exp() * logs.masked_fill(logs == -torch.inf, 0)).sum(-1)
+    exact = {"lse": z.logsumexp(-1), "log_sum_sq_probs": (2 * logs).logsumexp(-1), "entropy": entropy}
+    aim = truth.sum() + (entropy + exact["lse"]).sum() * (name == FAR[-1])
+    grads = torch.autograd.grad(aim, leaves)
     bound = entry_bound(hidden, weight, bias)
     for rank, found in enumerate(x["far"] for x in two):
-        rows = slice(4 * rank, 4 * rank + 4)
-        for (_, of, _), (logps, *own) in found.items():
+        rows = slice(*far_ends(name)[rank : rank + 2])
+        for (_, of, _), (logps, *own, figures) in found.items():
             if of != name:
                 continue
             assert (logps - truth).abs().max() <= 2 * bound * max(1, truth.abs().max().item())
             for got, right, whole in zip(own, (grads[0], *(x[rows] for x in grads[1:])), grads, strict=True):
                 size = (whole if name == "gap of 120" else right).norm()
+                assert got.shape == right.shape
                 assert (got - right).norm() <= 4 * bound * size
+            for figure, right in exact.items():
+                assert (figures[figure] - right).abs().max() <= 4 * bound * max(1, right.abs().max().item()), figure
 
 
 def test_bf16_and_a_rank_without_rows_in_kernels(two):

@@ -100,12 +100,12 @@ class VocabParallel:
         saved = self.local.forward(
             hidden, weight, bias, rows, own, logits, plan, needs_acc=needs_acc, needs_exps=needs_exps, wanted=wanted
         )
-        saved = self._of_all(saved, mine, wanted, has_bias=bias is not None)
+        saved = self._of_all(saved, mine, wanted)
         if saved.exps and self.keeps_label_entries:
             set_label_entries(saved, own, self._label_slope(hidden, weight, bias, rows, own, logits), plan)
         return saved
 
-    def _of_all(self, saved: Saved, mine: Tensor, wanted: Wanted | None, *, has_bias: bool) -> Saved:
+    def _of_all(self, saved: Saved, mine: Tensor, wanted: Wanted | None) -> Saved:
         """What one rank's backend has saved, in terms of the whole vocabulary."""
         assert saved.label_logits is not None, "backend bug: no label logits"
         unit, dtype, names = self.logit_unit(), saved.logps.dtype, wanted.names if wanted else frozenset()
@@ -114,8 +114,6 @@ class VocabParallel:
         z = saved.label_logits
         none = (total == 0) | (total.isnan() & (z == -torch.inf))
         none = torch.ones_like(none) if self.placement.rows == 0 else none
-        if has_bias:  # without one no logit is -inf
-            saved = _without(none, saved)
         ref, z = (x.double().mul(unit).masked_fill(none, -torch.inf) for x in (saved.ref, z))
         others = torch.where(mine, saved.one_minus_p.double() * total, total).masked_fill(none, 0)
 
@@ -230,14 +228,6 @@ class VocabParallel:
         reduced.wait()
         grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
         return grads._replace(hidden=grad_hidden.index_copy_(0, rows, grad_rows.to(hidden.dtype)))
-
-
-def _without(none: Tensor, saved: Saved) -> Saved:
-    """What is saved of tokens that no row here has a share in: 0, relative to 0."""
-    for x in (saved.acc, *saved.exps, *([] if saved.stats is None else [saved.stats.log_acc])):
-        if x.dim() == 2:
-            x.masked_fill_(none[:, None], 0)
-    return saved._replace(ref=saved.ref.masked_fill(none, 0))
 
 
 def _finite(logps: Tensor) -> Tensor:
