@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from asft_kernels import fused_asft_loss, fused_linear_logps, fused_preference_loss
+from asft_kernels.backends import triton_runs_on_cpu
 from asft_kernels.objectives import get_objective
 from bounds import entry_bound, unit_roundoff
 from plain_losses import PAIRS, Rows, capped, label_logps, losses_of, reduced, saturated, tokens_of
@@ -68,10 +69,10 @@ class Call:
 
 
 @st.composite
-def calls(draw, packed=None) -> Call:
+def calls(draw, packed=None, dtypes=DTYPES) -> Call:
     rows, T = 2 * draw(st.integers(1, 3)), draw(st.integers(1, 7))
     D, V = draw(st.integers(1, 9)), draw(st.sampled_from([1, 2, 3, 5, 8, 13, 31, 40]))
-    dtype = draw(st.sampled_from(DTYPES))
+    dtype = draw(st.sampled_from(dtypes))
     g = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     packed = draw(st.booleans()) if packed is None else packed
     lengths = torch.randint(0, T + 1, (rows,), generator=g).tolist() if packed else [T] * rows
@@ -171,6 +172,21 @@ def test_logps(call):
     rows = torch.tensor([x.row for x in tokens], dtype=torch.int64)
     got = torch.autograd.grad(logps, call.leaves, upstream.to(logps.dtype))
     assert_gradients(call, got, exact, raw, upstream.to(logps.dtype).double().flatten()[rows], tokens)
+
+
+@pytest.mark.skipif(not triton_runs_on_cpu(), reason="Triton has nothing to run on here")
+@profile(40)
+@given(call=calls(dtypes=[torch.float32]))
+def test_logps_of_kernels(call):
+    tokens = [x for row in call.tokens() for x in row]
+    logps = fused_linear_logps(call.hidden, call.head, call.labels, **call.options, backend="triton")
+    exact, raw = exact_logps(call, tokens)
+    assert_logps(call, logps, exact, tokens)
+    if call.leaves:
+        upstream = (call.uniform(*call.labels.shape) * 4 - 2).float()
+        rows = torch.tensor([x.row for x in tokens], dtype=torch.int64)
+        got = torch.autograd.grad(logps, call.leaves, upstream)
+        assert_gradients(call, got, exact, raw, upstream.double().flatten()[rows], tokens)
 
 
 @profile(240)
