@@ -3,6 +3,7 @@
 import functools
 import pickle
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from transformers import EvalPrediction
 from trl import DPOTrainer
 
@@ -25,6 +27,7 @@ from asft_kernels.training.tensor_parallel import data_rank, gathered_rows, sum_
 # In checkpoints, where there is any.
 OBJECTIVE_STATE, REFERENCE_STATE = "objective.pt", "ref_model.pt"
 METHOD_STATE, RANKS_STATE = "method.pt", "method_{rank}.pt"
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class PairTrainer(DPOTrainer):
@@ -35,6 +38,7 @@ class PairTrainer(DPOTrainer):
 
     args: PreferenceConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     model: Any
+    ref_model: Any
     objective: Any
     method: Method
 
@@ -50,6 +54,22 @@ class PairTrainer(DPOTrainer):
     def _losses(self, model: Any, inputs: Any) -> tuple[Tensor, Any, Tensor | None]:
         """(B,) losses, their `PreferenceOutputs`, the load-balancing loss of a mixture of experts."""
         raise NotImplementedError
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        accelerator: Any = self.accelerator
+        if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.mixed_precision_policy is not None:
+            # accelerate's rounds what a model gives, and so its log-probabilities, to 16 bits.
+            plugin = accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=torch.float32)
+
+    def _leave_out_filling(self, batch: dict[str, Any]) -> None:
+        """Empties answers of pairs by which accelerate fills up the last batch: they are in another one already."""
+        state, mask = self.accelerator.gradient_state, batch["completion_mask"]
+        if state.end_of_dataloader and state.remainder > 0:
+            rows = len(mask) // 2
+            own = data_rank(self) * rows + torch.arange(rows, device=mask.device)
+            batch["completion_mask"] = mask * (own < state.remainder).repeat(2)[:, None]
 
     # What is logged
 
@@ -115,10 +135,7 @@ class PairTrainer(DPOTrainer):
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, Tensor, Tensor]:
         inputs = self._prepare_inputs(inputs)
-        state, rows = self.accelerator.gradient_state, len(inputs["completion_mask"]) // 2
-        if state.end_of_dataloader and state.remainder > 0:  # pairs that fill the last batch count nowhere
-            own = data_rank(self) * rows + torch.arange(rows, device=inputs["completion_mask"].device)
-            inputs["completion_mask"] = inputs["completion_mask"] * (own < state.remainder).repeat(2)[:, None]
+        self._leave_out_filling(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             losses, out, _ = self._losses(model, inputs)
         return None, *pair_table(out, losses)
@@ -156,8 +173,10 @@ class PairTrainer(DPOTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         if self.args.should_save and self._state_of_objective():
             torch.save(self._state_of_objective(), folder / OBJECTIVE_STATE)
-        if self.args.should_save and self.args.sync_ref_model:  # it moves
-            torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), folder / REFERENCE_STATE)
+        if self.args.sync_ref_model:  # it moves; every rank has a part
+            reference = get_model_state_dict(self.ref_model, options=WHOLE)
+            if self.args.should_save:
+                torch.save(reference, folder / REFERENCE_STATE)
         if not self.method.has_state:
             return
         state = self.method.state_dict()
@@ -181,7 +200,7 @@ class PairTrainer(DPOTrainer):
         if self._state_of_objective():
             self.objective.load_state_dict(_state(checkpoint, OBJECTIVE_STATE))
         if self.args.sync_ref_model:
-            self.accelerator.unwrap_model(self.ref_model).load_state_dict(_state(checkpoint, REFERENCE_STATE))
+            set_model_state_dict(self.ref_model, _state(checkpoint, REFERENCE_STATE), options=WHOLE)
         if self.method.has_state:
             state = _state(checkpoint, METHOD_STATE)
             if self.method.of_rank:

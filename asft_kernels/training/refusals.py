@@ -21,6 +21,24 @@ def refuse_other_data(dataset: Any) -> None:
         raise InputError("train_dataset: got no rows, need preference pairs")
 
 
+def refuse_torn_batches(args: Any, dataset: Any) -> None:
+    """InputError for what makes accelerate slice batches, or leave ranks without one, on several ranks."""
+    if args.world_size == 1:
+        return
+    given, streamed = args.accelerator_config, not hasattr(dataset, "__len__")
+    if given.dispatch_batches or (given.dispatch_batches is None and streamed):
+        got = f"dispatch_batches {given.dispatch_batches!r}" + (" with a streamed data set" if streamed else "")
+        raise InputError(
+            f"accelerator_config: got {got} on {args.world_size} ranks, need False: accelerate would slice batches "
+            "between a chosen answer and its rejected one"
+        )
+    if not given.even_batches:
+        raise InputError(
+            f"accelerator_config: got even_batches False on {args.world_size} ranks, need True: those without a last "
+            "batch would be waited for; pairs that fill it up count nowhere"
+        )
+
+
 def refuse_unnamed_model(model: Any, processing_class: Any, makes_reference: bool) -> None:
     """InputError for a model object of which tokenizer or reference cannot be loaded, and for what is no model.
 

@@ -38,7 +38,10 @@ def place_head(trainer: Any) -> str | None:
         return "gathered, as sharded_head says"
     plugin = accelerator.state.fsdp_plugin
     param_dtype = getattr(plugin.mixed_precision_policy, "param_dtype", None)
-    if asked is None and (why := _why_gathered(trainer.model, param_dtype)):
+    why = _why_whole(trainer.model)
+    if asked and why:
+        raise InputError(f"sharded_head: got {asked!r}, but {why}, need 'gather'; or leave it out")
+    if asked is None and (why := why or _why_small(trainer.model, param_dtype)):
         return f"gathered, as {why}"
     for name, given in ("parallelism_config", accelerator.parallelism_config), (
         "cpu_ram_efficient_loading", plugin.cpu_ram_efficient_loading,
@@ -62,13 +65,19 @@ def place_head(trainer: Any) -> str | None:
     return "streamed"
 
 
-def _why_gathered(model: Any, param_dtype: torch.dtype | None) -> str | None:
-    """What speaks against streaming a head; None for one of its own of more than GATHERED_BYTES in the product."""
+def _why_whole(model: Any) -> str | None:
+    """What does not let a head be streamed."""
     head: Any = output_head(model)
     linear = getattr(head, "base_layer", head)
     if type(linear) is not nn.Linear:
         return f"it is a {type(linear).__name__}"
-    if getattr(causal_lm(model).get_input_embeddings(), "weight", None) is linear.weight:
-        return "it is tied to the embedding"
-    size = linear.weight.numel() * (param_dtype or linear.weight.dtype).itemsize
+    tied = getattr(causal_lm(model).get_input_embeddings(), "weight", None) is linear.weight
+    return "it is tied to the embedding" if tied else None
+
+
+def _why_small(model: Any, param_dtype: torch.dtype | None) -> str | None:
+    """That a head takes no more than GATHERED_BYTES in the product, if so."""
+    head: Any = output_head(model)
+    weight = getattr(head, "base_layer", head).weight
+    size = weight.numel() * (param_dtype or weight.dtype).itemsize
     return None if size > GATHERED_BYTES else f"it takes no more than {GATHERED_BYTES / 2**30:g} GiB"

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -30,6 +30,7 @@ from asft_kernels.training.refusals import (
     refuse_beside_images,
     refuse_missing_inputs,
     refuse_other_data,
+    refuse_torn_batches,
     refuse_unnamed_model,
 )
 from asft_kernels.training.seams import exchanged
@@ -99,6 +100,7 @@ class PreferenceTrainer(PairTrainer):
         if compute_metrics is not None:
             raise InputError("compute_metrics: got a function, need None: there are no logits to compute them from")
         refuse_other_data(train_dataset)
+        refuse_torn_batches(args, train_dataset)
         check_parallelism(args)
         given = args.build_objective(objective)
         self.objective = on_pairs(given)
@@ -159,6 +161,11 @@ class PreferenceTrainer(PairTrainer):
                 optimizers=optimizers, quantization_config=quantization_config, peft_config=peft_config,
             )  # fmt: skip
         check_tensor_parallel(self)
+        if args.sync_ref_model and self.is_deepspeed_enabled and not args.save_only_model:
+            raise InputError(
+                "sync_ref_model: got True with DeepSpeed, need --save_only_model true: a checkpoint to resume from would "
+                "need the reference's parts of all ranks"
+            )
         if args.disable_dropout:
             models: list[Any] = [self.model, self.ref_model]
             for of_trl in filter(None, models):
@@ -207,6 +214,10 @@ class PreferenceTrainer(PairTrainer):
         dataset = copy.copy(dataset)
         own = [getattr(self.args, x) for x in ("max_length", "truncation_mode", "bf16", "fp16")]
         dataset._fingerprint = Hasher.hash((dataset._fingerprint, own))
+        if not dataset.cache_files:  # it then has a folder of each process, and the first one alone writes
+            folder = [dataset._get_cache_file_path("")]
+            broadcast_object_list(folder)
+            dataset._get_cache_file_path = lambda _: folder[0]
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -228,7 +239,10 @@ class PreferenceTrainer(PairTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
-        batches = self.method.batches(self, list(itertools.islice(epoch_iterator, num_batches)))
+        incoming = list(itertools.islice(epoch_iterator, num_batches))
+        if incoming and not self.method.makes_pairs:
+            self._leave_out_filling(incoming[-1])
+        batches = self.method.batches(self, incoming)
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
