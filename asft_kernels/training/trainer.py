@@ -163,8 +163,8 @@ class PreferenceTrainer(PairTrainer):
         check_tensor_parallel(self)
         if args.sync_ref_model and self.is_deepspeed_enabled and not args.save_only_model:
             raise InputError(
-                "sync_ref_model: got True with DeepSpeed, need --save_only_model true: a checkpoint to resume from would "
-                "need the reference's parts of all ranks"
+                "sync_ref_model: got True with DeepSpeed, need save_only_model=True: to resume from, a checkpoint "
+                "would need the reference's parts of all ranks"
             )
         if args.disable_dropout:
             models: list[Any] = [self.model, self.ref_model]
