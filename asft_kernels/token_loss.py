@@ -180,7 +180,7 @@ def loss_of_tokens(
     weigh = getattr(objective, "weigh_tokens", None)
     from_tokens = getattr(objective, "from_tokens", None)
     plain = token_weights is None and nll_labels is None and group is None
-    at_once = from_tokens(logps, batch.offsets, backend) if from_tokens and plain else None
+    at_once = from_tokens(logps, batch.offsets, backend) if from_tokens is not None and plain else None
     if at_once is not None:
         policy, terms = at_once
     else:

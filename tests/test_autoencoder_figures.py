@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("train_extra")
+
 from asft_kernels.cli.frame import CommandParser
 from asft_kernels.methods.fpo import sae_command
 from benchmarks import autoencoder

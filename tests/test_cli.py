@@ -82,6 +82,7 @@ def shown_help(capsys, *words):
 
 
 def test_every_help_shows_what_it_has(capsys):
+    pytest.importorskip("train_extra")
     assert all(f" {name} {text}" in shown_help(capsys) for name, text in cli.COMMANDS.items())
     assert "(default: float32)" in shown_help(capsys, "score")
     assert "(default: 256)" in shown_help(capsys, "eval")
@@ -92,6 +93,7 @@ def test_every_help_shows_what_it_has(capsys):
 
 
 def test_every_default_stands_in_the_help():
+    pytest.importorskip("train_extra")
     _, commands = data.parser()
     assert {"sae", "features"} <= set(commands)
     for name, module in commands.items():
@@ -153,6 +155,7 @@ def test_the_old_names_are_installed():
 
 
 def test_what_a_command_cannot_use_names_the_command(capsys, tmp_path):
+    pytest.importorskip("train_extra")
     assert cli.main(["score", "--model", "no-such", "--data", "x", "--output", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("asft score: --model: got 'no-such', no such folder")
     assert cli.main(["data", "rad", "no.jsonl", "out.jsonl"]) == 2
@@ -162,6 +165,7 @@ def test_what_a_command_cannot_use_names_the_command(capsys, tmp_path):
 @pytest.mark.parametrize("folder", ["file", "file/inner"])
 @pytest.mark.parametrize("command", ["score", "eval", "data"])
 def test_an_output_that_cannot_be_made_is_one_line_ahead_of_all_work(capsys, tmp_path, command, folder):
+    pytest.importorskip("train_extra")
     (tmp_path / "file").touch()
     output = str(tmp_path / folder)
     named = ["--model", "no-such", "--data", "no.jsonl", "--output_dir", output]

@@ -121,6 +121,7 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
 @pytest.fixture
 def _as_before(tmp_path, monkeypatch):
     """An empty folder, and TRL's trainers as they come."""
+    pytest.importorskip("train_extra")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     yield
@@ -133,8 +134,6 @@ def _as_before(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_code_of_a_page_runs(page, capsys):
-    for package in ("trl", "datasets"):
-        pytest.importorskip(package, reason=f"needs the train extra: {package}")
     found, name = blocks(page), name_of(page)
     if name in ELSEWHERE:
         assert len(found) == ELSEWHERE[name], "a block that no test runs"

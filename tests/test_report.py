@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytest.importorskip("matplotlib", reason="needs the bench extra: matplotlib")
+
 from asft_kernels import estimate
 from benchmarks import growth, plots, report, tables
 from benchmarks.cases import Case, cpu_cases
