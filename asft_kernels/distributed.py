@@ -1,6 +1,6 @@
 """A head's rows on several ranks: `VocabParallelHead`, and the one exchange by which ranks agree on their arguments."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -13,7 +13,9 @@ from asft_kernels.errors import InputError
 
 __all__ = ["VocabParallelHead"]
 COLUMNS = 8  # of hidden states, that the ranks compare
-FACTS = 3 + COLUMNS
+FLOATS = ("token_weights", "ref_logps", "objective_inputs")
+SUMS = 3  # that the ranks compare of each of them
+FACTS = 3 + COLUMNS + SUMS * len(FLOATS)
 NONE = -1  # of a vocab or a length that a rank has not
 APART = 0.05  # of a column's norm: one from other data is nearer about once in 20, and 8 are once in 10^10
 
@@ -24,6 +26,7 @@ class Shard:
     def __init__(self, head: Any, group: Any, first: int, rows: int, vocab: int) -> None:
         self.head, self.group, self.first, self.rows, self.vocab = head, group, first, rows, vocab
         self.group_name: str = group.group_name  # here, as torch.compile traces no process group
+        self.ranks: int = group.size()
 
     @property
     def device(self) -> torch.device:
@@ -107,19 +110,31 @@ def _mixed(x: Tensor, salt: int) -> Tensor:
     return ((x + 1) * (places * 2 + 1) * 0x9E3779B1).sum()
 
 
+def _sums(columns: Tensor, frequencies: Tensor | int = 1) -> Tensor:
+    """(n, C) -> (C,) sums along fixed waves over each column's norm: alike where columns differ by rounding alone."""
+    places = torch.arange(len(columns), device=columns.device).double()[:, None]
+    columns = columns.double()
+    return (columns * (places * frequencies).cos()).sum(dim=0) / columns.norm(dim=0)
+
+
 class Agreement:
     """What the ranks of a sharded head tell each other once in a call, with its one read of the device.
 
     A rank that refuses its arguments tells it in place of that, so that none waits for it; what is not the same on all
     ranks is refused on all. Other heads than sharded ones need no exchange. Nor is there one while torch.compile
     traces, nor after `num_valid`, which spares the read: ranks are then taken at their word.
+
+    Args:
+        lm_head: the call's.
+        reads: whether the call reads the device: without `num_valid`.
     """
 
-    def __init__(self, lm_head: object) -> None:
-        tells = not torch.compiler.is_compiling()
+    def __init__(self, lm_head: object, *, reads: bool) -> None:
+        tells = reads and not torch.compiler.is_compiling()
         self.shard = lm_head if isinstance(lm_head, Shard) and tells else None
         self.told = False
         self.about = ""  # what else is compared: the objective's text
+        self.floats: Mapping[str, Sequence[Tensor | None]] = {}  # and these, by the names of FLOATS
         self.facts: list[tuple[str, Tensor]] = []
 
     def __enter__(self) -> "Agreement":
@@ -135,11 +150,14 @@ class Agreement:
         mixed = torch.stack([_mixed(x, salt) for salt, x in enumerate(given) if x is not None]).sum() & 2**50 - 1
         text = repr((self.about, [None if x is None else len(x) for x in given], options))
         sizes = labels.new_tensor([labels.numel(), crc32(text.encode())], dtype=torch.int64)
-        places = torch.arange(labels.numel(), device=labels.device)
-        columns = hidden.detach().reshape(-1, hidden.shape[-1])[:, :COLUMNS].double()
-        sums = (columns * places.double().cos()[:, None]).sum(dim=0) / columns.norm(dim=0)
-        sums = torch.nn.functional.pad(sums, (0, COLUMNS - len(sums)))
+        columns = hidden.detach().reshape(-1, hidden.shape[-1])[:, :COLUMNS]
+        sums = torch.nn.functional.pad(_sums(columns), (0, COLUMNS - columns.shape[1]))
         self.facts = [("labels", torch.stack([sizes[0], mixed])), ("options", sizes[1]), ("hidden", sums)]
+        for name in FLOATS:
+            given = [x.detach().reshape(-1).double() for x in self.floats.get(name, ()) if x is not None]
+            every = torch.cat(given) if given else sizes.new_zeros(1).double()
+            powers = torch.arange(1, SUMS + 1, device=every.device)
+            self.facts.append((name, _sums(every[:, None].expand(-1, SUMS), powers)))
 
     def read(self, own: Tensor) -> list[int]:
         """own.tolist(), once the ranks have agreed.

@@ -2,20 +2,21 @@
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
 from asft_kernels import checks
 from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, Wanted
-from asft_kernels.distributed import Agreement
+from asft_kernels.distributed import Agreement, Shard
 from asft_kernels.heads import Head
 from asft_kernels.objectives import ASFT, OBJECTIVES, Objective, get_objective
 from asft_kernels.options import NAMES as NAMES_OF_OPTIONS
 from asft_kernels.options import Keywords, Options, explained, make_options
 from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, TokenStats
 from asft_kernels.tensor_parallel import localised
-from asft_kernels.token_logps import token_logps
+from asft_kernels.token_logps import TellingStreams, token_logps
 from asft_kernels.token_loss import LossInputs, loss_of_tokens, text_of
 
 if TYPE_CHECKING:
@@ -81,19 +82,13 @@ def fused_linear_logps(
     torch.Size([2, 5])
     """
     hidden, lm_head = localised(hidden, lm_head)
-    with Agreement(lm_head) as ranks:
-        options = Options(
-            cu_seqlens=cu_seqlens,
-            shift=shift,
-            ignore_index=ignore_index,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            backend=backend,
-            cache_bytes=cache_bytes,
-            chunk_size=chunk_size,
-            num_valid=num_valid,
-        )
-        names, grads = checks.stat_names(return_stats, differentiable, NAMES, DIFFERENTIABLE)
+    with Agreement(lm_head, reads=num_valid is None) as ranks:
+        with TellingStreams(lm_head):
+            options = Options(
+                cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index, logit_scale=logit_scale,
+                softcap=softcap, backend=backend, cache_bytes=cache_bytes, chunk_size=chunk_size, num_valid=num_valid,
+            )  # fmt: skip
+            names, grads = checks.stat_names(return_stats, differentiable, NAMES, DIFFERENTIABLE)
         wanted = Wanted(names, grads) if return_stats is not False else None
         logps, stats, batch, _ = token_logps(hidden, lm_head, labels, options, wanted=wanted, ranks=ranks)
     if wanted is None:
@@ -284,16 +279,19 @@ def _preference_loss(
     reads: whether the call reads the device, and ranks may tell each other something.
     """
     hidden, lm_head = localised(hidden, lm_head)
-    with given.together(hidden, reads=reads) as facts, Agreement(lm_head) as ranks:
-        objective, options = made()
-        ranks.about = facts.about = text_of(objective)
-        checks.hidden_layout(hidden)
-        given = given.on_group(objective, options.shift)
-        checks.label_layout(hidden, labels, options.cu_seqlens)
-        rows = hidden.shape[0] if options.cu_seqlens is None else options.cu_seqlens.numel() - 1
-        facts.rows, facts.ref_logps = rows, None if getattr(objective, "ref_per_token", False) else given.ref_logps
-        given = given.checked(objective, hidden, labels, rows, options)
-        names, with_grad = (frozenset(getattr(objective, key, ())) for key in ("stats", "stats_with_grad"))
+    copies = lm_head.ranks if isinstance(lm_head, Shard) else 1
+    with given.together(hidden, reads=reads) as facts, Agreement(lm_head, reads=reads) as ranks:
+        with TellingStreams(lm_head):
+            objective, options = made()
+            ranks.about = facts.about = text_of(objective, given.reduction)
+            checks.hidden_layout(hidden)
+            given = replace(given.on_group(objective, options.shift), copies=copies)
+            checks.label_layout(hidden, labels, options.cu_seqlens)
+            rows = hidden.shape[0] if options.cu_seqlens is None else options.cu_seqlens.numel() - 1
+            facts.rows, facts.ref_logps = rows, None if getattr(objective, "ref_per_token", False) else given.ref_logps
+            given = given.checked(objective, hidden, labels, rows, options)
+            ranks.floats = given.floats()
+            names, with_grad = (frozenset(getattr(objective, key, ())) for key in ("stats", "stats_with_grad"))
         logps, stats, batch, backend = token_logps(
             hidden, lm_head, labels, options, wanted=Wanted(names, with_grad) if names else None,
             paired=objective.paired, nll_labels=given.nll_labels, ranks=ranks,

@@ -31,6 +31,7 @@ from asft_kernels.backends.sharding import Placement
 from asft_kernels.distributed import Shard
 from asft_kernels.options import as_autocast
 from asft_kernels.sharded_linear import GATHERED_BYTES, ShardedLinear, gathered, is_dtensor
+from asft_kernels.tensor_parallel import is_tensor_parallel
 
 Head = nn.Module | Tensor | tuple[Tensor, Tensor | None] | Shard
 ALIGNED = 16  # the fast products and loads want multiples of 16 columns
@@ -163,6 +164,11 @@ def _of_peft(module: Any, name: str) -> ResolvedHead:
     if isinstance(module, (LoraLayer, TrainableTokensLayer)):
         if module.merged and module.disable_adapters:
             module.unmerge()
+        if is_tensor_parallel(module.get_base_layer()):
+            checks.refuse(
+                name, "PEFT's adapter on a head that tensor-parallel ranks have in parts",
+                "the head left out of target_modules, or a VocabParallelHead of this rank's rows with an adapter there",
+            )  # fmt: skip
         base = resolve_head(module.get_base_layer(), name)
         if module.merged or module.disable_adapters or not module.active_adapters:
             return base
@@ -197,9 +203,10 @@ def _with_lora(module: Any, base: ResolvedHead, name: str) -> ResolvedHead:
     bias, low_rank = base.bias, []
     for adapter in active:
         B, scaling = module.lora_B[adapter], module.scaling[adapter]
-        low_rank.append(B.weight * scaling)
+        low_rank.append(gathered(B.weight) * scaling)
         if B.bias is not None:
-            bias = B.bias * scaling if bias is None else bias + B.bias * scaling
+            of_adapter = gathered(B.bias) * scaling
+            bias = of_adapter if bias is None else bias + of_adapter
 
     def project(hidden: Tensor) -> Tensor:
         parts = []
@@ -219,9 +226,9 @@ def _with_dora(module: Any, base: ResolvedHead, adapter: str, name: str) -> Reso
         checks.refuse(name, "DoRA on a streamed head", "LoRA there, or the head gathered: its norms are of whole rows")
     if module.training and isinstance(module.lora_dropout[adapter], nn.Dropout):
         checks.refuse(name, f"DoRA in {adapter!r} with dropout", "lora_dropout=0: a dropped h has no merged weight")
-    A, B, scaling = module.lora_A[adapter].weight, module.lora_B[adapter].weight, module.scaling[adapter]
+    A, B, scaling = *(gathered(x[adapter].weight) for x in (module.lora_A, module.lora_B)), module.scaling[adapter]
     whole = base.rows.weight + (scaling * B @ A).to(base.rows.weight.dtype)
-    magnitude = module.lora_magnitude_vector[adapter].weight
+    magnitude = gathered(module.lora_magnitude_vector[adapter].weight)
     factor = magnitude / torch.linalg.vector_norm(whole.detach(), dim=1)
     return ResolvedHead(HeadRows((whole * factor[:, None]).to(whole.dtype)), base.bias)
 

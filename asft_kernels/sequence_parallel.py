@@ -96,7 +96,7 @@ def failing_together(group: Any, device: torch.device) -> Iterator[Facts]:
             f"sequence_group: got {least[0]} to {most[0]} sequences on its ranks, need a piece of each sequence on "
             "every rank; pieces may be empty"
         )
-    for name, high, low in zip(("objective", "ref_logps"), most[1:], least[1:], strict=True):
+    for name, high, low in zip(("objective, reduction", "ref_logps"), most[1:], least[1:], strict=True):
         if high != low:
             raise InputError(f"{name}: got another on some ranks of sequence_group, need the same on all of them")
 
@@ -136,5 +136,6 @@ def of_whole_sequences(policy: Logps, ref: Tensor | None, group: Any) -> tuple[L
     given = {name: x for name, x in parts.items() if x is not None}
     whole = dict(zip(given, wait_tensor(all_reduce(torch.stack(list(given.values())), "sum", group)), strict=True))
     terms = {name: whole[(name,)] for name in policy.terms}
-    summed = replace(policy, sum=whole["sum"], nll_sum=whole.get("nll_sum"), terms=terms, copies=group.size())
+    copies = policy.copies * group.size()
+    summed = replace(policy, sum=whole["sum"], nll_sum=whole.get("nll_sum"), terms=terms, copies=copies)
     return summed, whole.get("ref")

@@ -35,6 +35,7 @@ class ShardedLinear(nn.Linear):
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
         as_parameter = nn.Parameter if weight.requires_grad else lambda x: nn.Parameter(x, requires_grad=False)
         self.weight = weight if isinstance(weight, nn.Parameter) else as_parameter(weight)
+        bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, bias.requires_grad)
         self.bias = bias  # pyright: ignore[reportAttributeAccessIssue]
         self.stream, self.param_dtype = stream, param_dtype
 

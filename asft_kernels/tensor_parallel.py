@@ -52,6 +52,20 @@ def localised(hidden: Any, lm_head: Any) -> tuple[Any, Any]:
     return hidden, _shard(weight, bias, dims[-1])
 
 
+def is_tensor_parallel(module: nn.Module) -> bool:
+    """Whether a linear layer's weight is a DTensor whose rows tensor-parallel ranks have, by its hooks or its mesh."""
+    weight: Any = getattr(module, "weight", None)
+    if weight is None or type(weight) in checks.PLAIN_TENSORS or not dist.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(weight, DTensor):
+        return False
+    return is_colwise(module) or any(
+        _is_tensor_parallel(weight.device_mesh, i, None) for i, x in enumerate(weight.placements) if x.is_shard(0)
+    )
+
+
 def _parameters(lm_head: Any) -> tuple[Any, Any]:
     """(weight, bias) of a plain module, pair or tensor; (None, None) of anything else."""
     if isinstance(lm_head, nn.Module):

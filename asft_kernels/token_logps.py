@@ -18,6 +18,26 @@ from asft_kernels.linear_logps import linear_logps
 from asft_kernels.options import Options
 
 
+class TellingStreams:
+    """Around checks: an error of one rank is told to the others of a streamed head, which wait to agree with it."""
+
+    def __init__(self, lm_head: Head) -> None:
+        self.lm_head = lm_head
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, Exception) or torch.compiler.is_compiling():
+            return
+        try:
+            rows = resolve_head(self.lm_head).rows
+        except Exception:  # the error itself, or one more of a head that is none
+            return
+        if rows.is_streamed:
+            streaming.refuse(rows)
+
+
 def token_logps(
     hidden: Tensor,
     lm_head: Head,
@@ -31,9 +51,9 @@ def token_logps(
 ) -> tuple[Tensor, dict[str, Tensor], TokenBatch, str]:
     """All checks, then the primitive: logps (N,) of the compacted tokens, wanted figures, where they stand, backend."""
     o = options
-    checks.no_transform()
-    head = resolve_head(lm_head)
-    try:
+    with TellingStreams(lm_head):
+        checks.no_transform()
+        head = resolve_head(lm_head)
         checks.hidden_layout(hidden)
         vocab = global_vocab(head.rows)
         checks.hidden_size(hidden, vocab, head.rows.columns)
@@ -54,10 +74,6 @@ def token_logps(
             num_valid=o.num_valid, extra_labels=nll_labels, read=None if ranks.shard is None else ranks.read,
             backend=backend,
         )  # fmt: skip
-    except Exception:
-        if head.rows.is_streamed and not torch.compiler.is_compiling():
-            streaming.refuse(head.rows)
-        raise
     logps, stats = linear_logps(
         hidden.reshape(-1, hidden.shape[-1]), rows, bias, batch.rows, batch.labels, backend=backend,
         logits=o.logits, chunk_size=o.chunk_size, padded=batch.padded,

@@ -28,11 +28,11 @@ from asft_kernels.sequence_parallel import (
 )
 
 
-def text_of(objective: Objective) -> str:
-    """An objective's text, the same in every process; "" while torch.compile traces, as ranks tell nothing then."""
+def text_of(objective: Objective, reduction: str) -> str:
+    """Of both, the same in every process; "" while torch.compile traces, as ranks tell nothing then."""
     if torch.compiler.is_compiling():
         return ""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(objective))
+    return re.sub(r" at 0x[0-9a-f]+", "", repr((objective, reduction)))
 
 
 ANY_VOCABULARY = 2**62  # labels were checked where the log-probabilities were made
@@ -48,6 +48,12 @@ class LossInputs:
     objective_inputs: Mapping[str, Tensor] | None
     reduction: str
     sequence_group: Any = None  # once `on_group` a ProcessGroup of several ranks, or None
+    copies: int = 1  # ranks of a tensor-parallel head, which have the same sequences
+
+    def floats(self) -> dict[str, list[Tensor | None]]:
+        """What ranks that have the same sequences have the same of."""
+        inputs = [x for _, x in sorted((self.objective_inputs or {}).items()) if isinstance(x, Tensor)]
+        return {"token_weights": [self.token_weights], "ref_logps": [self.ref_logps], "objective_inputs": [*inputs]}
 
     def on_group(self, objective: Objective, shift: bool) -> "LossInputs":
         """The same with its ProcessGroup, if the objective takes sequences in pieces."""
@@ -125,7 +131,7 @@ def preference_loss_from_logps(
         if isinstance(objective, str):
             objective = get_objective(objective)
         checks.objective_object(objective)
-        facts.about, facts.rows = text_of(objective), labels.shape[0] if labels.dim() else 0
+        facts.about, facts.rows = text_of(objective, reduction), labels.shape[0] if labels.dim() else 0
         facts.ref_logps = None if objective.ref_per_token else ref_logps
         options = Options(ignore_index=ignore_index, shift=shift)
         given = given.on_group(objective, shift)
@@ -203,7 +209,7 @@ def loss_of_tokens(
         own_weights, weights = (_finite_weights(x, rows, batch) for x in (own_weights, weights))
         per_token_terms = objective.per_token(logps, stats) if stats else {}
         terms_of_rows = {key: reduce(x, batch, own_weights) for key, x in per_token_terms.items()}
-        policy = Logps(reduce(logps, batch, weights), lengths, nll_sums, nll_lengths, terms_of_rows)
+        policy = Logps(reduce(logps, batch, weights), lengths, nll_sums, nll_lengths, terms_of_rows, given.copies)
         ref = None if given.ref_logps is None else given.ref_logps.detach()
         pieces = None
         if ref is not None and getattr(objective, "ref_per_token", False):

@@ -188,6 +188,13 @@ def memory_decides(rank: int, world: int, mesh: Any) -> None:
             ):
                 fused_linear_logps(hidden, head, labels)
             assert chunks.call_count == expected, (limit, chunks.call_count)
+    with (
+        mock.patch("asft_kernels.heads.GATHERED_BYTES", 61 * 16 * 2),
+        mock.patch.object(StreamedRows, "skip", autospec=True, side_effect=StreamedRows.skip) as chunks,
+        torch.autocast("cpu", torch.bfloat16), torch.no_grad(),
+    ):  # fmt: skip
+        fused_linear_logps(hidden, model.lm_head, labels)
+    assert chunks.call_count == 0  # in autocast's dtype it takes half as much
 
 
 def exact_values(rank: int, world: int, mesh: Any) -> None:

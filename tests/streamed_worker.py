@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from asft_kernels import fused_linear_logps
+from asft_kernels import fused_linear_logps, fused_preference_loss
 from asft_kernels.backends import Logits
 from asft_kernels.backends.head_rows import HeadRows, stream_text
 from asft_kernels.backends.token_stats import Wanted
@@ -187,6 +187,16 @@ def refused_by_one_rank(rank: int, world: int) -> None:
     labels = torch.ones(2, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match="labels: got values" if rank == 1 else "lm_head: rank 1 of the 3 .* refuses"):
         fused_linear_logps(hidden, head, labels + 1000 * (rank == 1))
+    ref, bad = torch.full((2,), -9.0), rank == 1
+    for own, given in (
+        ("ref_logps: got", {"ref_logps": ref[:1] if bad else ref}),
+        ("labels: got shape", {"ref_logps": ref, "labels": labels[:, 1:] if bad else labels}),
+        ("softcap: got -1", {"ref_logps": ref, "softcap": -1 if bad else None}),
+    ):
+        with pytest.raises(ValueError, match=own if bad else "lm_head: rank 1 of the 3 .* refuses"):
+            fused_preference_loss(hidden, head, given.pop("labels", labels), "dpo", **given)
+    with pytest.raises(ValueError, match="softcap: got -1" if bad else "lm_head: rank 1 of the 3 .* refuses"):
+        fused_linear_logps(hidden, head, labels, softcap=-1 if bad else None)
     assert fused_linear_logps(hidden, head, labels).isfinite().all()
 
 

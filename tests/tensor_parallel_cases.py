@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -156,6 +156,17 @@ def heads(rank: int, world: int) -> dict:
     (fused_linear_logps(case.hidden, (weight, bias), case.labels).sum() * rank).backward()
     grads["data parallel weight"] = (whole(weight.grad), right[1] * sum(range(world)) / world)
 
+    from peft import LoraConfig, inject_adapter_in_model
+
+    def adapted(colwise: bool) -> Any:
+        linear = nn.Linear(24, 97, dtype=torch.float64)
+        if colwise:
+            parallelize_module(linear, unnamed, ColwiseParallel())
+        else:
+            linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), named, [Shard(0)]))
+        config = LoraConfig(r=3, target_modules=["0"])
+        return cast("Any", inject_adapter_in_model(config, nn.Sequential(linear)))[0]
+
     plain = nn.Linear(24, 97, dtype=torch.float64)
     plain.register_forward_hook(lambda *_: None)
     local = VocabParallelHead(sharded(named)[0].to_local(), group=named.get_group())
@@ -164,6 +175,8 @@ def heads(rank: int, world: int) -> dict:
         "hidden": lambda: fused_linear_logps(
             distribute_tensor(case.hidden.detach(), named, [Shard(1)]), tuple(sharded(named)), case.labels
         ),
+        "adapter": lambda: fused_linear_logps(case.hidden, adapted(False), case.labels),
+        "colwise adapter": lambda: fused_linear_logps(case.hidden, adapted(True), case.labels),
         "hooked": lambda: fused_linear_logps(case.hidden, plain, case.labels),
         "group": lambda: VocabParallelHead(case.weight, group="tp"),
         "vocab": lambda: VocabParallelHead(sharded(named)[0].to_local(), group=named.get_group(), vocab=98),

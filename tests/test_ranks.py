@@ -457,7 +457,7 @@ def test_an_error_on_one_rank_of_the_group_is_one_on_all(three):
         assert found.pop("mesh").startswith("sequence_group: got a DeviceMesh of 2 dimensions, need one")
         assert found.pop("fine") is None
         assert ("orpoo" if i == 2 else "sequence_group: got an error on rank 2") in found.pop("name")
-        assert found.pop("objective").startswith("objective: got another on some ranks of sequence_group")
+        assert found.pop("objective").startswith("objective, reduction: got another on some ranks of sequence_group")
         assert found.pop("reference").startswith("ref_logps: got another on some ranks of sequence_group")
         assert found.pop("same reference") is None
         for name in WEIGH_BY_PLACE:

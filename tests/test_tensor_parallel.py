@@ -33,6 +33,8 @@ def test_heads():
         said = found["said"]
         assert said["name"].startswith("lm_head: got a DTensor sharded over the mesh dimension 'x', need a name that")
         assert said["hidden"].startswith("hidden: got a DTensor placed (Shard(dim=1),), need it replicated")
+        for name in ("adapter", "colwise adapter"):
+            assert said[name].startswith("lm_head: got PEFT's adapter on a head that tensor-parallel ranks have"), name
         assert said["hooked"].startswith("lm_head: got an nn.Linear with forward hooks")
         assert said["group"].startswith("group: got str, need a torch.distributed.ProcessGroup")
         assert said["vocab"].startswith("vocab: got 98, need 1 to 97")

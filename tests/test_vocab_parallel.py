@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from asft_kernels import fused_linear_logps, fused_preference_loss
+from asft_kernels.objectives import LMPO
 from bounds import fp32_bound, unit_roundoff
 from rank_processes import launch
 from vocab_parallel_cases import (
@@ -17,12 +18,14 @@ from vocab_parallel_cases import (
     cut,
     further,
     gradients,
+    lmpo_steps,
     loss_of,
     loss_of_logps,
     made,
     objective_loss,
     objectives,
     refusals,
+    statistics,
     triton,
     without_the_first,
 )
@@ -76,6 +79,19 @@ def test_objectives():
         for found in got:
             assert abs(found[name]["loss"] - loss.detach()) <= 2e-14 * max(1, abs(loss.detach())), name
             assert (found[name]["grad"] - grad).abs().max() <= 2e-14 * grad.abs().max(), name
+
+
+def test_statistics_of_lmpo_count_each_pair_once():
+    """In training, where they are summed over all ranks: 100 roundings of float64, its root and squares."""
+    got, case = launch(2, statistics), made("float64")
+    for pairs in got[0]:
+        objective = LMPO()
+        losses = lmpo_steps(case, case.head, pairs, objective)
+        for found in got:
+            *own, state = found[pairs]
+            assert torch.stack(own).tolist() == pytest.approx(torch.stack(losses).tolist(), rel=2e-14)
+            for name, value in objective.state_dict().items():
+                assert state[name].item() == pytest.approx(value.item(), rel=2e-14), name
 
 
 def test_triton():
@@ -142,7 +158,13 @@ def test_refusals_reach_all_ranks():
         assert "lam: got -1.0" in said[rank]["lam"]
         assert said[rank]["vocabs"].startswith("vocab: got [90, 91, 92] on the ranks of the group")
         assert said[rank]["large vocab"].startswith("vocab: got 1000, need 1 to")
+        for name, what in (("weights", "token_weights"), ("references", "ref_logps"), ("inputs", "objective_inputs")):
+            assert said[rank][name].startswith(f"{what}: got what differs between ranks"), name
+        assert said[rank]["reduction"].startswith("options: got what differs between ranks")
+        assert said[rank]["second labels"].startswith("labels: got what differs between ranks")
+        assert said[rank]["borders"].startswith("labels: got what differs between ranks")
         assert said[rank]["fine"] == ""
+    assert said[0]["num_valid"].startswith("softcap: got -1")
 
 
 def test_products_and_bytes():
@@ -151,7 +173,7 @@ def test_products_and_bytes():
     for found in got:
         N, D = found["N"], found["D"]
         assert found["products"] == pytest.approx(3 / 2, rel=1e-9)
-        facts = 8 * (1 + 2 * 11)
+        facts = 8 * (1 + 2 * 20)
         assert found["bytes"] == [facts, 8 * N, 8 * 2 * N, 4 * N * D]
         assert found["with figures"] == [facts, 8 * 2 * N, 8 * 6 * N, 4 * N * D]
         assert found["evaluation"] == [facts, 8 * N, 8 * 2 * N]

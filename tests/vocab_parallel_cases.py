@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from asft_kernels import fused_asft_loss, fused_linear_logps, fused_preference_loss
 from asft_kernels.distributed import VocabParallelHead
-from asft_kernels.objectives import OBJECTIVES, get_objective
+from asft_kernels.objectives import LMPO, OBJECTIVES, get_objective
 from cases import Case, gemms, make_case
 from objective_cases import call_inputs, objective_of
 
@@ -124,6 +124,23 @@ def objectives(rank: int, world: int) -> dict:
     return out
 
 
+def statistics(rank: int, world: int) -> dict:
+    """LMPO's after three steps in training."""
+    out, case = {}, made("float64")
+    for pairs in (len(case.labels) // 2, 1):
+        objective = LMPO()
+        _, head = local(case, CASES["float64"], rank, world)
+        out[pairs] = [*lmpo_steps(case, head, pairs, objective), objective.state_dict()]
+    return out
+
+
+def lmpo_steps(case: Case, head: Any, pairs: int, objective: LMPO) -> list[torch.Tensor]:
+    half = len(case.labels) // 2
+    rows = [*range(pairs), *range(half, half + pairs)]
+    hidden, labels = case.hidden.detach()[rows], case.labels[rows]
+    return [fused_preference_loss(hidden * (1 + step / 10), head, labels, objective) for step in range(3)]
+
+
 def without_the_first(case: Case) -> Case:
     """Biases of -inf for all rows of the first of two ranks, and no label there."""
     V = len(case.weight)
@@ -188,6 +205,13 @@ def refusals(rank: int, world: int) -> dict:
     leaves, head = local(case, CASES["float32"], rank, world)
     other = case.labels.clone()
     other[other != -100] = 3
+    half, tokens = len(other) // 2, other.numel()
+    noise, noise_of_all = (torch.rand(other.shape, generator=torch.Generator().manual_seed(x)) for x in (rank, 9))
+    ref = -noise_of_all.sum(dim=1)
+
+    def loss(objective: str, **given: Any) -> Any:
+        return fused_preference_loss(leaves[0], head, case.labels, objective, **given)
+
     calls: dict[str, Any] = {
         "shape": lambda: fused_linear_logps(leaves[0], head, case.labels[:, 1:] if rank == 1 else case.labels),
         "keyword": lambda: fused_linear_logps(leaves[0], head, case.labels, softcap=-1 if rank == 2 else None),
@@ -200,8 +224,18 @@ def refusals(rank: int, world: int) -> dict:
         "objective": lambda: fused_preference_loss(leaves[0], head, case.labels, "orpoo" if rank == 1 else "orpo"),
         "beta": lambda: fused_preference_loss(leaves[0], head, case.labels, get_objective("simpo", beta=1.0 + rank)),
         "lam": lambda: fused_asft_loss(leaves[0], head, case.labels, lam=-1.0 if rank == 0 else 1.0),
-        "fine": lambda: fused_linear_logps(leaves[0], head, case.labels),
+        "weights": lambda: loss("simpo", token_weights=noise),
+        "references": lambda: loss("dpo", ref_logps=-noise.sum(dim=1)),
+        "inputs": lambda: loss("fpo", ref_logps=ref, objective_inputs={"feature_distance": noise[:half, 0]}),
+        "reduction": lambda: loss("simpo", reduction="sum" if rank else "mean"),
+        "second labels": lambda: loss("orpo", nll_labels=case.labels[:half].where(torch.tensor(rank == 0), -100)),
+        "borders": lambda: fused_linear_logps(
+            leaves[0].flatten(0, 1), head, case.labels.flatten(), cu_seqlens=torch.tensor([0, 9 + (rank == 1), tokens])
+        ),
+        "fine": lambda: loss("dpo", ref_logps=ref, token_weights=noise_of_all),
     }
+    if rank == 0:  # by itself: with num_valid ranks tell each other nothing, so the others are in no call
+        calls["num_valid"] = lambda: fused_linear_logps(leaves[0], head, case.labels, num_valid=tokens, softcap=-1)
     said = {}
     for name, call in calls.items():
         try:
