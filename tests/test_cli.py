@@ -27,7 +27,7 @@ def raising(error):
         (InputError("x: got 1, need 2"), 2, "asft test: x: got 1, need 2\n"),
         (KeyboardInterrupt(), 130, "asft test: stopped; the same command goes on from there\n"),
         (torch.OutOfMemoryError("no more\ndetails"), 2, "asft test: the device has too little memory (no more)"),
-        (ModuleNotFoundError(name="sacrebleu"), 2, 'asft test: sacrebleu: not installed; pip install "asft_kernels[tr'),
+        (ModuleNotFoundError(name="sacrebleu"), 2, 'asft test: sacrebleu: not installed; pip install -e ".[tr'),
         (ModuleNotFoundError(name="rouge_score.x"), 2, "asft test: rouge_score: not installed"),
     ],
 )

@@ -94,7 +94,7 @@ def test_missing_extra_is_named(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "asft_kernels.training.run", raising=False)
     monkeypatch.setattr(smollm2, "smollm2_path", lambda wheel: Path("model"))
     assert demo.main(["--output-dir", "nowhere"]) == 2
-    assert 'pip install "asft_kernels[train]"' in capsys.readouterr().err
+    assert 'pip install -e ".[train]" in the checkout' in capsys.readouterr().err
 
 
 def test_output_folder_gets_a_number(tmp_path):

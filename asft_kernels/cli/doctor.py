@@ -1,7 +1,7 @@
 """What runs on this machine, and with a model: one paste for a bug report.
 
 asft doctor --model_name_or_path FOLDER
-asft doctor --kernels    # compiles the GPU's kernels, too, for the one that is here or, without one, for four chips
+asft doctor --kernels    # compiles the core's GPU kernels, too, for the one that is here or, without one, for four chips
 
 Prints versions, device and backend, compares a small fused loss and its gradients with plain float64, and, for a
 model, its head, whether fused log-probabilities are those of its own logits, and what a batch takes. Exit code 1 if a
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--kernels",
         nargs="*",
         metavar="ARCH",
-        help="also compile the kernels, for this GPU or those named: a minute each",
+        help="also compile the core's kernels, for this GPU or those named: a minute each",
     )
     args = parser.parse_args(argv)
 
@@ -176,7 +176,7 @@ def _compiled(architectures: Sequence[str]) -> Iterator[Line]:
                 yield what, frame.first_line(error), False
                 continue
             spills, well = sum(row.code.spills for row in rows), all(row.fits for row in rows)
-            yield what, f"compiles in {len(rows)} variants, {spills} spills", well
+            yield what, f"compiles in {len(rows)} variant{'s' * (len(rows) != 1)}, {spills} spills", well
 
 
 def loss_errors(backend: str, dtype: Any, device: str) -> dict[str, float]:

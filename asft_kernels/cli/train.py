@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         PartialState().destroy_process_group()  # threads of gloo may abort a process that ends without
         return 130 if result.stopped else 0
 
-    goes_on = "--resume goes on from the last checkpoint in --output_dir; without one start the same command again"
+    goes_on = "--resume auto goes on from the last whole checkpoint in --output_dir, or begins again without one"
     return frame.run("asft train", body, stopped=goes_on)
 
 
