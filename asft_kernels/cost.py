@@ -116,8 +116,8 @@ def estimate(
     """Computes what a call takes beside its inputs, from the sizes that its backend would choose: nothing is run.
 
     Memory is what torch's allocator is asked for, on each rank; measured on a CPU it is within 10 % (tests). On a GPU
-    chunks are those of the one that is here, and of an H100's tiles where there is none. Not counted: what a loss makes
-    of N log-probabilities, DoRA, dropout in the adapter, copies that autocast, num_valid or gloo make.
+    chunks and tiles are those of the one that is here, and of an H100 where there is none. Not counted: what a loss
+    makes of N log-probabilities, DoRA, dropout in the adapter, copies that autocast, num_valid or gloo make.
 
     Args:
         tokens: N, labels that carry loss.

@@ -252,7 +252,7 @@ def summary(files: list[Path]) -> str:
 
 
 def at_a_glance(files: list[Path]) -> dict[tuple, list[Row]]:
-    """Rows of plain torch, the best-known peers and ours at one real vocabulary, by (machine, gradients wanted or none).
+    """Rows of plain torch, the best-known peers and ours at one real vocabulary, by (machine, gradients wanted).
 
     Machines where all of them were measured, newest rows last: GPUs, or CPUs where no GPU is among them.
     """

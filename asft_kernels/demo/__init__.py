@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is here; set before transformers loads
-    from asft_kernels.cli.train import parse
+    from asft_kernels.cli.train import parse, quiet
+
+    quiet()
     from asft_kernels.demo.compare import compare
     from asft_kernels.models.smollm2 import smollm2_path
     from asft_kernels.training.run import run
