@@ -441,7 +441,7 @@ def test_a_config_that_is_not_one_file_is_one_line(capsys, words):
 def test_ctrl_c_ahead_of_training_promises_no_checkpoint(monkeypatch, capsys):
     monkeypatch.setattr("asft_kernels.cli.train.parse", Mock(side_effect=KeyboardInterrupt))
     assert main([]) == 130
-    assert "in --output_dir; without one start the same command again\n" in capsys.readouterr().err
+    assert "in --output_dir, or begins again without one\n" in capsys.readouterr().err
 
 
 BAD = [
