@@ -195,3 +195,18 @@ def test_the_package_names_what_it_has():
     assert all(getattr(asft_kernels, name) for name in asft_kernels.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'nosuch'"):
         _ = asft_kernels.nosuch
+
+
+def test_transformers_word_on_mtime_is_left_out():
+    import logging
+
+    from asft_kernels.cli.train import quiet
+
+    quiet()
+    quiet()
+    logger = logging.getLogger("transformers.trainer_utils")
+    assert len(logger.filters) == 1
+    record = logger.makeRecord(logger.name, logging.WARNING, "", 0, "mtime may not be reliable on this", (), None)
+    assert not logger.filter(record)
+    record.msg = "another"
+    assert logger.filter(record)
