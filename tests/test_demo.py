@@ -152,6 +152,7 @@ def test_demo_from_start_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert demo.main(["--steps", "2", "--output-dir", str(tmp_path / "d")]) == 0
     said = capsys.readouterr().out
+    assert "2 steps show only that it runs" in said
     assert "36 evaluation pairs" in said
     assert re.search(r"3 pairs, \d+ positions of which \d+ carry loss, vocabulary 259, float32", said)
     for name in compare.WAYS:

@@ -17,7 +17,7 @@ from asft_kernels.errors import INSTALL, InputError
 
 DATA = Path(__file__).parent.parent / "demo_data"
 STEPS, PAIRS_PER_STEP, LEARNING_RATE = 24, 3, 5e-5
-FEW_STEPS = 20  # below, the learning rate falls before figures move
+FEW_STEPS = 20  # fewer leave the figures within their noise
 MAX_LENGTH = 160  # tokens; the longest demo pair has fewer
 
 
