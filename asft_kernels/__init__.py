@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, TokenStats
     from asft_kernels.token_loss import preference_loss_from_logps
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "Estimate",
     "FusedASFTLoss",

@@ -116,8 +116,8 @@ def estimate(
     """Computes what a call takes beside its inputs, from the sizes that its backend would choose: nothing is run.
 
     Memory is what torch's allocator is asked for, on each rank; measured on a CPU it is within 10 % (tests). On a GPU
-    chunks are those of the one that is here, and of an H100's tiles where there is none. Not counted: what a loss makes
-    of N log-probabilities, DoRA, dropout in the adapter, copies that autocast, num_valid or gloo make.
+    chunks and tiles are those of the one that is here, and of an H100 where there is none. Not counted: what a loss
+    makes of N log-probabilities, DoRA, dropout in the adapter, copies that autocast, num_valid or gloo make.
 
     Args:
         tokens: N, labels that carry loss.
@@ -125,7 +125,7 @@ def estimate(
         vocab_size: V.
         positions: M, rows of hidden states, from N on; None (default): N.
         dtype: Of the hidden states; default float32.
-        device: "cpu" (default), "cuda" or another torch device, which need not be there.
+        device: "cpu" (default), "cuda" or another torch device but MPS, which need not be there.
         hidden_grad: Whether the hidden states get a gradient; default True.
         head_grad: Whether the head does (with lora_rank its adapter alone); default False: a frozen head.
         head_dtype: Of the head; None (default): dtype. float32 over 16 bits is the one other choice.
@@ -173,6 +173,8 @@ def estimate(
         place = torch.device(device)
     except RuntimeError:
         checks.refuse("device", repr(device), "a device of torch's, such as 'cpu' or 'cuda'")
+    if place.type == "mps":
+        checks.refuse("device", repr(device), "a device with float64, in which sequences are summed: 'cpu' or 'cuda'")
     options = Options(softcap=softcap, backend=backend, cache_bytes=cache_bytes, chunk_size=chunk_size)
     names, grads = checks.stat_names(return_stats, differentiable, NAMES, DIFFERENTIABLE)
 

@@ -4,6 +4,7 @@ import os
 import sys
 
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
+INSTALL = 'pip install -e ".[train]" in the checkout'  # what brings the packages of commands and trainers
 SHORTAGE = "\nasft_kernels: "  # between an allocator's own text and what we add to it
 
 

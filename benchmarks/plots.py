@@ -127,7 +127,8 @@ def draw_glance(cases: list[list[Row]], contestants: dict[str, tuple[str, ...]],
 
     if not cases:
         return
-    case = next((case for case in cases if case[0]["device"] == "cuda"), cases[0])
+    with_gradients = [case for case in cases if case[0]["work"] != "no gradient"] or cases
+    case = next((case for case in with_gradients if case[0]["device"] == "cuda"), with_gradients[0])
     order = contestants[case[0]["device"]]
     at = {row["contestant"]: row for row in case}
     figure = Figure(figsize=(7.6, 1.9), layout="constrained")

@@ -261,7 +261,7 @@ def at_a_glance(files: list[Path]) -> dict[tuple, list[Row]]:
         for rows in newest_rows(files).values()
         for row in by_work(once(rows))
         if row["kind"] == "cost" and row["set"] in ("headline", "main") and row["loss"] == "asft"
-        if row["model"].startswith("Qwen3") and row["work"] in WORKS[1:]
+        if row["model"].startswith("Qwen3")
         if row["contestant"] in AT_A_GLANCE[row["device"]]
     ]
     cases = groups(shown, "machine", "work")
@@ -283,11 +283,18 @@ def glance(files: list[Path]) -> str:
         for (machine, work), case in groups(shape, "machine", "work").items():
             at = {row["contestant"]: row for row in case}
             lines.append([f"{machine}, {work}", *(glance_cell(at[name]) for name in wanted(case))])
-        parts += [f"One ASFT loss with its gradients ({shape_of(shape[0])}), time and memory beyond the inputs:", ""]
+        parts += [f"One ASFT loss ({shape_of(shape[0])}), {measured_as(shape)}: time and memory beyond the inputs", ""]
         parts += [*markdown(["", "plain torch", "cut-cross-entropy", "TRL", "**ours**"], lines, words=1), ""]
     if cases:
         parts += [f"![The same as bars](bench_results/{plots.GLANCE})", ""]
     return "\n".join(parts)
+
+
+def measured_as(rows: list[Row]) -> str:
+    """How often and when rows were measured."""
+    rounds = sorted({row["rounds"] for row in rows if row["status"] == "ok"})
+    dates = sorted({row["about"]["date"] for row in rows})
+    return f"medians of {' to '.join(map(str, sorted({rounds[0], rounds[-1]})))} rounds, {', '.join(dates)}"
 
 
 def glance_cell(row: Row) -> str:

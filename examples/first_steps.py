@@ -22,7 +22,10 @@ for objective in ("orpo", "simpo", "asft + 0.1 sft"):  # of those that need no r
     print(f"{objective}: {fused_preference_loss(hidden, lm_head, labels, objective):.3f}")
 
 # %% A model and a tokenizer, of transformers
-from datasets import load_dataset
+try:
+    from datasets import load_dataset
+except ModuleNotFoundError as error:
+    raise SystemExit(f'{error}: from here on this needs pip install -e ".[train]"') from error
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

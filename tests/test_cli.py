@@ -27,7 +27,7 @@ def raising(error):
         (InputError("x: got 1, need 2"), 2, "asft test: x: got 1, need 2\n"),
         (KeyboardInterrupt(), 130, "asft test: stopped; the same command goes on from there\n"),
         (torch.OutOfMemoryError("no more\ndetails"), 2, "asft test: the device has too little memory (no more)"),
-        (ModuleNotFoundError(name="sacrebleu"), 2, 'asft test: sacrebleu: not installed; pip install "asft_kernels[tr'),
+        (ModuleNotFoundError(name="sacrebleu"), 2, 'asft test: sacrebleu: not installed; pip install -e ".[tr'),
         (ModuleNotFoundError(name="rouge_score.x"), 2, "asft test: rouge_score: not installed"),
     ],
 )
@@ -195,3 +195,18 @@ def test_the_package_names_what_it_has():
     assert all(getattr(asft_kernels, name) for name in asft_kernels.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'nosuch'"):
         _ = asft_kernels.nosuch
+
+
+def test_transformers_word_on_mtime_is_left_out():
+    import logging
+
+    from asft_kernels.cli.train import quiet
+
+    quiet()
+    quiet()
+    logger = logging.getLogger("transformers.trainer_utils")
+    assert len(logger.filters) == 1
+    record = logger.makeRecord(logger.name, logging.WARNING, "", 0, "mtime may not be reliable on this", (), None)
+    assert not logger.filter(record)
+    record.msg = "another"
+    assert logger.filter(record)

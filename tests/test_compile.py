@@ -248,5 +248,5 @@ def test_doctor_says_of_each_kernel_whether_it_compiles(monkeypatch):
     monkeypatch.setattr(Launch, "compile", refused)
     found = {what: (finding, well) for what, finding, well in lines(None, "auto", ["sm_90", "sm_80"])}
     for chip, name in (("sm_90", "close_statistics"), ("sm_90", "resettle"), ("sm_80", "close_statistics")):
-        assert found[f"{chip}, {name}"] == ("compiles in 1 variants, 0 spills", True)
+        assert found[f"{chip}, {name}"] == ("compiles in 1 variant, 0 spills", True)
     assert found["sm_80, resettle"] == ("no such instruction", False)

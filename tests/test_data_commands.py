@@ -627,7 +627,7 @@ def test_bmc_with_a_model(tmp_path, capsys):
 def test_bmc_says_what_is_not_installed(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     text = call(tmp_path, capsys, "bmc", [pair()], "--model", str(tmp_path), code=2)[1]
-    assert text == 'asft data: transformers: not installed; pip install "asft_kernels[train]"\n'
+    assert text == 'asft data: transformers: not installed; pip install -e ".[train]" in the checkout\n'
 
 
 def test_commands_are_listed(capsys):

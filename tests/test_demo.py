@@ -94,7 +94,7 @@ def test_missing_extra_is_named(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "asft_kernels.training.run", raising=False)
     monkeypatch.setattr(smollm2, "smollm2_path", lambda wheel: Path("model"))
     assert demo.main(["--output-dir", "nowhere"]) == 2
-    assert 'pip install "asft_kernels[train]"' in capsys.readouterr().err
+    assert 'pip install -e ".[train]" in the checkout' in capsys.readouterr().err
 
 
 def test_output_folder_gets_a_number(tmp_path):
@@ -152,6 +152,7 @@ def test_demo_from_start_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert demo.main(["--steps", "2", "--output-dir", str(tmp_path / "d")]) == 0
     said = capsys.readouterr().out
+    assert "2 steps show only that it runs" in said
     assert "36 evaluation pairs" in said
     assert re.search(r"3 pairs, \d+ positions of which \d+ carry loss, vocabulary 259, float32", said)
     for name in compare.WAYS:

@@ -97,3 +97,15 @@ def test_kernels_that_are_not_compiled(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "_kernel_checks", lambda: ())
     assert main(["doctor", "--kernels"]) == 0
     assert "kernels                not compiled: TRITON_INTERPRET is set; unset it" in capsys.readouterr().out
+
+
+def test_the_commit_of_a_checkout(tmp_path, monkeypatch):
+    from asft_kernels.cli import doctor
+
+    monkeypatch.setattr(doctor, "PACKAGE", str(tmp_path / "asft_kernels"))
+    assert doctor._commit() == ""
+    (tmp_path / ".git" / "refs").mkdir(parents=True)
+    (tmp_path / ".git" / "HEAD").write_text("ref: refs/main\n")
+    assert doctor._commit() == ""  # packed
+    (tmp_path / ".git" / "refs" / "main").write_text("0123456789abcdef\n")
+    assert doctor._commit() == "0123456789ab"

@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from asft_kernels import estimate, fused_linear_logps
+from benchmarks.cases import WORKS
 from memory_trace import peak_and_operations
 
 BIG = 2**30
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass
@@ -187,12 +189,25 @@ def test_the_largest_term_and_what_shrinks_it():
         ({"bits": 4, "hidden_size": 7}, "hidden_size: got 7 with 4 bits, need an even number"),
         ({"ranks": 2, "sharding": "rows"}, "sharding: got 'rows', need one of 'gathered', 'streamed', 'vocabulary'"),
         ({"cache_bytes": -1}, "cache_bytes: got -1, need an integer >= 0"),
+        ({"device": "mps"}, "device: got 'mps', need a device with float64, in which sequences are summed"),
         ({"device": "nowhere"}, "device: got 'nowhere', need a device of torch's"),
     ],
 )
 def test_what_is_not_understood_is_refused(wrong, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         estimate(**{"tokens": 8, "hidden_size": 16, "vocab_size": 32, **wrong})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tiles and chunks are those of the GPU that is here")
+@pytest.mark.parametrize("work", WORKS)
+def test_an_h100_took_what_is_said_of_one(work):
+    """0.5 %: a few vectors of N numbers, 32 KiB each beside 72 MiB, of a loss's own or gone before the peak."""
+    rows = map(json.loads, (ROOT / "bench_results" / "2026-11-27-nvidia-h100-80gb-hbm3.jsonl").read_text().splitlines())
+    wanted = {"work": work, "N": 8192, "model": "Qwen3", "contestant": "asft_kernels triton", "set": "headline"}
+    row = next(row for row in rows if wanted.items() <= row.items() and row["about"]["commit"] == "294c4e9")
+    grads = {"hidden_grad": work != WORKS[0], "head_grad": work == WORKS[2]}
+    said = estimate(8192, row["D"], row["V"], dtype=torch.bfloat16, device="cuda", **grads)
+    assert said.peak == pytest.approx(row["extra_bytes"], rel=5e-3)
 
 
 def test_the_example_in_the_docs(capsys):

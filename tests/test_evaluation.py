@@ -228,4 +228,4 @@ def test_what_cannot_be_used(job, tmp_path, capsys, monkeypatch):
     assert "two of one name; need names that differ" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     assert main(words(job, tmp_path)) == 2
-    assert capsys.readouterr().err == 'asft eval: sacrebleu: not installed; pip install "asft_kernels[train]"\n'
+    assert capsys.readouterr().err == 'asft eval: sacrebleu: not installed; pip install -e ".[train]" in the checkout\n'

@@ -2,6 +2,8 @@
 
 import importlib
 import math
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -268,3 +270,17 @@ def test_no_trl(before, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(ImportError, match=r"^trl: not installed, need 1\.15 or a later"):
         patch_trl()
+
+
+def test_patching_says_nothing_of_trainers_that_nobody_chose():
+    code = (
+        "import warnings\n"
+        "from asft_kernels.training import patch_trl\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    warnings.simplefilter('always')\n"
+        "    patch_trl()\n"
+        "print([str(w.message) for w in said if 'trl.experimental' in str(w.message)])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRL_EXPERIMENTAL_SILENCE"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -284,7 +284,8 @@ def test_the_table_at_a_glance(tmp_path):
     ]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     text = report.glance([path])
-    assert text.startswith("One ASFT loss with its gradients (Qwen3: N = ")
+    assert text.startswith("One ASFT loss (Qwen3: N = ")
+    assert ", medians of 7 rounds, 2030-01-02: time and memory" in text
     assert text.count("\n| ") == 3
     assert f"| {ABOUT['machine']}, frozen head | 2.00 s, 1024 MiB | 1.00 s, 1 MiB | failed | 0.500 s, 3 MiB |" in text
     assert f"]({report.RESULTS.name}/{plots.GLANCE})" in text

@@ -429,7 +429,7 @@ def test_batch_size_is_a_number_of_pairs(data, model, tmp_path, capsys, monkeypa
 def test_missing_extra_is_named(data, model, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert main(command(data, tmp_path, model)) == 2
-    assert 'pip install "asft_kernels[train]"' in capsys.readouterr().err
+    assert 'pip install -e ".[train]" in the checkout' in capsys.readouterr().err
 
 
 def test_importing_the_command_imports_no_optional_package():

@@ -1,5 +1,6 @@
 """`asft train` from arguments to files: metrics, curves, checkpoints, resume, Ctrl-C, errors, dry run."""
 
+import errno
 import json
 import os
 import shutil
@@ -189,7 +190,9 @@ def test_resume_refuses_what_would_be_another_experiment(job, whole_run, tmp_pat
         ("optim", "sgd", "'adamw"),
     ):
         assert main([*resume, f"--{name}", value]) == 2
-        assert f"resume: {name}: {was}" in capsys.readouterr().err
+        said = capsys.readouterr()
+        assert f"resume: {name}: {was}" in said.err
+        assert "rows" not in said.out  # before data are read
     grown = write_lines(tmp_path / "pairs.jsonl", [*pairs(31), "{"])
     assert main([*resume, "--dataset_name", str(grown)]) == 2
     assert "resume: training_pairs: others (1 new or changed: line 31), need the same" in capsys.readouterr().err
@@ -227,6 +230,16 @@ def test_any_setting_that_changes_the_run_is_compared(tmp_path, name, new):
         require_same_settings(path, {**old, name: new}, print)
 
 
+def test_evaluation_pairs_that_come_or_go_are_said_so(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"settings": {"evaluation_pairs": "digest"}}))
+    with pytest.raises(InputError, match=r"evaluation_pairs: some then and none now \(give --eval_dataset_name"):
+        require_same_settings(path, {"evaluation_pairs": None}, print)
+    path.write_text(json.dumps({"settings": {"evaluation_pairs": None}}))
+    with pytest.raises(InputError, match=r"evaluation_pairs: none then and some now \(leave --eval_dataset_name"):
+        require_same_settings(path, {"evaluation_pairs": "digest"}, print)
+
+
 def test_any_trace_of_a_run_is_not_overwritten(job, whole_run, tmp_path, capsys):
     for name in ("metrics.jsonl", "model.safetensors"):
         folder = tmp_path / name.split(".")[0]
@@ -235,6 +248,29 @@ def test_any_trace_of_a_run_is_not_overwritten(job, whole_run, tmp_path, capsys)
         shutil.copy(whole_run / name, folder)
         assert main([*job, "--output_dir", str(folder)]) == 2
         assert "holds a run already; add --resume" in capsys.readouterr().err
+
+
+def test_advice_after_a_save_that_was_cut_short_leads_on(job, whole_run, tmp_path, monkeypatch, capsys):
+    """Of a disk that is full at the first checkpoint: each text names what begins again in that folder."""
+    folder = tmp_path / "out"
+    words = [*job, "--max_steps", "2", "--save_steps", "1", "--output_dir", str(folder)]
+
+    def full(self, *_):
+        (folder / "checkpoint-1").mkdir()
+        (folder / "checkpoint-1" / "model.safetensors").write_bytes(b"torn")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreferenceTrainer, "_save_checkpoint", full)
+        assert main(words) == 1
+    assert "make room, and --resume auto goes on" in capsys.readouterr().err
+    assert main(words) == 2
+    assert "holds a run already; add --resume auto" in capsys.readouterr().err
+    assert main([*words, "--resume"]) == 2
+    assert "begin again with --resume auto, or leave --resume out" in capsys.readouterr().err
+    assert main([*words, "--resume", "auto"]) == 0
+    assert [row["step"] for row in rows(folder) if row["kind"] == "train"] == [1, 2]
+    assert find_checkpoint(str(folder / "checkpoint-1"), folder, print)  # written anew
 
 
 def test_best_model_is_loaded_at_the_end(job, tmp_path, capsys):
@@ -404,7 +440,7 @@ def test_a_config_that_is_not_one_file_is_one_line(capsys, words):
 def test_ctrl_c_ahead_of_training_promises_no_checkpoint(monkeypatch, capsys):
     monkeypatch.setattr("asft_kernels.cli.train.parse", Mock(side_effect=KeyboardInterrupt))
     assert main([]) == 130
-    assert "in --output_dir; without one start the same command again\n" in capsys.readouterr().err
+    assert "in --output_dir, or begins again without one\n" in capsys.readouterr().err
 
 
 BAD = [

@@ -1,7 +1,7 @@
 """What runs on this machine, and with a model: one paste for a bug report.
 
 asft doctor --model_name_or_path FOLDER
-asft doctor --kernels    # compiles the GPU's kernels, too, for the one that is here or, without one, for four chips
+asft doctor --kernels    # compiles the core's kernels, too, for the GPU that is here or, without one, for four chips
 
 Prints versions, device and backend, compares a small fused loss and its gradients with plain float64, and, for a
 model, its head, whether fused log-probabilities are those of its own logits, and what a batch takes. Exit code 1 if a
@@ -12,9 +12,11 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from asft_kernels.cli import frame
+from asft_kernels.errors import PACKAGE
 
 PACKAGES = (
     "torch", "triton", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed", "bitsandbytes",
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--kernels",
         nargs="*",
         metavar="ARCH",
-        help="also compile the kernels, for this GPU or those named: a minute each",
+        help="also compile the core's kernels, for this GPU or those named: a minute each",
     )
     args = parser.parse_args(argv)
 
@@ -82,13 +84,26 @@ def lines(model: str | None, dtype: str, kernels: Sequence[str] | None = None) -
 def _versions() -> Iterator[Line]:
     from asft_kernels import __version__
 
-    yield "asft_kernels", __version__, True
+    commit = _commit()
+    yield "asft_kernels", f"{__version__}, commit {commit}" if commit else __version__, True
     yield "Python", f"{platform.python_version()}, {platform.platform()}", True
     for package in PACKAGES:
         try:
             yield package, version(package), True
         except PackageNotFoundError:
             yield package, "not installed", True
+
+
+def _commit() -> str:
+    """Of the git checkout that the package lies in; "" elsewhere, and where git has packed the branch's name away."""
+    git = Path(PACKAGE).parent / ".git"
+    try:
+        head = (git / "HEAD").read_text(encoding="utf-8").strip()
+        if head.startswith("ref: "):
+            head = (git / head.removeprefix("ref: ")).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+    return head[:12]
 
 
 def _machine() -> Iterator[Line]:
@@ -176,7 +191,7 @@ def _compiled(architectures: Sequence[str]) -> Iterator[Line]:
                 yield what, frame.first_line(error), False
                 continue
             spills, well = sum(row.code.spills for row in rows), all(row.fits for row in rows)
-            yield what, f"compiles in {len(rows)} variants, {spills} spills", well
+            yield what, f"compiles in {len(rows)} variant{'s' * (len(rows) != 1)}, {spills} spills", well
 
 
 def loss_errors(backend: str, dtype: Any, device: str) -> dict[str, float]:

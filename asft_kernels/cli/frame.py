@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from asft_kernels.errors import SHORTAGE, InputError, is_out_of_memory
+from asft_kernels.errors import INSTALL, SHORTAGE, InputError, is_out_of_memory
 
-# What `pip install "asft_kernels[train]"` brings. Any other module that is missing is a bug.
+# What the train extra brings. Any other module that is missing is a bug.
 OF_TRAIN = (
     "accelerate", "datasets", "gguf", "huggingface_hub", "matplotlib", "numpy", "peft", "pyarrow", "rouge_score",
     "sacrebleu", "safetensors", "tokenizers", "tqdm", "transformers", "trl",
@@ -130,7 +130,7 @@ def run(command: str, body: Callable[[], int | None], *, stopped: str = "the sam
         package = (error.name or "").partition(".")[0]
         if package not in OF_TRAIN:
             raise
-        return _fail(command, f'{package}: not installed; pip install "asft_kernels[train]"')
+        return _fail(command, f"{package}: not installed; {INSTALL}")
     except KeyboardInterrupt:
         return _fail(command, f"stopped; {stopped}", 130)
     except Exception as error:

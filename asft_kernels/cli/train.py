@@ -1,5 +1,6 @@
 """`asft train`: TRL's names for model, data, LoRA and the Trainer, ours for the objective."""
 
+import logging
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -24,8 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
 
     def body() -> int:
-        # TRL asks for names that transformers renamed: nothing that a user could mend.
-        warnings.filterwarnings("ignore", "`.*` is deprecated and will be removed in v6", FutureWarning)
+        quiet()
         from accelerate import PartialState
 
         from asft_kernels.training.hooks import installed
@@ -37,8 +37,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         PartialState().destroy_process_group()  # threads of gloo may abort a process that ends without
         return 130 if result.stopped else 0
 
-    goes_on = "--resume goes on from the last checkpoint in --output_dir; without one start the same command again"
+    goes_on = "--resume auto goes on from the last whole checkpoint in --output_dir, or begins again without one"
     return frame.run("asft train", body, stopped=goes_on)
+
+
+def quiet() -> None:
+    """Silences, for this process, what TRL and transformers say of each other and no user could mend."""
+    # TRL asks for names that transformers renamed.
+    warnings.filterwarnings("ignore", "`.*` is deprecated and will be removed in v6", FutureWarning)
+    # Of checkpoints within a second of each other; their order by number is the right one.
+    logger = logging.getLogger("transformers.trainer_utils")
+    if _worth_saying not in logger.filters:
+        logger.addFilter(_worth_saying)
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("mtime may not be reliable")
 
 
 def parse(argv: Sequence[str] | None, of_methods: dict[str, Any]) -> tuple[Any, ...]:

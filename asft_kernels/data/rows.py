@@ -10,7 +10,7 @@ from typing import Any
 
 from asft_kernels.data import limits
 from asft_kernels.data.stored import ARRAY, BY_FIRST_BYTES, SAVED_FOLDER, BadRow, Kind, open_text, too_large
-from asft_kernels.errors import InputError
+from asft_kernels.errors import INSTALL, InputError
 
 OTHER_KINDS = {  # what else data often comes as, by its first bytes
     b"PK\x03\x04": "a ZIP archive",
@@ -132,7 +132,7 @@ class RowFile:
         except limits.TooLarge as error:
             raise self._wrong(f"{self.path}: {error}") from error
         except ImportError as error:
-            raise self._wrong(f'{self.path} needs {error.name}: pip install "asft_kernels[train]"') from error
+            raise self._wrong(f"{self.path} needs {error.name}: {INSTALL}") from error
         # pyarrow's are among these; RecursionError: JSON nested too deep
         except (OSError, EOFError, zlib.error, ValueError, NotImplementedError, RecursionError) as error:
             raise self._wrong(

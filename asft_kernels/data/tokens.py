@@ -10,7 +10,7 @@ from typing import Any
 from asft_kernels.data.limits import SlowTemplate, rendering
 from asft_kernels.data.pair import Messages, Pair, Text
 from asft_kernels.data.rows import BadRow
-from asft_kernels.errors import InputError
+from asft_kernels.errors import INSTALL, InputError
 
 WITHOUT_CONTENT = ("image", "image_url", "video", "audio")  # parts of a message that a text cannot stand for
 PROBE = "Qx7"  # a text that no template holds
@@ -81,7 +81,7 @@ class PairTokenizer:
         try:
             from trl.data_utils import _tokenize, common_prefix_length
         except ImportError as error:
-            raise InputError(f'data: needs {error.name or "trl"}; pip install "asft_kernels[train]"') from error
+            raise InputError(f"data: needs {error.name or 'trl'}; {INSTALL}") from error
         self._encode, self._common = _tokenize, common_prefix_length
         self.processing_class, self.max_length = processing_class, max_length
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)

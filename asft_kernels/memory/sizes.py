@@ -12,6 +12,8 @@ from asft_kernels.backends.streamed_order import StreamedOrder
 from asft_kernels.backends.token_stats import Wanted
 from asft_kernels.kernels.configs import multiprocessors
 
+OF_AN_H100 = 132  # multiprocessors
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -49,10 +51,15 @@ class Sizes:
         return make_plan(
             self.tokens, self.vocab, self.width, exp_bytes=self.exp_bytes, chunk_size=self.chunk_size,
             cache_bytes=0 if recomputes else self.cache_bytes, device_type=self.device.type,
-            multiprocessors=multiprocessors(self.device) if self.chunk_size is None else 0,
+            multiprocessors=self.multiprocessors if self.chunk_size is None else 0,
             copies=not self.is_plain or not self.row_major or exp_dtype(self.backend, self.dtype) != self.dtype,
             order=order,
         )  # fmt: skip
+
+    @property
+    def multiprocessors(self) -> int:
+        """The GPU's, without one those of an H100; 0 elsewhere."""
+        return multiprocessors(self.device) or OF_AN_H100 * (self.device.type == "cuda")
 
     @property
     def width(self) -> int:

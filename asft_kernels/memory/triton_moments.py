@@ -61,7 +61,7 @@ def triton_moments(s: Sizes) -> dict[str, Terms]:
             LABELS: gathered,
             WORKSPACE: s.exps([chunk]) * ((s.needs_hidden and s.cached < s.vocab) + figures),
             UPCAST: buffer + assembling,
-            TILES: 4 * N * -(-chunk // made.BLOCK_V) * (6 if summed else 2),
+            TILES: _sums_of_tiles(s, made, planes=6 if summed else 2),
             OPERANDS: max(operands[1], operands[0] - _strip(s, made).get(STRIP, 0)),  # a strip is gone by then
             VECTORS: saved[VECTORS] + N * 16,  # references and sums
         },
@@ -100,6 +100,12 @@ def triton_moments(s: Sizes) -> dict[str, Terms]:
             VECTORS: saved[VECTORS] + N * 40,  # factors; labels in order
         }
     return found
+
+
+def _sums_of_tiles(s: Sizes, made: Tile | Strips, planes: int) -> int:
+    """A chunk's, and with them the two planes of the chunk before, which are held until the new ones are there."""
+    tiles = [-(-width // made.BLOCK_V) for width in s.plan.widths]
+    return 4 * s.tokens * max(planes * here + 2 * before for before, here in zip([0, *tiles], tiles, strict=False))
 
 
 def tile_and_form(s: Sizes) -> tuple[Tile | Strips, bool]:

@@ -121,6 +121,8 @@ def _same_command(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
             shown = (
                 "others" if name in ("ids", "tokenizer", "model_files") else f"{old[name]!r} then and {new[name]!r} now"
             )
+            if name == "ids":
+                shown += ", as with another file or --max_length"
             raise InputError(
                 f"--output: {path} is of another command (its {what}: {shown}); "
                 "delete that file, or name another folder"

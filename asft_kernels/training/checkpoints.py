@@ -49,7 +49,8 @@ def find_checkpoint(wanted: str | None, folder: Path, say: Callable[[str], None]
     if wanted is None:
         if holds_run(folder):
             raise InputError(
-                f"output_dir: {folder} holds a run already; add --resume to go on with it, or name another folder"
+                f"output_dir: {folder} holds a run already; add --resume auto to go on with it (or, where it has no "
+                "whole checkpoint and no model, to begin again), or name another folder"
             )
         return None
     if wanted not in ("last", "auto"):
@@ -72,11 +73,13 @@ def find_checkpoint(wanted: str | None, folder: Path, say: Callable[[str], None]
                 say(f"{first}; passed over")
             return checkpoint
         first = first or f"{checkpoint} is no complete checkpoint ({why})"
-    if wanted == "auto" and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+    trained = any(any(folder.glob(pattern)) for pattern in WEIGHTS)  # a new run would overwrite that model
+    if wanted == "auto" and not trained:
         return None
+    begin = "" if trained else "begin again with --resume auto, or "
     raise InputError(
-        f"resume: no complete checkpoint in {folder}{first and '; '}{first}; leave --resume out and name a fresh "
-        "--output_dir"
+        f"resume: no complete checkpoint in {folder}{first and '; '}{first}; {begin}leave --resume out and name "
+        "a fresh --output_dir"
     )
 
 

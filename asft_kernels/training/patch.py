@@ -7,6 +7,7 @@ make logits in `concatenated_forward`: their trainers get another one as they ar
 import functools
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -73,8 +74,10 @@ def _trl() -> tuple[Any, list[tuple[Any, bool]]]:
         raise ImportError(f"trl: not installed, {NEED}") from error
     if not Version("1.15") <= Version(trl.__version__) < Version("2"):
         raise ImportError(f"trl: got {trl.__version__}, {NEED}")
-    from trl.experimental.cpo.cpo_trainer import CPOTrainer
-    from trl.experimental.orpo.orpo_trainer import ORPOTrainer
+    with warnings.catch_warnings():  # who patches has not chosen these two, which TRL warns of at import
+        warnings.filterwarnings("ignore", "You are importing from 'trl.experimental'")
+        from trl.experimental.cpo.cpo_trainer import CPOTrainer
+        from trl.experimental.orpo.orpo_trainer import ORPOTrainer
     from trl.trainer import utils
 
     takes = tuple(inspect.signature(getattr(utils, SEAM)).parameters)

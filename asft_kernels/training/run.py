@@ -121,6 +121,15 @@ def _run(
     _check_loggers(config)
     objective = config.build_objective()
     method = find_method(config.method, objective, dict(method_arguments or {}))
+    settings = {
+        **config.to_dict(), **asdict(model), **asdict(data), "objective": repr(objective), "method": method.name,
+        "method_arguments": asdict(method.arguments) if method.arguments is not None else None,
+        "model": digest_of_model(name), "world_size": config.world_size,
+        "tokenizer": tokenizer_fingerprint(getattr(processor, "tokenizer", processor)),
+        "files": run_folder.digest_of_files([*(config.ref_scores or ()), *_strings(method.arguments)]),
+    }  # fmt: skip
+    if checkpoint:  # ahead of the data, which take long
+        run_folder.require_same_settings(folder / run_folder.SETTINGS, settings, _silent)
     read = _read(data, config, processor, model_config, ("chosen",) if method.makes_pairs else ("chosen", "rejected"))
     say(read.report)
     say(f"{len(read.train)} pairs for training, {len(read.evaluation) if read.evaluation else 0} for evaluation")
@@ -130,14 +139,7 @@ def _run(
             "--eval_dataset_name or --eval_every_nth"
         )
     datasets = {"training_pairs": read.train, "evaluation_pairs": read.evaluation}
-    settings = {
-        **config.to_dict(), **asdict(model), **asdict(data), "objective": repr(objective), "method": method.name,
-        "method_arguments": asdict(method.arguments) if method.arguments is not None else None,
-        "model": digest_of_model(name), "world_size": config.world_size,
-        "tokenizer": tokenizer_fingerprint(getattr(processor, "tokenizer", processor)),
-        "files": run_folder.digest_of_files([*(config.ref_scores or ()), *_strings(method.arguments)]),
-        **{name: run_folder.digest_of_pairs(dataset) for name, dataset in datasets.items()},
-    }  # fmt: skip
+    settings |= {name: run_folder.digest_of_pairs(dataset) for name, dataset in datasets.items()}
     if checkpoint:
         run_folder.require_same_settings(folder / run_folder.SETTINGS, settings, say, datasets)
         say(f"goes on from {checkpoint}")

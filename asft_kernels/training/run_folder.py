@@ -86,6 +86,8 @@ def require_same_settings(
     for name in settings:
         if name in old and old[name] != settings[name] and not name.startswith(FREE_ON_RESUME):
             shown = "others" if name in DIGESTS else f"{old[name]!r} then and {settings[name]!r} now"
+            if name == "evaluation_pairs" and None in (old[name], settings[name]):
+                shown = _with_and_without(then_none=old[name] is None)
             if rows := _changed_rows(path.with_name(PAIRS), name, datasets or {}):
                 shown = f"others ({rows})"
             raise InputError(
@@ -94,6 +96,12 @@ def require_same_settings(
     steps = old.get("max_steps"), settings.get("max_steps")
     if None not in steps and steps[0] != steps[1]:
         say(f"max_steps was {steps[0]} and is {steps[1]} now: the learning rate goes on by the new schedule")
+
+
+def _with_and_without(*, then_none: bool) -> str:
+    if then_none:
+        return "none then and some now (leave --eval_dataset_name and --eval_every_nth out as before)"
+    return "some then and none now (give --eval_dataset_name or --eval_every_nth as before)"
 
 
 def write_pairs(folder: Path, datasets: Mapping[str, Any]) -> None:
