@@ -95,6 +95,12 @@ def test_the_tile_table_has_no_other_rows():
         assert not any(tile.persistent and tile.one_loop for tile in tiles)
 
 
+def test_one_loop_only_where_it_does_not_spill(monkeypatch):
+    for release, first in (((3, 6), True), ((3, 8), True), ((3, 9), False)):
+        monkeypatch.setattr(configs, "triton_release", lambda release=release: release)
+        assert [tile.one_loop for tile in configs.tiles("sm_90", torch.bfloat16, softcap=False)][:2] == [first, False]
+
+
 def test_no_candidate_asks_for_a_newer_triton(monkeypatch):
     for release, persistent in (((3, 6), 0), ((3, 7), 1), ((4, 0), 1)):
         monkeypatch.setattr(configs, "triton_release", lambda release=release: release)

@@ -38,6 +38,7 @@ class Tile:
     persistent: bool = False  # a program a multiprocessor, warps specialised; needs descriptors
     one_loop: bool = False  # a program a multiprocessor, tiles and D in one loop, where the epilogue leaves it room
     triton: tuple[int, int] = (3, 6)  # the oldest release that compiles it
+    until: tuple[int, int] = (99, 0)  # the first that compiles it with spills
 
     def in_one_loop(self, stored: torch.dtype | None, bias: bool) -> bool:
         """Whether a launch takes tiles and D in one loop. stored: of the exponentials that it writes, None without.
@@ -93,6 +94,7 @@ TILES: Table = {
             "on an H100 3 to 9 % faster than the second: a tile is written while the next one's operands come",
             descriptors=True,
             one_loop=True,
+            until=(3, 9),
         ),
         Tile(128, 256, 64, 8, 3, "on an H100 up to 12 % faster than the fourth", descriptors=True),
         Tile(256, 128, 64, 8, 4, "a little faster than the second at D = 2048", descriptors=True),
@@ -187,15 +189,15 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def candidates(architecture: str, dtype: torch.dtype, *, softcap: bool) -> tuple[Tile | Strips, ...]:
-    """What may make a call's exponentials: the table's rows that the Triton at hand compiles, the default first, and
-    the library's products in strips."""
+    """What may make a call's exponentials: the table's rows that this Triton compiles without spills, the default
+    first, and the library's products in strips."""
     return *tiles(architecture, dtype, softcap=softcap), *STRIPS
 
 
 def tiles(architecture: str, dtype: torch.dtype, *, softcap: bool) -> tuple[Tile, ...]:
     key = (architecture, dtype != torch.float32)
     rows = SOFTCAP_TILES.get(key, TILES[key]) if softcap else TILES[key]
-    return tuple(tile for tile in rows if tile.triton <= triton_release())
+    return tuple(tile for tile in rows if tile.triton <= triton_release() < tile.until)
 
 
 @cache
