@@ -109,7 +109,7 @@ def preference_loss_from_logps(
 
     Args:
         logps: (R, T - 1) or (R, T), that of label t + 1 at t, as `fuse` and `fused_linear_logps` return them; with
-            shift=False (R, T), that of label t at t. At most 0, which is not checked: it would take a read of the device.
+            shift=False (R, T), that of label t at t. At most 0; not checked, as that would read the device.
         labels: (R, T) integers, aligned with input_ids; ignore_index where no loss is.
         objective: As in `fused_preference_loss`.
         stats: Figures per token in the shape of logps, by name, for objectives that read some (`Objective.stats`).
