@@ -200,7 +200,7 @@ def test_training_on_a_full_disk_leaves_what_was_there(inputs, tmp_path, capsys)
         assert asft([*words, "--resume", "--max_steps", "2"]) == 1
     said = capsys.readouterr().err
     assert said.splitlines()[-1].startswith("asft train: the disk takes no file of that size")
-    assert "--resume goes on from the last checkpoint" in said
+    assert "--resume auto goes on from the last whole checkpoint" in said
     assert not (folder / "run.lock").exists()
     assert asft([*words, "--resume", "--max_steps", "2"]) == 0
     assert (folder / "checkpoint-2").is_dir()

@@ -183,7 +183,10 @@ def test_bad_rows_are_named_and_a_finished_file_is_left_alone(data, model, tmp_p
     assert path.stat().st_mtime_ns == before
     for extra, message in (
         (["--max-length", "60"], "(its max-length: 64 then and 60 now); delete that file, or name another folder"),
-        (["--data", str(write_lines(tmp_path / "other.jsonl", pairs(5)))], "(its pairs: others)"),
+        (
+            ["--data", str(write_lines(tmp_path / "other.jsonl", pairs(5)))],
+            "(its pairs: others, as with another file or --max_length)",
+        ),
     ):
         assert main([*command(data, tmp_path, model), *extra]) == 2
         assert message in capsys.readouterr().err
