@@ -523,6 +523,7 @@ def test_a_sum_says_what_its_parts_need():
         (lambda: get_objective("dpo + 0.1"), r"got the term '0\.1', a weight without a name"),
         (lambda: get_objective("dpo, sft"), r"got the term 'dpo, sft', two names, need a \+"),
         (lambda: get_objective("dpo 0.1 sft"), r"got the term 'dpo 0\.1 sft', two terms, need a \+ between"),
+        (lambda: get_objective("0.5 (dpo + sft)"), "a weight before parentheses, need it before each name"),
         (lambda: get_objective("dpo & sft"), "got the term 'dpo & sft', need 'name' or 'weight name', its parameters"),
         (lambda: get_objective("dpo + sft", beta=1.0), r"got 'dpo \+ sft' and beta beside it, need parameters"),
         (lambda: get_objective("2 dpo", beta=1.0), "got '2 dpo' and beta beside it, need parameters behind the name"),
@@ -552,8 +553,8 @@ def test_a_sum_says_what_its_parts_need():
     ],
     ids=[
         "name", "near name", "empty term", "number", "sign", "minus", "weight behind", "weight alone", "comma",
-        "two terms", "other", "parameters", "parameters of one", "beside its own", "unknown", "not allowed", "no value",
-        "twice behind", "twice", "stars", "open", "closed", "no comma", "odd value", "name as parameter", "bmc",
+        "two terms", "brackets", "other", "parameters", "parameters of one", "beside its own", "unknown", "not allowed",
+        "no value", "twice behind", "twice", "stars", "open", "closed", "no comma", "odd value", "name as parameter", "bmc",
         "two references", "no pair", "bool", "nothing", "weight", "no object", "weighs tokens",
     ],
 )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("train_extra")
 
-from datasets import Dataset
+from datasets import Dataset, Features, IterableDataset, Value
 from trl import DPOConfig, DPOTrainer
 
 from asft_kernels import fused_linear_logps, fused_preference_loss
@@ -15,7 +15,7 @@ from asft_kernels.errors import InputError
 from asft_kernels.objectives import DPO, MRPO, get_objective
 from asft_kernels.training import PreferenceConfig, PreferenceTrainer
 from asft_kernels.training.collator import at_labels
-from asft_kernels.training.reference import with_scores
+from asft_kernels.training.reference import require_references, with_scores
 from bounds import unit_roundoff
 from tiny_lm import pairs, saved_tiny_model, tiny_model, tiny_tokenizer, write_lines
 from train_extra import QUIET
@@ -323,6 +323,16 @@ def test_no_checkpoint_is_written_after_a_loss_that_is_not_finite(tmp_path, mode
 REFUSED = [
     ({"loss_type": ["sigmoid"]}, "loss_type: got 'sigmoid', which is called objective here: need objective='dpo'"),
     ({"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [1.0, 0.5]}, "need objective='1 dpo .* 0.5 bco_pair'"),
+    ({"loss_type": ["hinge"]}, r"need objective='hinge_norm\(gamma=0.1\)' in the place of loss_type$"),
+    (
+        {"loss_type": ["hinge", "sft"], "loss_weights": [1.0, 0.3], "beta": 0.5},
+        r"need objective='1 hinge_norm\(gamma=0.5\) \+ 0.3 sft\(normalization=token\)' in the place of loss_type, beta",
+    ),
+    ({"loss_type": ["robust"], "label_smoothing": 0.1}, r"need objective='robust\(label_smoothing=0.1\)' in the place"),
+    (
+        {"lr_scheduler_type": "polynomial", "learning_rate": 1e-8},
+        "lr_scheduler_kwargs: got {}, need those of the schedule 'polynomial' .*lr_end",
+    ),
     ({"objective": "dpoo"}, "did you mean 'dpo'"),
     ({"objective": "asft", "objective_args": ["beta"]}, "objective_args: got 'beta', need a text NAME=VALUE"),
     ({"objective_args": [("lam", 0.5)]}, r"objective_args: got \('lam', 0.5\), need a text NAME=VALUE"),
@@ -362,6 +372,26 @@ REFUSED = [
 def test_what_is_not_understood_is_refused_by_name(tmp_path, model, changes, says):
     with pytest.raises(InputError, match=says):
         made(tmp_path, model, **changes)
+
+
+def test_a_schedule_is_tried_with_the_rate_that_is_given(tmp_path):
+    kwargs = {"lr_end": 2e-3}
+    PreferenceConfig(
+        **options(tmp_path, lr_scheduler_type="polynomial", learning_rate=1e-2, lr_scheduler_kwargs=kwargs)
+    )
+
+
+def test_a_stream_of_references_is_not_read_ahead():
+    read = []
+
+    def rows():
+        for row in range(100):
+            read.append(row)
+            yield {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
+
+    features = Features({f"ref_{side}_logps": Value("float64") for side in ("chosen", "rejected")})
+    require_references(DPO(), None, [IterableDataset.from_generator(rows, features=features)])
+    assert len(read) < 10
 
 
 def test_rows_with_sums_of_too_many_references_are_refused(tmp_path, model):

@@ -120,6 +120,8 @@ class PairTokenizer:
         prompt, wholes = self._plain(pair) if plain else self._chat(pair)
         shared = min(self._common(prompt, whole) for whole in wholes.values())
         tokens = Tokens(prompt[:shared], {name: whole[shared:] for name, whole in wholes.items()})
+        if prompt and not shared:
+            raise BadRow("prompt that the template rewrites from its first token", "need a beginning that both share")
         if not tokens.prompt:
             raise BadRow("prompt without a token", "the first token of an answer has nothing to be predicted from")
         cut(tokens, self.max_length)

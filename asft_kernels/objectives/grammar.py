@@ -17,6 +17,7 @@ MISTAKES = (  # what a term may be that is none
     (rf"({NUMBER}\s*\*?\s*)?{NAME}\s*(\(.*\))?\s+{NUMBER}\s*\*?\s*{NAME}.*", "two terms, need a + between them"),
     (rf"{NAME}\s*(\(.*\))?\s*\*?\s*{NUMBER}", "a weight behind its name, need it before the name, as in '0.005 sft'"),
     (rf"({NUMBER}\s*\*?\s*)?{NAME}\s*(\(.*\))?[\s,;]+{NAME}.*", "two names, need a + between terms"),
+    (rf"{NUMBER}\s*\*?\s*\(.*\)", "a weight before parentheses, need it before each name"),
     (r"[\d.].*", "a weight that is no number, need one such as 0.005 before the name"),
     (r".*", "need 'name' or 'weight name', its parameters behind it as in 'name(parameter=value, ...)'"),
 )

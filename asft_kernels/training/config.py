@@ -1,5 +1,6 @@
 """`PreferenceConfig`: TRL's DPOConfig, with the objective by our names."""
 
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ OF_THE_LOSS = (
     "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "use_weighting",
     "discopop_tau",
 )  # fmt: skip
-NAMED_OTHERWISE = {"sigmoid": "dpo", "hinge": "hinge_norm"}  # of the second beta is gamma
+NAMED_OTHERWISE = {"sigmoid": "dpo", "hinge": "hinge_norm"}  # of the second beta is gamma, 0.1 where none is given
 # What DPOTrainer checks and never uses here.
 TRLS_OWN = {
     "loss_type": ["sigmoid"], "loss_weights": None, "beta": 0.1, "label_smoothing": 0.0, "ld_alpha": None,
@@ -133,7 +134,7 @@ class PreferenceConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         if self.loss_type is not None:
-            raise InputError(_named_otherwise(self.loss_type, self.loss_weights))
+            raise InputError(_named_otherwise(self))
         if isinstance(self.objective_args, dict):
             self.objective_args = [f"{name}={value!r}" for name, value in self.objective_args.items()]
         if self.objective_args is not None and not isinstance(self.objective_args, list | tuple):
@@ -201,7 +202,7 @@ class PreferenceConfig(DPOConfig):
         if keywords and name in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP):
             raise InputError(f"{got}, need none: the schedule {name.value!r} takes none")
         try:
-            optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+            optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.learning_rate)
             get_scheduler(name, optimizer, 0, 2, scheduler_specific_kwargs=keywords)
         except (TypeError, ValueError) as error:
             raise InputError(f"{got}, need those of the schedule {name.value!r} ({error})") from error
@@ -255,12 +256,26 @@ class PreferenceConfig(DPOConfig):
             vars(self).update(before)
 
 
-def _named_otherwise(loss_type: str | list[str], weights: list[float] | None) -> str:
-    types = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+def _named_otherwise(config: PreferenceConfig) -> str:
+    """The error for TRL's loss_type, with the same loss in our words: its defaults, and what is given beside it."""
+    given: Any = config.loss_type
+    types = [given] if isinstance(given, str) else list(given)
     names = [NAMED_OTHERWISE.get(name, name) for name in types]
-    unknown = [name for name in names if name not in OBJECTIVES]
-    if unknown:
+    if unknown := [name for name in names if name not in OBJECTIVES]:
         return f"loss_type: got {unknown[0]!r}, need objective, one of {', '.join(map(repr, OBJECTIVES))}"
-    parts = zip(weights or [1.0] * len(names), names, strict=False)
-    ours = names[0] if len(names) == 1 else " + ".join(f"{weight:g} {name}" for weight, name in parts)
-    return f"loss_type: got {', '.join(map(repr, types))}, which is called objective here: need objective={ours!r}"
+    beside = {key: getattr(config, key) for key in OF_THE_LOSS if getattr(config, key) is not None}
+    terms = []
+    for name in names:
+        own = inspect.signature(OBJECTIVES[name]).parameters
+        parameters = {"hinge_norm": {"gamma": 0.1}, "sft": {"normalization": "token"}}.get(name, {})
+        renamed = {"gamma" if (name, key) == ("hinge_norm", "beta") else key: value for key, value in beside.items()}
+        parameters |= {key: value for key, value in renamed.items() if key in own}
+        inside = ", ".join(f"{key}={value}" for key, value in parameters.items())
+        terms.append(f"{name}({inside})" if inside else name)
+    weights = config.loss_weights or [1.0] * len(terms)
+    parts = zip(weights, terms, strict=False)
+    ours = terms[0] if len(terms) == 1 else " + ".join(f"{weight:g} {term}" for weight, term in parts)
+    return (
+        f"loss_type: got {', '.join(map(repr, types))}, which is called objective here: need objective={ours!r} in the "
+        f"place of {', '.join(['loss_type', *beside])}"
+    )

@@ -1,6 +1,7 @@
 """The reference's log-probabilities as columns of the data."""
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from asft_kernels.errors import InputError
@@ -38,7 +39,8 @@ def require_references(objective: Any, files: Sequence[str] | None, datasets: Se
         numbers = [len(files) if objective.reference_kind == "sum" else 1]  # means are made one
     else:
         columns = [rows.select_columns(SUMS[0]) for rows in datasets if SUMS[0] in (rows.column_names or ())]
-        brought = (row[SUMS[0]] for rows in columns for row in rows)
+        # Of a stream the first row: it may have no end.
+        brought = (row[SUMS[0]] for rows in columns for row in islice(rows, None if hasattr(rows, "__len__") else 1))
         numbers = sorted({len(sums) if isinstance(sums, list) else 1 for sums in brought}) or [1]
     for number in numbers:
         try:
