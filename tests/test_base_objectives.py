@@ -554,8 +554,8 @@ def test_a_sum_says_what_its_parts_need():
     ids=[
         "name", "near name", "empty term", "number", "sign", "minus", "weight behind", "weight alone", "comma",
         "two terms", "brackets", "other", "parameters", "parameters of one", "beside its own", "unknown", "not allowed",
-        "no value", "twice behind", "twice", "stars", "open", "closed", "no comma", "odd value", "name as parameter", "bmc",
-        "two references", "no pair", "bool", "nothing", "weight", "no object", "weighs tokens",
+        "no value", "twice behind", "twice", "stars", "open", "closed", "no comma", "odd value", "name as parameter",
+        "bmc", "two references", "no pair", "bool", "nothing", "weight", "no object", "weighs tokens",
     ],
 )  # fmt: skip
 def test_impossible_sums(make, message):
