@@ -156,8 +156,9 @@ class Agreement:
         for name in FLOATS:
             given = [x.detach().reshape(-1).double() for x in self.floats.get(name, ()) if x is not None]
             every = torch.cat(given) if given else sizes.new_zeros(1).double()
-            powers = torch.arange(1, SUMS + 1, device=every.device)
-            self.facts.append((name, _sums(every[:, None].expand(-1, SUMS), powers)))
+            powers = torch.arange(1, SUMS, device=every.device)
+            waves = _sums(every[:, None].expand(-1, SUMS - 1), powers)
+            self.facts.append((name, torch.cat([waves, every.norm().log()[None]])))  # waves alone know no scale
 
     def read(self, own: Tensor) -> list[int]:
         """own.tolist(), once the ranks have agreed.

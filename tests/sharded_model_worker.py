@@ -29,11 +29,14 @@ BOUND = 2e-6  # of the largest entry: the issue's for fp32
 
 
 class Case(NamedTuple):
-    """stream: of shard_head, "fsdp" for a head that FSDP2 shards itself."""
+    """stream: of shard_head, "fsdp" for a head that FSDP2 shards itself, "adapters" for its adapter's parts as units.
+
+    lora: "dora" for DoRA.
+    """
 
     stream: bool | str | None
     micro_batches: int = 1
-    lora: bool = False
+    lora: bool | str = False
     reshard: bool = True
     checkpointing: bool = False
     param_dtype: torch.dtype | None = None
@@ -49,7 +52,8 @@ STREAMED = [
     Case("fsdp", micro_batches=2),
     Case("fsdp", lora=True, reshard=False),
 ]
-QUICK = [STREAMED[3], STREAMED[4], STREAMED[7]]
+ADAPTERS = [Case("adapters", lora=True), Case("adapters", lora="dora")]
+QUICK = [STREAMED[3], STREAMED[4], STREAMED[7], *ADAPTERS]
 BF16 = [Case(True, param_dtype=torch.bfloat16), Case("fsdp", param_dtype=torch.bfloat16)]
 
 
@@ -63,7 +67,9 @@ def built_model(case: Case) -> Any:
     if case.lora:
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(r=3, target_modules=["lm_head", "q_proj"]))
+        model = get_peft_model(
+            model, LoraConfig(r=3, target_modules=["lm_head", "q_proj"], use_dora=case.lora == "dora")
+        )
         torch.manual_seed(1)
         for name, p in model.named_parameters():
             if "lora_B" in name:
@@ -87,6 +93,9 @@ def sharded(model: Any, case: Case, mesh: Any) -> Any:
         fully_shard(layer, **options)
     if case.stream == "fsdp":
         fully_shard(inner.lm_head, **options)
+    if case.stream == "adapters":
+        for part in [x for x in inner.lm_head.modules() if any(p.requires_grad for p in x.parameters(recurse=False))]:
+            fully_shard(part, **options)
     return fully_shard(model, **options)
 
 

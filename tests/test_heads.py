@@ -407,6 +407,13 @@ def test_a_head_that_is_not_quantised_yet_is_refused(kind):
         fused_linear_logps(torch.randn(1, 3, D), head, torch.zeros(1, 3, dtype=torch.int64))
 
 
+def test_a_sharded_linear_takes_a_plain_bias():
+    weight, bias = torch.randn(V, D), torch.randn(V)
+    hidden, labels = torch.randn(1, 3, D), torch.zeros(1, 3, dtype=torch.int64)
+    logps = fused_linear_logps(hidden, ShardedLinear(weight, bias), labels)
+    assert torch.equal(logps, fused_linear_logps(hidden, (weight, bias), labels))
+
+
 def test_a_sharded_linear_goes_in_with_its_own_dtype():
     """param_dtype, as FSDP2's policy has it; the gradient comes back in the weight's."""
     weight = torch.randn(V, D, requires_grad=True)

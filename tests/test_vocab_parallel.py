@@ -158,7 +158,13 @@ def test_refusals_reach_all_ranks():
         assert "lam: got -1.0" in said[rank]["lam"]
         assert said[rank]["vocabs"].startswith("vocab: got [90, 91, 92] on the ranks of the group")
         assert said[rank]["large vocab"].startswith("vocab: got 1000, need 1 to")
-        for name, what in (("weights", "token_weights"), ("references", "ref_logps"), ("inputs", "objective_inputs")):
+        for name, what in (
+            ("weights", "token_weights"),
+            ("scale of weights", "token_weights"),
+            ("references", "ref_logps"),
+            ("scale of references", "ref_logps"),
+            ("inputs", "objective_inputs"),
+        ):
             assert said[rank][name].startswith(f"{what}: got what differs between ranks"), name
         assert said[rank]["reduction"].startswith("options: got what differs between ranks")
         assert said[rank]["second labels"].startswith("labels: got what differs between ranks")

@@ -225,6 +225,8 @@ def refusals(rank: int, world: int) -> dict:
         "beta": lambda: fused_preference_loss(leaves[0], head, case.labels, get_objective("simpo", beta=1.0 + rank)),
         "lam": lambda: fused_asft_loss(leaves[0], head, case.labels, lam=-1.0 if rank == 0 else 1.0),
         "weights": lambda: loss("simpo", token_weights=noise),
+        "scale of weights": lambda: loss("simpo", token_weights=noise_of_all * (1 + 0.1 * (rank == 1))),
+        "scale of references": lambda: loss("dpo", ref_logps=ref * (1 + 0.1 * (rank == 1))),
         "references": lambda: loss("dpo", ref_logps=-noise.sum(dim=1)),
         "inputs": lambda: loss("fpo", ref_logps=ref, objective_inputs={"feature_distance": noise[:half, 0]}),
         "reduction": lambda: loss("simpo", reduction="sum" if rank else "mean"),
