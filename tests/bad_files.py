@@ -233,10 +233,10 @@ def _pickled_model(model: Path) -> None:
 
 
 def _pickled_checkpoint(checkpoint: Path) -> None:
-    from asft_kernels.training.checkpoints import write_digests
+    from asft_kernels.training.checkpoints import what_trained, write_digests
 
     torch.save({"state": Payload()}, checkpoint / "optimizer.pt")
-    write_digests(checkpoint)
+    write_digests(checkpoint, str(what_trained(checkpoint)))
 
 
 def _config(**changes: Any) -> Callable[[Path], None]:

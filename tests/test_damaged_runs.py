@@ -14,7 +14,7 @@ pytest.importorskip("train_extra")
 
 from asft_kernels.cli import main as asft
 from asft_kernels.training import checkpoints
-from asft_kernels.training.checkpoints import DIGESTS, find_checkpoint, what_is_broken, write_digests
+from asft_kernels.training.checkpoints import DIGESTS, find_checkpoint, what_is_broken, what_trained, write_digests
 from asft_kernels.training.run_folder import LOCK
 from tiny_lm import pairs, saved_tiny_model, write_lines
 from train_extra import QUIET
@@ -152,7 +152,7 @@ class Payload:
 def test_a_checkpoint_with_code_in_it_runs_none(job, run_folder, capsys, name):
     """With digests that fit, as whoever plants it can make them."""
     torch.save({"state": Payload(), "param_groups": []}, run_folder / OLD / name)
-    write_digests(run_folder / OLD)
+    write_digests(run_folder / OLD, str(what_trained(run_folder / OLD)))
     words = [*job, "--output_dir", str(run_folder), "--resume", str(run_folder / OLD)]
     assert asft(words) == 2
     said = capsys.readouterr()
@@ -188,7 +188,7 @@ def test_files_are_on_the_disk_before_their_digests(tmp_path, monkeypatch):
     order = []
     monkeypatch.setattr(checkpoints, "sync", lambda path: order.append(path.name))
     monkeypatch.setattr(checkpoints, "write_json", lambda path, _: order.append(path.name))
-    write_digests(tmp_path)
+    write_digests(tmp_path, "asft")
     assert order == ["a", DIGESTS]
 
 

@@ -214,6 +214,12 @@ def test_one_summary_names_every_row_left_out(tmp_path):
         load(tmp_path, rows, max_length=60, strict=True)
 
 
+def test_a_missing_key_is_told_beside_those_that_are_there(tmp_path):
+    row = {"instruction": "a", "chosen": "b", "rejected": "c"}
+    with pytest.raises(InputError, match="missing key 'prompt': the row has instruction, chosen, rejected; without it"):
+        load(tmp_path, [row], strict=True)
+
+
 NOTES = [
     ("answer cut at max_length 60", {"prompt": "a", "chosen": "b" * 70, "rejected": "c"}, CHAT_TEMPLATE),
     ("plain text taken as it stands, without the tokenizer's chat template", PLAIN, CHAT_TEMPLATE),

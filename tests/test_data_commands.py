@@ -180,6 +180,7 @@ def test_files_that_cannot_be_used(tmp_path, capsys):
     assert len(read(output)) == 2
     write_lines(source, [scored(high="x")])
     assert "gave a row to write; first bad row: line 1: wrong type" in error(source, tmp_path / "none.jsonl")
+    assert not list(tmp_path.glob("none*"))
     source.write_bytes(gzip.compress(b'{"a": 1}\n' * 99)[:-20])
     assert "is the copy complete?" in error(source, tmp_path / "cut.jsonl")
 

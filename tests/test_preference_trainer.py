@@ -262,6 +262,8 @@ def test_evaluation_has_every_figure_pair_by_pair(tmp_path, model):
     assert trainer.evaluation.table.shape == (7, 5)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "eval_loss" in row]
+    seen = [row["num_tokens"] for row in trainer.state.log_history if "num_tokens" in row]
+    assert rows[-1]["eval_num_tokens"] == seen[-1] > seen[0] > 0
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
     assert rows[-1]["eval_loss"] == pytest.approx(trainer.evaluation.column("loss").mean())
 
@@ -292,6 +294,11 @@ def test_state_of_objectives_resumes_to_the_bit(tmp_path, model):
         assert one["unsureness"] == other["unsureness"]
     for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(one, other)
+    third = {**given, "objective": "simpo"}
+    with pytest.raises(
+        InputError, match=r"checkpoint-2 is of asft_kernels, objective lmpo, and this is .* simpo; need"
+    ):
+        made(tmp_path / "third", model, **third).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     (tmp_path / "whole" / "checkpoint-2" / "objective.pt").unlink()
     with pytest.raises(InputError, match=r"has no objective\.pt, need a checkpoint of the same objective"):
         made(tmp_path / "third", model, **given).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
@@ -441,6 +448,19 @@ def test_a_name_has_the_parameters_of_the_arguments(tmp_path, model):
     assert trainer.objective == DPO(beta=5.0)
     with pytest.raises(InputError, match=r"beta: got 5.0 beside an objective object, need it in that object"):
         made(tmp_path, model, objective_object=DPO(), beta=5.0)
+
+
+def test_model_cards_name_what_trained(tmp_path, model):
+    for objective, said in (
+        (
+            "dpo(beta=0.2)",
+            "objective dpo(beta=0.2), a method introduced in [arXiv 2305.18290](https://huggingface.co/pap",
+        ),
+        ("dpo + 0.1 sft", "objective dpo + 0.1 sft."),
+    ):
+        trainer = made(tmp_path, model, objective=objective)
+        trainer.create_model_card()
+        assert f"was trained with asft_kernels, {said}" in (tmp_path / "README.md").read_text()
 
 
 def test_evaluation_moves_no_statistics(tmp_path, model):

@@ -176,6 +176,9 @@ def test_train_command(tmp_path, data, capsys):
     assert "layer: got 5, need" in capsys.readouterr().err
     assert data_main(["sae", *command, "--batch-size", "501"]) == 2
     assert "--batch_size: got 501, need at most 500" in capsys.readouterr().err
+    by_default = [*command[: command.index("--batch-size")], "--max-length", "64", "--steps", "1"]
+    assert data_main(["sae", *by_default]) == 0
+    assert json.loads((tmp_path / "sae.safetensors.json").read_text())["settings"]["batch_size"] == 500
     assert data_main(["sae", *command, "--output", "x.pt"]) == 2
     assert "need .npz or .safetensors" in capsys.readouterr().err
 

@@ -167,14 +167,33 @@ def test_a_killed_run_goes_on_identically(job, whole_run, tmp_path):
         assert one == pytest.approx(other, rel=1e-5, abs=1e-6)  # another process may add in another order
 
 
-def test_resume_of_a_finished_run_does_the_rest_only(job, whole_run, tmp_path):
+def test_resume_of_a_finished_run_does_the_rest_only(job, whole_run, tmp_path, capsys):
     folder = tmp_path / "out"
     shutil.copytree(whole_run, folder)
     (folder / "summary.json").unlink()
     assert main([*job, "--output_dir", str(folder), "--resume"]) == 0
     assert [row["step"] for row in rows(folder) if row["kind"] == "train"] == list(range(1, 9))
     assert rows(folder)[-1]["log_odds/margins"] == pytest.approx(rows(whole_run)[-1]["log_odds/margins"], rel=1e-6)
+    assert [row["step"] for row in rows(folder) if row["kind"] == "eval"] == [0, 8]
+    assert "that was the last step, give --max_steps to train further" in capsys.readouterr().out
     assert (folder / "summary.json").is_file()
+
+
+def test_a_finished_run_goes_on_for_more_steps(job, whole_run, tmp_path, capsys):
+    """By the new schedule from its first step: the checkpoint's is at its end, a rate of 0."""
+    folder = tmp_path / "out"
+    shutil.copytree(whole_run, folder)
+    words = [*job, "--output_dir", str(folder), "--resume"]
+    assert main([*words, "--max_steps", "7"]) == 2
+    assert "max_steps: got 7, need at least 8, the steps that are done" in capsys.readouterr().err
+    assert main([*words, "--max_steps", "12"]) == 0
+    assert "max_steps was 8 and is 12 now: the learning rate goes on by the new schedule" in capsys.readouterr().out
+    rates = [row["learning_rate"] for row in rows(folder) if row["kind"] == "train"]
+    assert rates[8:] == pytest.approx([1e-2 * (12 - step) / 12 for step in range(8, 12)])
+    moved = json.loads((folder / "run.json").read_text())
+    assert moved["settings"]["max_steps"] == 12
+    assert main([*words, "--max_steps", "12"]) == 0
+    assert "max_steps was" not in capsys.readouterr().out
 
 
 def test_resume_refuses_what_would_be_another_experiment(job, whole_run, tmp_path, capsys):

@@ -99,6 +99,9 @@ def parse_pair(row: dict[str, Any], answers: tuple[str, ...] = BOTH) -> Pair:
     if isinstance(prompt, list) or any(isinstance(text, list) for text in texts.values()):
         pair = _chat(prompt, texts)
     else:
+        if prompt is None and not all(str(text).startswith(HUMAN) for text in texts.values()):
+            need = "without it the answers must be whole dialogues or chats"
+            raise BadRow("missing key 'prompt'", f"the row has {', '.join(row)}; {need}")
         pair = _plain(prompt, {name: str(text) for name, text in texts.items()})
     pair = _with_context(pair, row)
     for name, answer in pair.answers.items():
@@ -160,8 +163,6 @@ def _plain(prompt: str | None, answers: dict[str, str]) -> Pair:
 
 
 def _dialogue(answers: dict[str, str]) -> Pair:
-    if not all(answer.startswith(HUMAN) for answer in answers.values()):
-        raise BadRow("missing key 'prompt'", "without it the answers must be whole dialogues or chats")
     parts = {name: answer.rpartition(ASSISTANT) for name, answer in answers.items()}
     befores = {before + found if found else None for before, found, _ in parts.values()}
     before = befores.pop()

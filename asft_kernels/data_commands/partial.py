@@ -82,6 +82,8 @@ class Partial:
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
+        if not (self.state.size or self.state_path.is_file()):  # nothing to go on with
+            self.path.unlink(missing_ok=True)
 
     def new_rows(self, rows: Iterable[tuple[int, Stored]]) -> Iterator[tuple[int, Stored]]:
         """Those of a RowFile that were not done before. Raises InputError if the first are not those that were done."""
@@ -127,6 +129,7 @@ class Partial:
     def finish(self) -> None:
         """OUT.partial becomes OUT."""
         if not self.report.written:
+            self.state_path.unlink(missing_ok=True)
             first = f"; first bad row: {self.report.first_bad}" if self.report.first_bad else ""
             raise InputError(f"input: no row of {self.source.path} gave a row to write{first}\n{self.report}")
         self._flush()

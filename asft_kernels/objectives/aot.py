@@ -32,6 +32,7 @@ class AOT(Objective):
     to below 0.5.
     """
 
+    arxiv: ClassVar[str] = "2406.05882"
     beta: float = 0.1
     label_smoothing: float = 0.0
     needs_reference: ClassVar[bool] = True
@@ -58,6 +59,7 @@ class AOTUnpaired(Objective):
     pair does. A pair's loss is that of its chosen answer's rank. beta, label_smoothing: as AOT's.
     """
 
+    arxiv: ClassVar[str] = "2406.05882"
     beta: float = 0.1
     label_smoothing: float = 0.0
     needs_reference: ClassVar[bool] = True

@@ -19,6 +19,7 @@ class ApoZero(Objective):
     For chosen answers that are better than what the model gives by itself. beta: > 0, default 0.1.
     """
 
+    arxiv: ClassVar[str] = "2408.06266"
     beta: float = 0.1
     needs_reference: ClassVar[bool] = True
 
@@ -40,6 +41,7 @@ class ApoDown(Objective):
     For chosen answers that are worse than what the model gives by itself. beta: > 0, default 0.1.
     """
 
+    arxiv: ClassVar[str] = "2408.06266"
     beta: float = 0.1
     needs_reference: ClassVar[bool] = True
 

@@ -25,6 +25,7 @@ class ASFT(Objective):
     sft_weight: weight of the likelihood term, >= 0, default 1; 0 aligns alone (the second stage).
     """
 
+    arxiv: ClassVar[str] = "2409.10571"
     lam: float = 1.0
     beta: float = 1.0
     sft_weight: float = 1.0

@@ -33,6 +33,7 @@ class LossTerms:
 class Objective:
     """A small function of sequence statistics; it sees no hidden states and no kernels.
 
+    arxiv: number of the paper that introduced it, for model cards.
     paired: rows 0..B-1 are chosen and row B+i is the answer rejected for row i; else any rows.
     needs_reference: takes ref_logps, (R,) or (K, R), of each row under the reference.
     several_references: takes (K, R) of them.
@@ -53,6 +54,7 @@ class Objective:
         its own.
     """
 
+    arxiv: ClassVar[str] = ""
     paired: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = False
     reference_kind: ClassVar[str] = "sum"

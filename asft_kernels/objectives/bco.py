@@ -21,6 +21,7 @@ class BcoPair(Objective):
     beta: > 0, default 0.1.
     """
 
+    arxiv: ClassVar[str] = "2404.04656"
     beta: float = 0.1
     needs_reference: ClassVar[bool] = True
 

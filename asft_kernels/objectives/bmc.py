@@ -1,6 +1,7 @@
 """BMC's modelling: any paired loss, with the tokens in which the two answers differ weighed by the policy's doubt."""
 
 from math import log
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class BMC(Around):
     With orpo, cpo or asft as base the code's likelihood is unweighted: pass nll_labels=labels[:B] for that.
     """
 
+    arxiv: ClassVar[str] = "2408.07471"
     fields = ("base", "delta", "ref_weighting")
     needs_token_weights = True
     weighs_each_token = True

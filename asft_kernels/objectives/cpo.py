@@ -31,6 +31,7 @@ class CPO(Objective):
         mean over all chosen tokens of the batch, TRL's and Liger's.
     """
 
+    arxiv: ClassVar[str] = "2401.08417"
     beta: float = 0.1
     alpha: float = 1.0
     label_smoothing: float = 0.0

@@ -22,6 +22,7 @@ class DiscoPOP(Objective):
     f_divergence_type, f_alpha_divergence_coef: as DPO's.
     """
 
+    arxiv: ClassVar[str] = "2406.08414"
     beta: float = 0.1
     discopop_tau: float = 0.05
     f_divergence_type: str = "reverse_kl"

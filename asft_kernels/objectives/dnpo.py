@@ -27,6 +27,7 @@ class DNPO(Objective):
     as docs/objectives/dnpo.md explains.
     """
 
+    arxiv: ClassVar[str] = "2502.05400"
     lam: float = 0.1
     alpha: float = 1.0
     needs_reference: ClassVar[bool] = True

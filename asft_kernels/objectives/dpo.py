@@ -60,6 +60,7 @@ class DPO(Objective):
     TRL 1.16's `sigmoid` ignores label_smoothing, which only its `robust` reads.
     """
 
+    arxiv: ClassVar[str] = "2305.18290"
     beta: float = 0.1
     label_smoothing: float = 0.0
     f_divergence_type: str = "reverse_kl"
@@ -88,6 +89,7 @@ class Robust(Objective):
     f_divergence_type, f_alpha_divergence_coef: as DPO's.
     """
 
+    arxiv: ClassVar[str] = "2403.00409"
     beta: float = 0.1
     label_smoothing: float = 0.0
     f_divergence_type: str = "reverse_kl"
@@ -116,6 +118,7 @@ class IPO(Objective):
     f_divergence_type, f_alpha_divergence_coef: as DPO's.
     """
 
+    arxiv: ClassVar[str] = "2310.12036"
     beta: float = 0.1
     f_divergence_type: str = "reverse_kl"
     f_alpha_divergence_coef: float = 0.5

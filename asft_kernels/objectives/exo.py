@@ -30,6 +30,7 @@ class ExoPair(Objective):
     f_divergence_type, f_alpha_divergence_coef: as DPO's.
     """
 
+    arxiv: ClassVar[str] = "2402.00856"
     beta: float = 0.1
     label_smoothing: float = 1e-3
     f_divergence_type: str = "reverse_kl"

@@ -27,6 +27,7 @@ class FPO(Objective):
     code), read where features are pooled.
     """
 
+    arxiv: ClassVar[str] = "2411.07618"
     beta: float = 0.1
     alpha: float = 0.5
     top_k: int = 50

@@ -21,6 +21,7 @@ class Hinge(Objective):
     TRL's `hinge` is hinge_norm.
     """
 
+    arxiv: ClassVar[str] = "2305.10425"
     gamma: float = 0.05
 
     def __post_init__(self):
@@ -39,6 +40,7 @@ class HingeNorm(Objective):
     gamma: > 0, default 0.05. f_divergence_type, f_alpha_divergence_coef: as DPO's.
     """
 
+    arxiv: ClassVar[str] = "2309.06657"
     gamma: float = 0.05
     f_divergence_type: str = "reverse_kl"
     f_alpha_divergence_coef: float = 0.5

@@ -27,6 +27,7 @@ class KTO(Objective):
     training, and it becomes wrong as the policy leaves the reference. Give the estimate of `kto_kl` at every step.
     """
 
+    arxiv: ClassVar[str] = "2402.01306"
     beta: float = 0.1
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0

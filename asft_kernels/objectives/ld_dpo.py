@@ -1,5 +1,7 @@
 """LD-DPO: any loss on log-ratios, with the tokens by which one answer is longer than the other weighed down."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ class LDDPO(Around):
     `get_objective("dpo", ld_alpha=0.5)` makes one.
     """
 
+    arxiv: ClassVar[str] = "2409.06411"
     fields = ("base", "ld_alpha")
 
     def __init__(self, base: str | Objective, ld_alpha: float) -> None:

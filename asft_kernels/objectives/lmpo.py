@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from numbers import Integral
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ class LMPO(nn.Module, Objective):
     module that holds them is cast.
     """
 
+    arxiv: ClassVar[str] = "2502.14643"
     running_mean: Tensor
     running_std: Tensor
     steps: Tensor

@@ -30,6 +30,7 @@ class MRPO(Objective):
     swap_weights: K = 2 only: each reference takes the other's weight, as the authors' code has it. Default False.
     """
 
+    arxiv: ClassVar[str] = "2405.16388"
     beta: float = 0.1
     alpha: Sequence[float] | None = None
     clip: float | None = 0.1

@@ -20,6 +20,7 @@ class NcaPair(Objective):
     beta: > 0, default 0.1.
     """
 
+    arxiv: ClassVar[str] = "2402.05369"
     beta: float = 0.1
     needs_reference: ClassVar[bool] = True
 

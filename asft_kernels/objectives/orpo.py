@@ -33,6 +33,7 @@ class ORPO(Objective):
         prompt and answer).
     """
 
+    arxiv: ClassVar[str] = "2403.07691"
     lam: float = 0.1
     beta: float = 1.0
     nll_normalization: str = "sequence"

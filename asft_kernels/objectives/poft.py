@@ -23,6 +23,7 @@ class PoFT(Objective):
     The gradient is that of SFT times beta tau, tau = sigmoid(beta (rbar - avg) - gamma), reported as `weight`.
     """
 
+    arxiv: ClassVar[str] = "2412.12865"
     beta: float = 1.0
     gamma: float = 0.0
     paired: ClassVar[bool] = False

@@ -33,6 +33,7 @@ class RPO(Objective):
     Optimization (2404.19733, the origin of TRL's old rpo_alpha), nor Reward-aware Preference Optimization (2502.00203).
     """
 
+    arxiv: ClassVar[str] = "2405.16436"
     beta: float = 0.1
     eta: float = 0.005
     normalization: str = "sum"

@@ -1,6 +1,7 @@
 """SimPO: a margin between means per token, without a reference."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -20,6 +21,7 @@ class SimPO(Objective):
     label_smoothing e: share of pairs labelled the wrong way round, 0 (default, the paper) to below 0.5.
     """
 
+    arxiv: ClassVar[str] = "2405.14734"
     beta: float = 2.0
     gamma: float = 0.5
     label_smoothing: float = 0.0

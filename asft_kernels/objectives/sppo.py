@@ -20,6 +20,7 @@ class SppoHard(Objective):
     from the policy; this is TRL's and Liger's `sppo_hard`.
     """
 
+    arxiv: ClassVar[str] = "2405.00675"
     beta: float = 0.1
     needs_reference: ClassVar[bool] = True
 

@@ -1,6 +1,7 @@
 """WPO: pairs weigh as much as the policy would have written them."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -23,6 +24,7 @@ class WPO(Around):
     losses of ranks, not of pairs. LDDPO goes around it. `get_objective("dpo", use_weighting=True)` makes one.
     """
 
+    arxiv: ClassVar[str] = "2406.11827"
     fields = ("base",)
 
     def __init__(self, base: str | Objective = "dpo") -> None:

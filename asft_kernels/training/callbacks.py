@@ -22,9 +22,15 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path):
         self.path = path
 
-    def start(self, resumed_step: int | None) -> None:
-        """Begins anew, or keeps what the run had written up to the checkpoint that it resumes from."""
+    def start(self, resumed_step: int | None, *, evaluates_again: bool = False) -> None:
+        """Begins anew, or keeps what the run had written up to the checkpoint that it resumes from.
+
+        Args:
+            evaluates_again: that step's evaluation is made and written again.
+        """
         kept = [] if resumed_step is None else [row for row in self.rows() if row["step"] <= resumed_step]
+        if evaluates_again:
+            kept = [row for row in kept if (row["kind"], row["step"]) != ("eval", resumed_step)]
         with replacing(self.path) as partial:
             partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
 

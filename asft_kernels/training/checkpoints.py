@@ -21,13 +21,25 @@ DIGESTS, STATE = "digests.json", "trainer_state.json"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 
 
-def write_digests(checkpoint: Path) -> None:
-    """Writes digests.json for the files of a checkpoint, which are on the disk before it is."""
+def write_digests(checkpoint: Path, trained: str) -> None:
+    """Writes digests.json for the files of a checkpoint, which are on the disk before it is.
+
+    Args:
+        trained: what trained it, which `what_trained` returns.
+    """
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != DIGESTS]
     for path in files:
         sync(path)
     digests = {path.relative_to(checkpoint).as_posix(): digest_of_file(path) for path in files}
-    write_json(checkpoint / DIGESTS, {"algorithm": "sha256", "files": digests})
+    write_json(checkpoint / DIGESTS, {"algorithm": "sha256", "files": digests, "trained": trained})
+
+
+def what_trained(checkpoint: Path) -> str | None:
+    """Returns what trained a checkpoint, None where it does not say."""
+    try:
+        return json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8"))["trained"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def find_checkpoint(wanted: str | None, folder: Path, say: Callable[[str], None], ranks: int = 1) -> Path | None:

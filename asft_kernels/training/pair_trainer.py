@@ -12,13 +12,14 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import EvalPrediction
 from trl import DPOTrainer
 
 from asft_kernels.errors import InputError
 from asft_kernels.models.loading import load_renamed
 from asft_kernels.models.seam import causal_lm
-from asft_kernels.training.checkpoints import write_digests
+from asft_kernels.training.checkpoints import what_trained, write_digests
 from asft_kernels.training.config import PreferenceConfig
 from asft_kernels.training.figures import BEFORE, Evaluation, Window, pair_figures, pair_table, token_figures
 from asft_kernels.training.hooks import Method
@@ -88,18 +89,19 @@ class PairTrainer(DPOTrainer):
         mode = "train" if self.model.training else "eval"
         figures = self.windows[mode].take(lambda sums: sum_over_data(self, sums))
         loss, tokens = figures.pop("loss", None), figures.pop("tokens", 0.0)
+        if not self._total_train_tokens:  # of the steps before a checkpoint
+            rows = (row["num_tokens"] for row in reversed(self.state.log_history) if "num_tokens" in row)
+            self._total_train_tokens = next(rows, 0)
         if mode == "train" and "loss" in logs and loss is not None and self.window_start is not None:
             logs["loss"] = loss  # the Trainer's is a mean of the steps' means, ours are all per pair
             seconds = time.perf_counter() - self.window_start - self.paused
             figures["tokens_per_second"] = tokens / seconds if seconds > 0 else 0.0
-            if not self._total_train_tokens:  # of the steps before a checkpoint
-                rows = (row["num_tokens"] for row in reversed(self.state.log_history) if "num_tokens" in row)
-                self._total_train_tokens = next(rows, 0)
             self._total_train_tokens += int(tokens)
-            figures["num_tokens"] = self._total_train_tokens
             if self.args.device.type == "cuda":  # the allocator's own count: the device is not asked
                 figures["peak_bytes"] = torch.cuda.max_memory_allocated(self.args.device)
             self.window_start = None
+        if loss is not None:
+            figures["num_tokens"] = self._total_train_tokens  # of training, in evaluation too, as TRL has it
         self._metrics[mode].update({name: [value] for name, value in figures.items()})
         super().log(logs, start_time)
         if mode == "train" and loss is not None:  # at the last log of all, too, which tells no loss
@@ -122,7 +124,8 @@ class PairTrainer(DPOTrainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # files of every rank are there
         if self.args.should_save:
-            write_digests(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            write_digests(folder, self._name)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         result = super().train(*args, **kwargs)
@@ -189,14 +192,31 @@ class PairTrainer(DPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            self._follow_schedule()
             self.load_own_state(checkpoint)
+
+    def _follow_schedule(self) -> None:
+        """Takes the rate from the schedule: a checkpoint brings that of its own max_steps, 0 at their end."""
+        schedule: Any = self.lr_scheduler
+        if not isinstance(schedule, LambdaLR):
+            return
+        pairs = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        schedule._last_lr = [base * share(schedule.last_epoch) for base, share in pairs]
+        for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
 
     def load_own_state(self, checkpoint: str) -> None:
         """Takes the state of objective and method from a checkpoint.
 
         Raises:
-            InputError: if it has none.
+            InputError: if it has none, or is of another objective or method.
         """
+        before = what_trained(Path(checkpoint))
+        if before not in (None, self._name):
+            raise InputError(
+                f"resume_from_checkpoint: {checkpoint} is of {before}, and this is {self._name}; need the same, or the "
+                "checkpoint as model of a new run"
+            )
         if self._state_of_objective():
             self.objective.load_state_dict(_state(checkpoint, OBJECTIVE_STATE))
         if self.args.sync_ref_model:

@@ -112,6 +112,8 @@ def _run(
     checkpoint = (
         None if data.dry_run else _checkpoint(data.resume or config.resume_from_checkpoint, config, folder, say)
     )
+    done = read_state(checkpoint) if checkpoint else None
+    ended = done is not None and _ended(done, config)
     name = _model_name(model)
     processor, model_config = load_processor(
         name, trust_remote_code=config.trust_remote_code, revision=model.model_revision
@@ -142,7 +144,8 @@ def _run(
     settings |= {name: run_folder.digest_of_pairs(dataset) for name, dataset in datasets.items()}
     if checkpoint:
         run_folder.require_same_settings(folder / run_folder.SETTINGS, settings, say, datasets)
-        say(f"goes on from {checkpoint}")
+        more = "; that was the last step, give --max_steps to train further" if ended else ""
+        say(f"goes on from {checkpoint}{more}")
     metrics, stop = MetricsFile(folder / run_folder.METRICS), StopWhenAsked(at_once)
     config.eval_on_start = read.evaluation is not None and checkpoint is None
     try:
@@ -166,15 +169,14 @@ def _run(
     if data.dry_run:
         say(describe(trainer))
         return Result(folder, 0, False, folder / run_folder.CURVES, {}, 0, read.report)
-    done = read_state(checkpoint) if checkpoint else None
     if first:
-        metrics.start(done["global_step"] if done else None)
+        metrics.start(done["global_step"] if done else None, evaluates_again=ended and read.evaluation is not None)
         if not checkpoint:
-            content = {"command": run_folder.command(), "versions": run_folder.versions(), "settings": settings}
             run_folder.write_pairs(folder, datasets)
-            write_json(folder / run_folder.SETTINGS, content)
+        content = {"command": run_folder.command(), "versions": run_folder.versions(), "settings": settings}
+        write_json(folder / run_folder.SETTINGS, content)
     with stop.listening():
-        _train(trainer, checkpoint, done)
+        _train(trainer, checkpoint, ended=ended)
         before = _before(trainer, folder, say, resumed=checkpoint is not None)
         step = trainer.state.global_step
         if stop.stopped:
@@ -327,9 +329,21 @@ def _head_checked(trainer: PreferenceTrainer) -> str:
     return f"output head checked: fused and own log-probabilities differ by at most {worst or 0.0:.1e}"
 
 
-def _train(trainer: PreferenceTrainer, checkpoint: Path | None, done: dict[str, Any] | None) -> None:
-    last = trainer.args.max_steps if trainer.args.max_steps > 0 else (done or {}).get("max_steps", 0)
-    if checkpoint and done and done["global_step"] >= last:  # ended after its last checkpoint: only the end is left
+def _ended(done: Mapping[str, Any], config: PreferenceConfig) -> bool:
+    """Whether a checkpoint is of the run's last step.
+
+    Raises:
+        InputError: it is of a later one.
+    """
+    if 0 < config.max_steps < done["global_step"]:
+        raise InputError(
+            f"max_steps: got {config.max_steps}, need at least {done['global_step']}, the steps that are done"
+        )
+    return done["global_step"] >= (config.max_steps if config.max_steps > 0 else done.get("max_steps", 0))
+
+
+def _train(trainer: PreferenceTrainer, checkpoint: Path | None, *, ended: bool) -> None:
+    if checkpoint and ended:  # after its last checkpoint: only the end is left
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.load_own_state(str(checkpoint))
         trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))

@@ -71,8 +71,6 @@ class PreferenceTrainer(PairTrainer):
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "asft_kernels"]
-    _name = "Preference"
-    _paper: ClassVar[dict[str, str]] = {}
     _signature_columns: Any
     loss_is_scaled_for_ga = True  # `_compute_loss` divides by the pairs of the whole step
 
@@ -106,6 +104,8 @@ class PreferenceTrainer(PairTrainer):
         self.objective = on_pairs(given)
         self.method = method or find_method(args.method, given)
         self.method.check(args, self.objective)
+        self._name = f"asft_kernels, {', '.join(_what_trains(given, self.method))}"  # in model cards
+        self._paper = {"title": f"arXiv {given.arxiv}", "id": given.arxiv} if given.arxiv else {}
         refuse_missing_inputs(self.objective, self.method)
         self.ref_per_token = self.objective.needs_reference and (self.objective.ref_per_token or self.method.ref_tokens)
         given_ref = given_columns(train_dataset, self.ref_per_token)
@@ -376,6 +376,11 @@ class PreferenceTrainer(PairTrainer):
             sums = self.reference_token_logps(model, inputs, labels).double().sum(dim=1)
         chosen, rejected = sums.chunk(2)
         return chosen, rejected
+
+
+def _what_trains(objective: Objective, method: Method) -> list[str]:
+    named = [f"method {method.name}"] if method.name and not method.serves(objective) else []
+    return [f"objective {expression_of(objective)}", *named]
 
 
 def _without_functional_dropout(model: nn.Module) -> None:

@@ -24,6 +24,7 @@ from asft_kernels.methods.fpo.hidden import HEAD_INPUT, check_layer
 from asft_kernels.methods.fpo.training import Trainer, quality
 from asft_kernels.models.loading import fitted_length, load_causal_lm, load_tokenizer
 
+BATCH_SIZE = 1024
 HELD_OUT_NTH, HELD_OUT_SHARE = 8, 0.1  # lines; evaluation tokens for each training token
 SHOWN_EVERY = 10  # steps
 
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--features", type=whole(1), default=4096, help="F")
     add("--tokens", type=whole(1), default=60_000, help="to train on, kept in memory in fp32")
     add("--steps", type=whole(1), default=600, help="of training")
-    add("--batch_size", type=whole(1), default=1024, help="tokens a step")
+    add("--batch_size", type=whole(1), help=f"tokens a step; default {BATCH_SIZE}, or all where there are fewer")
     add("--learning_rate", type=float, default=1e-3, help="of Adam")
     add("--l1", type=float, default=5.0, help="weight of the sparsity penalty")
     add("--max_length", type=whole(2), default=512, help="tokens of prompt and answer")
@@ -71,6 +72,7 @@ def run(options: argparse.Namespace) -> None:
     wanted = max(1, int(HELD_OUT_SHARE * options.tokens))
     held_out = collect_tokens(model, held_out_pairs, wanted, label="held-out states", **collect)
     del model
+    options.batch_size = options.batch_size or min(BATCH_SIZE, len(tokens))
     if options.batch_size > len(tokens):
         raise InputError(f"--batch_size: got {options.batch_size}, need at most {len(tokens)}, the tokens of the data")
     collected = time.perf_counter()
