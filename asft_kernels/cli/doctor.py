@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--kernels",
         nargs="*",
         metavar="ARCH",
-        help="also compile the core's kernels, for this GPU or those named: a minute each",
+        help="also compile the core's kernels, for this GPU or those named: up to a minute each",
     )
     args = parser.parse_args(argv)
 
