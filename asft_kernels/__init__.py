@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from asft_kernels.core.distributed import VocabParallelHead
     from asft_kernels.cost import Estimate, estimate
     from asft_kernels.functional import fused_asft_loss, fused_linear_logps, fused_preference_loss
     from asft_kernels.nn import FusedASFTLoss
@@ -22,6 +23,7 @@ __all__ = [
     "PreferenceOutputs",
     "SequenceOutputs",
     "TokenStats",
+    "VocabParallelHead",
     "estimate",
     "fused_asft_loss",
     "fused_linear_logps",
@@ -36,6 +38,7 @@ _MODULES = {
     "PreferenceOutputs": "outputs",
     "SequenceOutputs": "outputs",
     "TokenStats": "outputs",
+    "VocabParallelHead": "core.distributed",
     "estimate": "cost",
     "get_objective": "objectives",
     "preference_loss_from_logps": "token_loss",

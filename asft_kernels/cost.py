@@ -5,17 +5,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from asft_kernels import checks
 from asft_kernels.backends import choose_backend, exp_dtype
 from asft_kernels.backends.head_rows import EIGHT_BITS, FOUR_BITS, HeadRows, codes_text
 from asft_kernels.backends.plan import default_cache_bytes
 from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, Wanted
-from asft_kernels.heads import ALIGNED, ResolvedHead
+from asft_kernels.core import checks
+from asft_kernels.core.heads import ALIGNED, ResolvedHead
+from asft_kernels.core.options import Options
 from asft_kernels.kernels.configs import Tile
 from asft_kernels.memory import Sizes, in_units, largest, moments, operations
 from asft_kernels.memory.terms import ADVICE, GRAD_LOW_RANK, Terms
 from asft_kernels.memory.triton_moments import tile_and_form
-from asft_kernels.options import Options
 
 COPY, GATHERED, ADAPTER = "copies of hidden", "gathered head", "columns of the adapter"
 FURTHER_ADVICE = {

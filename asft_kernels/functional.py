@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
-from asft_kernels import checks
 from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, Wanted
-from asft_kernels.distributed import Agreement, Shard
-from asft_kernels.heads import Head
+from asft_kernels.core import checks
+from asft_kernels.core.distributed import Agreement, Shard
+from asft_kernels.core.heads import Head
+from asft_kernels.core.options import NAMES as NAMES_OF_OPTIONS
+from asft_kernels.core.options import Keywords, Options, explained, make_options
+from asft_kernels.core.tensor_parallel import localised
+from asft_kernels.core.token_logps import TellingStreams, token_logps
 from asft_kernels.objectives import ASFT, OBJECTIVES, Objective, get_objective
-from asft_kernels.options import NAMES as NAMES_OF_OPTIONS
-from asft_kernels.options import Keywords, Options, explained, make_options
 from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, TokenStats
-from asft_kernels.tensor_parallel import localised
-from asft_kernels.token_logps import TellingStreams, token_logps
 from asft_kernels.token_loss import LossInputs, loss_of_tokens, text_of
 
 if TYPE_CHECKING:

@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from asft_kernels import checks
+from asft_kernels.core import checks
+from asft_kernels.core.heads import Head
+from asft_kernels.core.options import Keywords, make_options
 from asft_kernels.functional import fused_asft_loss
-from asft_kernels.heads import Head
 from asft_kernels.objectives import ASFT
-from asft_kernels.options import Keywords, make_options
 from asft_kernels.outputs import PreferenceOutputs
 
 if TYPE_CHECKING:

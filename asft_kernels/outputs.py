@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives.base import LossTerms, counting, mean_over
 from asft_kernels.objectives.log_odds import log_odds
-from asft_kernels.sequence import Logps
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from asft_kernels import checks
 from asft_kernels.backends import choose_backend
-from asft_kernels.batch import TokenBatch, pack
-from asft_kernels.objectives import Objective, get_objective
-from asft_kernels.objectives.base import counting, counting_rows, reduce_loss
-from asft_kernels.options import Options
-from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, summarize
-from asft_kernels.sequence import Logps, reduce
-from asft_kernels.sequence_parallel import (
+from asft_kernels.core import checks
+from asft_kernels.core.batch import TokenBatch, pack
+from asft_kernels.core.options import Options
+from asft_kernels.core.sequence import Logps, reduce
+from asft_kernels.core.sequence_parallel import (
     Facts,
     added,
     failing_together,
@@ -26,6 +23,9 @@ from asft_kernels.sequence_parallel import (
     process_group,
     refuse_what_needs_whole_sequences,
 )
+from asft_kernels.objectives import Objective, get_objective
+from asft_kernels.objectives.base import counting, counting_rows, reduce_loss
+from asft_kernels.outputs import PreferenceOutputs, SequenceOutputs, summarize
 
 
 def text_of(objective: Objective, reduction: str) -> str:

@@ -187,7 +187,7 @@ tuned() { measure --contestants "triton, tuned" -- "$@"; }
 # Interpreted times are not stored, so that nobody takes them for a device's: a dry run sees that, and the contestant.
 untuned() { tuned "$@" 2>&1 | tee /dev/stderr | grep -q "no stored tile"; }
 autotune() {
-    "$PYTHON" -m asft_kernels.autotune "$@" || return
+    "$PYTHON" -m asft_kernels.tools.autotune "$@" || return
     cp "${XDG_CACHE_HOME:-$HOME/.cache}"/asft_kernels/tiles-*.json "$WORK" 2> /dev/null || echo "no times are stored"
 }
 # The third launch of the kernel, and what the profiler says of it in words.

@@ -34,11 +34,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from asft_kernels import autotune
 from asft_kernels.backends import triton_runs_on_cpu
 from asft_kernels.backends.plan import Plan, default_cache_bytes, make_plan
 from asft_kernels.kernels.configs import Tile, architecture_of, candidates, multiprocessors
 from asft_kernels.kernels.tile_choice import Problem
+from asft_kernels.tools import autotune
 from benchmarks.calls import Result, bare_products, ours, per_token, plain_torch
 from benchmarks.cases import MODELS, TRAINABLE, WORKS, Case, make_inputs
 from benchmarks.contestants import BARE, CONTESTANTS, Contestant

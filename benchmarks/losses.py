@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives import ASFT
-from asft_kernels.sequence import Logps
 
 IGNORE = -100
 

@@ -49,7 +49,7 @@ def candidates(pairs: Path, model: str) -> Iterator[Row]:
     """CANDIDATES answers to the prompt of every pair, two in a row."""
     from tqdm import tqdm
 
-    from asft_kernels.generation import TransformersGenerator
+    from asft_kernels.models.generation import TransformersGenerator
 
     prompts = []
     for _, row in read_rows(pairs):

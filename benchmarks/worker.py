@@ -187,7 +187,7 @@ class Contender:
         tile = triton_fused._tile(hidden, triton_fused.chunks_aligned(self.inputs.weight), rows, Logits())
         measured = tile.why.startswith("measured")
         if self.contestant.tuned and not measured:
-            raise RuntimeError("no stored tile for this problem: run python -m asft_kernels.autotune")
+            raise RuntimeError("no stored tile for this problem: run python -m asft_kernels.tools.autotune")
         return f"tuned: {tile}" if measured else str(tile)
 
     def memory(self) -> int | None:

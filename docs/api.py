@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from asft_kernels.core.options import Keywords, Options
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives import LDDPO, OBJECTIVES, WPO, LossTerms, Objective, WeightedSum
-from asft_kernels.options import Keywords, Options
-from asft_kernels.sequence import Logps
 
 PAGE, README = Path(__file__).with_name("api.md"), Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- objectives: drawn by `python docs/api.py --write` -->\n", "<!-- /objectives -->"
@@ -17,7 +17,6 @@ MODULES = {
     "asft_kernels": "The calls",
     "asft_kernels.models": "Models",
     "asft_kernels.training": "Training",
-    "asft_kernels.distributed": "Several ranks",
     "asft_kernels.methods.dnpo.noisy_logps": "DNPO",
     "asft_kernels.liger": "Liger's names",
 }

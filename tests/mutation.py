@@ -34,13 +34,13 @@ from tests.mutation_fork import ROOT, Lines, run_tests
 PACKAGE = "asft_kernels"
 CORE = "contract edges fuzz functional"
 TESTS = {  # modules -> the files of tests/ that are to fail, the quickest to do so first
-    "batch.py sequence.py functional.py token_loss.py linear_logps.py": (
+    "core/batch.py core/sequence.py core/linear_logps.py functional.py token_loss.py": (
         f"batch {CORE} base_objectives every_objective autocast extremes token_stats ranks"
     ),
-    "checks.py": "checks contract functional base_objectives batch",
-    "heads.py": "heads checks autocast sharding vocab_parallel sharded_data_parallel",
+    "core/checks.py": "checks contract functional base_objectives batch",
+    "core/heads.py": "heads checks autocast sharding vocab_parallel sharded_data_parallel",
     "backends/torch_chunked.py": f"{CORE} extremes token_stats distributed_schedules accuracy cost",
-    "backends/sharding.py distributed.py": "sharding vocab_parallel",
+    "backends/sharding.py core/distributed.py": "sharding vocab_parallel",
     "objectives/asft_fused.py": "edges kernels every_objective functional",
     "objectives/*": "every_objective objectives base_objectives neighbour_objectives edges fuzz",
     "kernels/*": "kernels triton_backend functional extremes token_stats noisy_kernels",

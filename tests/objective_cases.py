@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives import (
     AOT,
     BMC,
@@ -28,7 +29,6 @@ from asft_kernels.objectives import (
     SimPO,
     get_objective,
 )
-from asft_kernels.sequence import Logps
 
 
 def lmpo_held() -> LMPO:

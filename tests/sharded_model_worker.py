@@ -191,14 +191,14 @@ def memory_decides(rank: int, world: int, mesh: Any) -> None:
     for limit, expected in ((61 * 16 * 4, 0), (61 * 16 * 4 - 1, 1)):
         for head in (model.lm_head, model.lm_head.weight):
             with (
-                mock.patch("asft_kernels.heads.GATHERED_BYTES", limit),
+                mock.patch("asft_kernels.core.heads.GATHERED_BYTES", limit),
                 mock.patch.object(StreamedRows, "skip", autospec=True, side_effect=StreamedRows.skip) as chunks,
                 torch.no_grad(),
             ):
                 fused_linear_logps(hidden, head, labels)
             assert chunks.call_count == expected, (limit, chunks.call_count)
     with (
-        mock.patch("asft_kernels.heads.GATHERED_BYTES", 61 * 16 * 2),
+        mock.patch("asft_kernels.core.heads.GATHERED_BYTES", 61 * 16 * 2),
         mock.patch.object(StreamedRows, "skip", autospec=True, side_effect=StreamedRows.skip) as chunks,
         torch.autocast("cpu", torch.bfloat16), torch.no_grad(),
     ):  # fmt: skip

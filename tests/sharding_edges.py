@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from asft_kernels import fused_linear_logps
-from asft_kernels.distributed import VocabParallelHead
+from asft_kernels.core.distributed import VocabParallelHead
 from cases import make_case
 
 EPS = torch.finfo(torch.float32).eps

@@ -14,8 +14,8 @@ from asft_kernels import fused_linear_logps, fused_preference_loss
 from asft_kernels.backends import Logits
 from asft_kernels.backends.head_rows import HeadRows, stream_text
 from asft_kernels.backends.token_stats import Wanted
-from asft_kernels.linear_logps import linear_logps
-from asft_kernels.sharded_linear import ShardedLinear
+from asft_kernels.core.linear_logps import linear_logps
+from asft_kernels.core.sharded_linear import ShardedLinear
 
 CACHE = 2**30
 

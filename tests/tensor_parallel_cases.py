@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from asft_kernels import fused_linear_logps
-from asft_kernels.distributed import VocabParallelHead
+from asft_kernels.core.distributed import VocabParallelHead
 from asft_kernels.models import PreferenceModel, fuse
 from cases import make_case
 from model_cases import batch, built

@@ -5,7 +5,8 @@ from threading import Thread
 import pytest
 import torch
 
-from asft_kernels import fused_asft_loss, linear_logps
+from asft_kernels import fused_asft_loss
+from asft_kernels.core import linear_logps
 from cases import make_case
 from test_contract import grads_of
 

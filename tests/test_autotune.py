@@ -13,12 +13,12 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from asft_kernels import autotune
 from asft_kernels.backends import triton_fused
 from asft_kernels.backends.plan import Plan
 from asft_kernels.kernels import tile_choice
 from asft_kernels.kernels.configs import Strips, Tile, candidates
 from asft_kernels.kernels.tile_choice import Problem, best_form, best_tile, cache_file, store_times, stored_times
+from asft_kernels.tools import autotune
 from test_triton_backend import DTYPES, GEMMA, PLAIN, check, few
 from test_triton_backend import Problem as Whole
 
@@ -168,7 +168,7 @@ def test_a_file_that_does_not_fit_is_ignored_with_one_warning(text, reason):
     with pytest.warns(UserWarning, match="is ignored") as caught:
         assert choice() is TILES[0]
     assert reason in str(caught[0].message)
-    assert "Run `python -m asft_kernels.autotune` again, or delete the file" in str(caught[0].message)
+    assert "Run `python -m asft_kernels.tools.autotune` again, or delete the file" in str(caught[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choice() is TILES[0]  # said once
@@ -392,7 +392,7 @@ def test_the_command(tmp_path):
     environment = {"TRITON_INTERPRET": "1", "XDG_CACHE_HOME": str(tmp_path), "PATH": "", "CUDA_VISIBLE_DEVICES": ""}
 
     def run(arguments, environment):
-        command = [sys.executable, "-m", "asft_kernels.autotune", *arguments]
+        command = [sys.executable, "-m", "asft_kernels.tools.autotune", *arguments]
         root = Path(__file__).parents[1]
         return subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from asft_kernels import fused_preference_loss, reference
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives import (
     ASFT,
     CPO,
@@ -30,7 +31,6 @@ from asft_kernels.objectives import (
 from asft_kernels.objectives.base import counting, reduce_loss
 from asft_kernels.objectives.log_odds import FLOOR
 from asft_kernels.objectives.orpo import continued_log_odds
-from asft_kernels.sequence import Logps
 from bounds import fp32_bound, relative_error
 from cases import IGNORE, make_case
 from objective_cases import call_inputs

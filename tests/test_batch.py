@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from asft_kernels import fused_linear_logps
-from asft_kernels.batch import pack
+from asft_kernels.core.batch import pack
 from cases import IGNORE
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 import triton
 
-from asft_kernels import compile_report
-from asft_kernels.compile_report import DTYPES, Row, describe, launches_for, tile_launch, tile_table
 from asft_kernels.kernels import configs
 from asft_kernels.kernels.configs import ARCHITECTURES, SOFTCAP_TILES, TILES
-from asft_kernels.machine_code import TYPE_NAMES, Launch, machine_code
+from asft_kernels.tools import compile_report
+from asft_kernels.tools.compile_report import DTYPES, Row, describe, launches_for, tile_launch, tile_table
+from asft_kernels.tools.machine_code import TYPE_NAMES, Launch, machine_code
 
 pytestmark = pytest.mark.compile
 
@@ -229,7 +229,7 @@ def test_the_command_writes_a_table_and_json(tmp_path, monkeypatch, capsys):
 
 
 def test_the_command_refuses_an_interpreting_process():
-    command = [sys.executable, "-m", "asft_kernels.compile_report"]
+    command = [sys.executable, "-m", "asft_kernels.tools.compile_report"]
     result = subprocess.run(command, env={"TRITON_INTERPRET": "1", "PATH": ""}, capture_output=True, text=True)
     assert result.returncode == 2
     assert "TRITON_INTERPRET is set" in result.stderr

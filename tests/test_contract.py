@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from asft_kernels import FusedASFTLoss, fused_asft_loss, fused_linear_logps, reference
-from asft_kernels.batch import pack
+from asft_kernels.core.batch import pack
 from asft_kernels.objectives.asft import ASFT
 from cases import IGNORE, figures, make_case, packed
 

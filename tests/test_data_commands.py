@@ -17,10 +17,10 @@ pytest.importorskip("pyarrow", reason="needs the train extra: pyarrow")
 from asft_kernels.cli.data import main
 from asft_kernels.data import load_pairs, parse_pair
 from asft_kernels.data_commands import partial
-from asft_kernels.generation import PromptTooLong
 from asft_kernels.methods.bmc import data_command as bmc
 from asft_kernels.methods.rad.data_command import condition_prompt, goal_text
 from asft_kernels.methods.rso import data_command as rso
+from asft_kernels.models.generation import PromptTooLong
 from tiny_lm import saved_tiny_model, tiny_tokenizer, write_lines
 
 USER = {"role": "user", "content": "Why is the sky blue?"}

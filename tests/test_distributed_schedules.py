@@ -18,8 +18,8 @@ from asft_kernels import fused_linear_logps
 from asft_kernels.backends import Logits, plan
 from asft_kernels.backends.head_rows import HeadRows, stream_text
 from asft_kernels.backends.streamed_order import StreamedOrder
-from asft_kernels.distributed import VocabParallelHead
-from asft_kernels.linear_logps import linear_logps
+from asft_kernels.core.distributed import VocabParallelHead
+from asft_kernels.core.linear_logps import linear_logps
 from benchmarks.collectives import Collective, packed
 from benchmarks.distributed_schemes import streamed, vocabulary_parallel
 from cases import gemms

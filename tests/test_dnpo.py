@@ -15,12 +15,12 @@ from datasets import Dataset
 
 from asft_kernels import fused_linear_logps
 from asft_kernels.cli.data import main as data_main
+from asft_kernels.core.sequence import Logps
 from asft_kernels.errors import InputError
 from asft_kernels.methods.dnpo import hooks
 from asft_kernels.methods.dnpo.labelling import label_pair
 from asft_kernels.methods.dnpo.noisy_logps import fused_noisy_linear_logps
 from asft_kernels.objectives import DNPO, get_objective
-from asft_kernels.sequence import Logps
 from asft_kernels.training import PreferenceConfig, PreferenceTrainer
 from asft_kernels.training.hooks import find_method
 from rank_processes import launch

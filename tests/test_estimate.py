@@ -301,7 +301,7 @@ def test_bytes_of_a_streamed_head(name, monkeypatch, three_ranks_alike, collecte
     """Labels that stand on all ranks alike: as many rows are sent as come."""
     from torch.distributed.tensor import DTensor, Shard
 
-    from asft_kernels.sharded_linear import ShardedLinear
+    from asft_kernels.core.sharded_linear import ShardedLinear
 
     case = Run(**{"N": 48, "M": 96, "D": 64, "V": 900, "chunk_size": 150, **STREAMED[name]})
 

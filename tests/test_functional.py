@@ -18,10 +18,10 @@ from asft_kernels import (
     get_objective,
     reference,
 )
+from asft_kernels.core.options import KEYWORDS, Keywords, Options
 from asft_kernels.methods.dnpo.noisy_logps import fused_noisy_linear_logps
 from asft_kernels.objectives import ASFT
 from asft_kernels.objectives.base import LossTerms
-from asft_kernels.options import KEYWORDS, Keywords, Options
 from bounds import fp32_bound, relative_error, rounded_once
 from cases import IGNORE, figures, make_case, packed
 

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("transformers", reason="needs the train extra: transformers")
 
-from asft_kernels.generation import PromptTooLong, TransformersGenerator
+from asft_kernels.models.generation import PromptTooLong, TransformersGenerator
 from tiny_lm import saved_tiny_model, tiny_model, tiny_tokenizer
 
 PROMPTS = ["abc", "a longer prompt here", "x"]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from asft_kernels import fused_asft_loss, fused_linear_logps, reference
+from asft_kernels.core.linear_logps import exact_products
 from asft_kernels.kernels.products import TERMS, add_product
-from asft_kernels.linear_logps import exact_products
 from bounds import fp32_bound, relative_error, rounded_once
 from cases import Case, make_case
 from test_token_stats import ALL, exact_gradients, gradients, oracle, rounded_exponents, stats_of

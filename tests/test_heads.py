@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from asft_kernels import fused_asft_loss, fused_linear_logps, heads
-from asft_kernels.heads import resolve_head
-from asft_kernels.sharded_linear import ShardedLinear
+from asft_kernels import fused_asft_loss, fused_linear_logps
+from asft_kernels.core import heads
+from asft_kernels.core.heads import resolve_head
+from asft_kernels.core.sharded_linear import ShardedLinear
 from bounds import fp32_bound, relative_error
 from rank_processes import launch
 

@@ -14,9 +14,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from asft_kernels import fused_asft_loss, fused_linear_logps, fused_preference_loss, linear_logps
+from asft_kernels import fused_asft_loss, fused_linear_logps, fused_preference_loss
 from asft_kernels.backends import torch_chunked
 from asft_kernels.backends.token_stats import DIFFERENTIABLE
+from asft_kernels.core import linear_logps
 from cases import make_case
 
 pytestmark = [

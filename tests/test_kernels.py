@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from asft_kernels.batch import _ends, _find, pack
+from asft_kernels.core.batch import _ends, _find, pack
 from asft_kernels.kernels import device_math
 from asft_kernels.kernels.asft_sequence import asft_sequence, asft_sequence_grad
 from asft_kernels.kernels.configs import Strips, Tile, architecture_of, candidates

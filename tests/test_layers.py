@@ -11,35 +11,44 @@ PACKAGE = Path(__file__).parents[1] / "asft_kernels"
 LAYERS = [  # each may import those before it
     "errors files",
     "locks",
-    "checks",
     "kernels reference",
-    "backends batch",
-    "machine_code memory",
-    "linear_logps sequence",
-    "sequence_parallel",
-    "autotune",
-    "options sharded_linear",
-    "distributed",
-    "tensor_parallel",
-    "heads",
-    "token_logps cost",
-    "objectives",
+    "backends",
+    "memory",
+    "core",
+    "cost objectives",
     "outputs",
     "token_loss",
     "functional",
     "nn liger",
     "models data",
-    "training",
-    "generation",
     "score data_commands",
     "evaluation",
     "training",
     "methods",
-    "compile_report",
+    "tools",
     "cli",
     "demo",
 ]
+CORE = [  # the same inside of core
+    "checks",
+    "batch sharded_linear",
+    "sequence distributed",
+    "sequence_parallel tensor_parallel options",
+    "heads linear_logps",
+    "token_logps",
+]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
+RANK_IN_CORE = {name: rank for rank, names in enumerate(CORE) for name in names.split()}
+
+
+def upward_imports_in_core(source: str, here: str) -> list[str]:
+    """The modules of asft_kernels.core that its module `here` must not import."""
+    bad = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("asft_kernels.core"):
+            named = (node.module or "").split(".")[2:3] or [a.name for a in node.names]
+            bad += [name for name in named if not RANK_IN_CORE[name] < RANK_IN_CORE[here]]
+    return bad
 
 
 def upward_imports(source: str, here: str) -> list[str]:
@@ -67,11 +76,15 @@ def test_imports_point_down(path):
     assert upward_imports(path.read_text(), here) == []
     if here == "reference":
         assert "asft_kernels" not in path.read_text().replace("asft_kernels.reference", ""), "the oracle stands alone"
+    if here == "core" and path.name != "__init__.py":
+        assert upward_imports_in_core(path.read_text(), path.stem) == []
 
 
 def test_the_layer_check_can_fail():
     assert upward_imports("from asft_kernels.objectives import ASFT", "kernels") == ["objectives"]
     assert upward_imports("import asft_kernels.nn", "kernels") == ["asft_kernels.nn"]
+    assert upward_imports_in_core("from asft_kernels.core import checks, heads", "batch") == ["heads"]
+    assert upward_imports_in_core("from asft_kernels.core.heads import Head", "heads") == ["heads"]
 
 
 OPTIONAL = ["triton", "transformers", "trl", "peft", "datasets", "matplotlib", "numpy.testing"]

@@ -13,6 +13,7 @@ pytest.importorskip("datasets", reason="needs the train extra: datasets")
 from datasets import Dataset
 
 from asft_kernels import fused_linear_logps, fused_preference_loss
+from asft_kernels.core.sequence import Logps
 from asft_kernels.errors import InputError
 from asft_kernels.methods.bmc.diff_marks import diff_marks
 from asft_kernels.methods.fpo import SparseAutoencoder, fpo_inputs, pooled_features, read_sae, write_sae
@@ -20,7 +21,6 @@ from asft_kernels.methods.fpo.cache import write_reference_features
 from asft_kernels.methods.fpo.hidden import hidden_states
 from asft_kernels.methods.fpo.hooks import Arguments, Hooks
 from asft_kernels.objectives import BMC, DPO, FPO, KTO, SFT, PoFT, WeightedSum, weighted_reference
-from asft_kernels.sequence import Logps
 from asft_kernels.training import PreferenceConfig, PreferenceTrainer
 from asft_kernels.training.hooks import find_method
 from asft_kernels.training.on_pairs import OnPairs

@@ -396,9 +396,9 @@ def test_a_batch_without_labels_has_a_loss_of_zero_and_gradients():
 
 
 def test_backend_is_the_same_in_check_and_training(monkeypatch):
-    asked, choose = [], asft_kernels.token_logps.choose_backend
+    asked, choose = [], asft_kernels.core.token_logps.choose_backend
     monkeypatch.setattr(
-        "asft_kernels.token_logps.choose_backend", lambda name, *x: asked.append(name) or choose(name, *x)
+        "asft_kernels.core.token_logps.choose_backend", lambda name, *x: asked.append(name) or choose(name, *x)
     )
     model = built("Llama")
     fuse(model, backend="torch")
@@ -407,9 +407,9 @@ def test_backend_is_the_same_in_check_and_training(monkeypatch):
 
 
 def test_only_positions_that_carry_loss_are_computed(monkeypatch):
-    rows, primitive = [], asft_kernels.token_logps.linear_logps
+    rows, primitive = [], asft_kernels.core.token_logps.linear_logps
     monkeypatch.setattr(
-        "asft_kernels.token_logps.linear_logps", lambda *x, **kw: rows.append(len(x[3])) or primitive(*x, **kw)
+        "asft_kernels.core.token_logps.linear_logps", lambda *x, **kw: rows.append(len(x[3])) or primitive(*x, **kw)
     )
     model, data = built("Llama"), batch()
     fuse(model, check=False)

@@ -12,7 +12,7 @@ pytest.importorskip("trl", reason="needs the train extra: trl")
 
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-import asft_kernels.token_logps
+import asft_kernels.core.token_logps
 from asft_kernels import fused_asft_loss, fused_preference_loss
 from asft_kernels.data import load_pairs, with_labels
 from asft_kernels.models import PreferenceModel, UnsupportedHead, fuse
@@ -234,9 +234,9 @@ def test_no_path_leaves_the_check_out():
 
 
 def test_backend_is_the_same_in_check_scoring_and_training(loaded, monkeypatch):
-    asked, choose = [], asft_kernels.token_logps.choose_backend
+    asked, choose = [], asft_kernels.core.token_logps.choose_backend
     monkeypatch.setattr(
-        "asft_kernels.token_logps.choose_backend", lambda name, *x: asked.append(name) or choose("torch", *x)
+        "asft_kernels.core.token_logps.choose_backend", lambda name, *x: asked.append(name) or choose("torch", *x)
     )
     model = PreferenceModel(tiny_model(), "dpo", backend="triton")
     model(**batch(), ref_logps=torch.zeros(4))

@@ -48,7 +48,7 @@ def test_mutants_of_a_source():
 
 def test_every_module_of_the_table_has_its_tests():
     names = modules(["*"])
-    for name in ("batch.py", "checks.py", "objectives/asft.py", "kernels/settle.py", "models/seam.py"):
+    for name in ("core/batch.py", "core/checks.py", "objectives/asft.py", "kernels/settle.py", "models/seam.py"):
         assert name in names
     for name in names:
         missing = [x for x in files_for(name) if not (ROOT / x).is_file()]
@@ -82,11 +82,11 @@ def test_runs_of_tests_in_a_fork(tmp_path):
 
 
 def test_what_is_written_is_read_again(tmp_path, capsys):
-    row = {"path": "asft_kernels/batch.py", "line": 1, "before": "a", "after": "b", "result": "survived"}
+    row = {"path": "asft_kernels/core/batch.py", "line": 1, "before": "a", "after": "b", "result": "survived"}
     out = tmp_path / "out.jsonl"
     out.write_text(json.dumps(row) + "\n" + json.dumps(row | {"result": "killed"}) + "\n" + json.dumps(row)[:20])
     assert [x["result"] for x in written(out).values()] == ["killed"]
     print_report([row, row | {"before": "c", "result": "killed"}])
     said = capsys.readouterr().out
-    assert "batch.py                   2       1         1           0       50.0" in said
-    assert "asft_kernels/batch.py:1 survived\n-   a\n+   b" in said
+    assert "core                       2       1         1           0       50.0" in said
+    assert "asft_kernels/core/batch.py:1 survived\n-   a\n+   b" in said

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from asft_kernels import fused_linear_logps, fused_preference_loss, reference
+from asft_kernels.core.sequence import Logps
 from asft_kernels.methods.bmc.diff_marks import diff_marks
 from asft_kernels.objectives import (
     ASFT,
@@ -30,7 +31,6 @@ from asft_kernels.objectives import (
     kto_kl,
     weighted_reference,
 )  # fmt: skip
-from asft_kernels.sequence import Logps
 from bounds import fp32_bound, relative_error
 from cases import make_case, packed
 from objective_cases import call_inputs

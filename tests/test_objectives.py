@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives import ASFT, OBJECTIVES, SFT, get_objective
 from asft_kernels.objectives.base import counting, reduce_loss
 from asft_kernels.objectives.log_odds import FLOOR, log_odds, nll_of_odds
-from asft_kernels.sequence import Logps
 from bounds import relative_error
 
 # A handful of float64 roundings (expm1, log, sigmoid, two products), each 1.1e-16; relative to the result.

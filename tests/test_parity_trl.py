@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives import (
     AOT,
     CPO,
@@ -36,7 +37,6 @@ from asft_kernels.objectives import (
     kto_kl,
 )
 from asft_kernels.objectives.base import mean_over
-from asft_kernels.sequence import Logps
 from bounds import relative_error
 
 PAIRS, T = 4, 9

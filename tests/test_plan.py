@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from asft_kernels import linear_logps
 from asft_kernels.backends import exp_dtype
 from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import (
@@ -20,6 +19,7 @@ from asft_kernels.backends.plan import (
 )
 from asft_kernels.backends.streamed_order import StreamedOrder
 from asft_kernels.backends.token_stats import Wanted
+from asft_kernels.core import linear_logps
 from asft_kernels.kernels.configs import multiprocessors
 
 DEVICES = st.sampled_from(["cpu", "cuda"])

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("train_extra")
 
 from asft_kernels import fused_asft_loss, fused_linear_logps, fused_preference_loss, preference_loss_from_logps
+from asft_kernels.core.sequence_parallel import process_group
 from asft_kernels.models import PreferenceModel
 from asft_kernels.objectives import ASFT, LMPO, kto_kl
-from asft_kernels.sequence_parallel import process_group
 from bounds import relative_error
 from cases import IGNORE, make_case, packed
 from model_cases import batch, built

@@ -10,8 +10,8 @@ pytest.importorskip("datasets", reason="needs the train extra: datasets")
 from asft_kernels.cli.data import main
 from asft_kernels.data import parse_pair
 from asft_kernels.data_commands import partial
-from asft_kernels.generation import TransformersGenerator
 from asft_kernels.methods.sapo.negatives import Regeneration
+from asft_kernels.models.generation import TransformersGenerator
 from tiny_lm import pairs, saved_tiny_model, tiny_tokenizer, write_lines
 
 ROWS = [{"prompt": row["prompt"], "chosen": row["chosen"] * 2} for row in pairs(10)]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from asft_kernels import fused_preference_loss, reference
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives import (
     AOT,
     BMC,
@@ -37,7 +38,6 @@ from asft_kernels.objectives import (
 )
 from asft_kernels.objectives.base import counting, reduce_loss
 from asft_kernels.objectives.divergences import divergence_score
-from asft_kernels.sequence import Logps
 from bounds import fp32_bound, relative_error
 from cases import IGNORE, make_case
 from cases import packed as pack

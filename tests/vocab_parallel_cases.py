@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from asft_kernels import fused_asft_loss, fused_linear_logps, fused_preference_loss
-from asft_kernels.distributed import VocabParallelHead
+from asft_kernels.core.distributed import VocabParallelHead
 from asft_kernels.objectives import LMPO, OBJECTIVES, get_objective
 from cases import Case, gemms, make_case
 from objective_cases import call_inputs, objective_of

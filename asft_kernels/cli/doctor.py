@@ -160,7 +160,7 @@ def _kernel_checks() -> Iterator[Line]:
 def _compiled(architectures: Sequence[str]) -> Iterator[Line]:
     """Each kernel of a usual call, in each dtype: whether it compiles, and spilled registers.
 
-    All variants: python -m asft_kernels.compile_report.
+    All variants: python -m asft_kernels.tools.compile_report.
     """
     import torch
 
@@ -175,7 +175,7 @@ def _compiled(architectures: Sequence[str]) -> Iterator[Line]:
         reason = "TRITON_INTERPRET is set; unset it" if HAS_TRITON else "Triton is not installed"
         yield "kernels", f"not compiled: {reason}", True
         return
-    from asft_kernels import compile_report  # here, as it needs triton
+    from asft_kernels.tools import compile_report  # here, as it needs triton
 
     here = architecture_of(torch.device("cuda")) if torch.cuda.is_available() else "other"
     for architecture in architectures or ([here] if here in ARCHITECTURES else ARCHITECTURES):
@@ -249,8 +249,8 @@ def _model(name: str, dtype: str) -> Iterator[Line]:
     import torch
 
     from asft_kernels.cli.head_lines import head_lines
+    from asft_kernels.core.heads import resolve_head
     from asft_kernels.errors import InputError
-    from asft_kernels.heads import resolve_head
     from asft_kernels.models import PreferenceModel
     from asft_kernels.models.loading import load_causal_lm, load_tokenizer
     from asft_kernels.models.seam import causal_lm, output_head

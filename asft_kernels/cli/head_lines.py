@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import torch
 
+from asft_kernels.core.heads import ResolvedHead
+from asft_kernels.core.options import Options
 from asft_kernels.cost import Estimate, of_head
-from asft_kernels.heads import ResolvedHead
 from asft_kernels.memory import in_units
-from asft_kernels.options import Options
 
 TOKENS, POSITIONS = 4096, 8192  # of 8 pairs of 512 positions each way, half of them answers
 RANK = 16

@@ -8,8 +8,8 @@ from typing import Any
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from asft_kernels.errors import InputError
-from asft_kernels.generation import TransformersGenerator
 from asft_kernels.models import PreferenceModel
+from asft_kernels.models.generation import TransformersGenerator
 from asft_kernels.models.loading import load_causal_lm
 from asft_kernels.score.scoring import score_pairs
 from asft_kernels.score.unfinished import UnfinishedScores

@@ -1,9 +1,9 @@
 """Tiles of the GEMM kernel (logits_exp), by architecture and dtype.
 
-The first row of a key is used unless `python -m asft_kernels.autotune` has measured that another is
+The first row of a key is used unless `python -m asft_kernels.tools.autotune` has measured that another is
 faster on this device; the others are its candidates. sm_90's in bf16 without a softcap were timed on an H100
 (docs/gpu-model.md), nothing else was: rows were chosen from compiled code (docs/kernels.md has the figures,
-`python -m asft_kernels.compile_report --tiles` makes them), by these rules in this order:
+`python -m asft_kernels.tools.compile_report --tiles` makes them), by these rules in this order:
 
 1. It fits: no spilled register, no more shared memory than a program may have, whatever the epilogue.
 2. Operations per operand byte, BLOCK_M * BLOCK_V / (BLOCK_M + BLOCK_V) in bf16 and half that in fp32, reach

@@ -177,7 +177,8 @@ def _parse(path: Path, text: bytes, identity: dict[str, str]) -> dict[str, dict[
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"not readable as stored tile times ({type(error).__name__}: {error})"
     warnings.warn(
-        f"asft_kernels: {path} is ignored: {reason}. Run `python -m asft_kernels.autotune` again, or delete the file",
+        f"asft_kernels: {path} is ignored: {reason}. Run `python -m asft_kernels.tools.autotune` again, or delete "
+        "the file",
         stacklevel=2,
     )
     return {}

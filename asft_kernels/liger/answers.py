@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.functional import fused_linear_logps
 from asft_kernels.objectives.base import require_number
-from asft_kernels.sequence import Logps
 
 
 def answers(

@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.liger.answers import answers, logit_means, require_ignored
 from asft_kernels.objectives import LossTerms, Objective
 from asft_kernels.objectives.base import chosen_nll, counting, mean_over, require_number
-from asft_kernels.sequence import Logps
 
 Figures = tuple[Tensor, ...]
 

@@ -17,7 +17,7 @@ OF_AN_H100 = 132  # multiprocessors
 
 @dataclass(frozen=True)
 class Sizes:
-    """One call of the primitive, in sizes: tensors as they go into it (asft_kernels/linear_logps.py)."""
+    """One call of the primitive, in sizes: tensors as they go into it (asft_kernels/core/linear_logps.py)."""
 
     tokens: int  # N
     positions: int  # M: rows of hidden

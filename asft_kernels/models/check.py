@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from asft_kernels.core.sharded_linear import ShardedLinear
 from asft_kernels.functional import fused_linear_logps
 from asft_kernels.models.exact import exact_output
 from asft_kernels.models.positions import last_positions
 from asft_kernels.models.seam import UnsupportedHead, causal_lm, own_forward, run_to_head
-from asft_kernels.sharded_linear import ShardedLinear
 
 CHECKED_TOKENS = 8  # (9, V) logits in float64: 11 MB at V = 151936
 # Powers of two, so that their scaled values are exact. A cap bends the small one by some 10^-13; the large one is past

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from asft_kernels.backends.plan import Plan
 from asft_kernels.backends.streaming import order_of, reading
-from asft_kernels.checks import own_class
-from asft_kernels.distributed import Shard
-from asft_kernels.heads import resolve_head
-from asft_kernels.tensor_parallel import localised
+from asft_kernels.core.checks import own_class
+from asft_kernels.core.distributed import Shard
+from asft_kernels.core.heads import resolve_head
+from asft_kernels.core.tensor_parallel import localised
 
 ROWS = 1024  # of the head at a time: 33 MB in float64 at D = 4096
 

@@ -9,12 +9,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from asft_kernels.core.options import Options
 from asft_kernels.functional import fused_linear_logps
 from asft_kernels.models.head import FusedHead
 from asft_kernels.models.output import FusedOutput
 from asft_kernels.models.positions import by_name, check_labels, last_positions
 from asft_kernels.models.seam import UnsupportedHead, causal_lm, output_head, refuse_masked_lm
-from asft_kernels.options import Options
 
 STATISTICS = ("entropy", "mean_logits", "log_sum_sq_probs", "is_top1", "lse")
 DIFFERENTIABLE = ("entropy", "lse", "mean_logits")

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from asft_kernels.checks import objective_object
+from asft_kernels.core.checks import objective_object
 from asft_kernels.functional import fused_linear_logps, fused_preference_loss
 from asft_kernels.models.arguments import argument_names, refuse_unknown
 from asft_kernels.models.fused import aux_loss_coefficient, fuse, refuse_replicas

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
+from asft_kernels.core.tensor_parallel import is_colwise, is_layout, localised
 from asft_kernels.errors import InputError
-from asft_kernels.tensor_parallel import is_colwise, is_layout, localised
 
 ComputeAtHead = Callable[[Tensor, nn.Module], Tensor]
 

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from asft_kernels.core.sharded_linear import ShardedLinear, is_dtensor
 from asft_kernels.errors import InputError
 from asft_kernels.models.seam import causal_lm, output_head
-from asft_kernels.sharded_linear import ShardedLinear, is_dtensor
 
 
 def shard_head(

@@ -5,10 +5,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives.asft_fused import asft_sequence_terms
 from asft_kernels.objectives.base import LossTerms, Objective, require_number
 from asft_kernels.objectives.log_odds import nll_of_odds
-from asft_kernels.sequence import Logps
 
 
 @dataclass(frozen=True)

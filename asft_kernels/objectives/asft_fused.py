@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from asft_kernels import checks
+from asft_kernels.core import checks
 
 Terms = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 

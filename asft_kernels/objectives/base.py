@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from asft_kernels.sequence import Logps
+from asft_kernels.core.sequence import Logps
 
 NLL_NORMALIZATIONS = ("sequence", "token")
 

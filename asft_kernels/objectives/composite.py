@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives.base import LossTerms, Objective, chosen_of_pairs, require_number, sum_of
-from asft_kernels.sequence import Logps
 
 
 class Composite(nn.Module, Objective):

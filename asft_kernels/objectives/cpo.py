@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives.base import (
     NLL_NORMALIZATIONS,
     LossTerms,
@@ -16,7 +17,6 @@ from asft_kernels.objectives.base import (
     require_smoothing,
     reward_metrics,
 )
-from asft_kernels.sequence import Logps
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives.base import LossTerms, Objective, require_number, reward_metrics, sigmoid
 from asft_kernels.objectives.divergences import require_divergence
 from asft_kernels.objectives.dpo import score
-from asft_kernels.sequence import Logps
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives.base import LossTerms, Objective, require_input, require_number, reward_metrics
 from asft_kernels.objectives.dpo import log_ratio
-from asft_kernels.sequence import Logps
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives.base import (
     LossTerms,
     Objective,
@@ -18,7 +19,6 @@ from asft_kernels.objectives.base import (
     reward_metrics,
 )
 from asft_kernels.objectives.divergences import divergence_score, require_divergence
-from asft_kernels.sequence import Logps
 
 SMALLEST_TAU = 4e-155  # 1 / (2 beta) is then 1.25e154, and its square 1.6e308, under float64's 1.8e308
 

@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives.base import LossTerms, Objective, require_input, require_number, sigmoid, sum_over_ranks
 from asft_kernels.objectives.dpo import log_ratio
-from asft_kernels.sequence import Logps
 
 
 @dataclass(frozen=True)

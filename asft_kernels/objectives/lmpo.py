@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives.base import (
     LossTerms,
     Objective,
@@ -16,7 +17,6 @@ from asft_kernels.objectives.base import (
     reward_metrics,
     sum_over_ranks,
 )
-from asft_kernels.sequence import Logps
 
 DECAY = 0.9
 TINY = 1e-8  # against a spread of 0: pairs all alike have z = 0

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives.base import LossTerms, Objective, require_number, reward_metrics
-from asft_kernels.sequence import Logps
 
 GUARD = 1e-6  # the authors': added to denominators that are 0 where two answers score alike
 

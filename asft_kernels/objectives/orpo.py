@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives.base import (
     NLL_NORMALIZATIONS,
     LossTerms,
@@ -17,7 +18,6 @@ from asft_kernels.objectives.base import (
     reward_metrics,
 )
 from asft_kernels.objectives.log_odds import FLOOR, log_odds
-from asft_kernels.sequence import Logps
 
 
 @dataclass(frozen=True)

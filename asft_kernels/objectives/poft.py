@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives.base import LossTerms, Objective, require_input, require_number
-from asft_kernels.sequence import Logps
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives.base import (
     LossTerms,
     Objective,
@@ -16,7 +17,6 @@ from asft_kernels.objectives.base import (
     share_of_token_mean,
 )
 from asft_kernels.objectives.dpo import log_ratio
-from asft_kernels.sequence import Logps
 
 
 @dataclass(frozen=True)

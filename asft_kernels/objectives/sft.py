@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives.base import (
     LossTerms,
     Objective,
@@ -15,7 +16,6 @@ from asft_kernels.objectives.base import (
     require_number,
     share_of_token_mean,
 )
-from asft_kernels.sequence import Logps
 
 UNIFORM = "uniform_nll"  # lse - mean_logits: the mean of -log p over the vocabulary
 LSE_SQUARE = "lse_square"

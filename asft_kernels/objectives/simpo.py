@@ -6,8 +6,8 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives.base import LossTerms, Objective, require_number, require_smoothing, reward_metrics
-from asft_kernels.sequence import Logps
 
 
 @dataclass(frozen=True)

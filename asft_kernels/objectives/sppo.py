@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives.base import LossTerms, Objective, require_number, reward_metrics
 from asft_kernels.objectives.dpo import log_ratio, require_squarable
-from asft_kernels.sequence import Logps
 
 
 @dataclass(frozen=True)

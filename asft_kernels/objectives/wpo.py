@@ -5,10 +5,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.objectives.aot import AOT, AOTUnpaired
 from asft_kernels.objectives.base import LossTerms, Objective
 from asft_kernels.objectives.composite import Around, weighs_tokens
-from asft_kernels.sequence import Logps
 
 ALIGNED = "wpo_logps"  # log p - log(sum_v p_v^2)
 

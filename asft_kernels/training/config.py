@@ -12,10 +12,10 @@ import torch
 from transformers import SchedulerType, get_scheduler
 from trl import DPOConfig
 
+from asft_kernels.core.options import Options
 from asft_kernels.errors import InputError
 from asft_kernels.objectives import OBJECTIVES, get_objective
 from asft_kernels.objectives.grammar import literal
-from asft_kernels.options import Options
 from asft_kernels.training.model_keywords import check_model_keywords
 
 # Of TRL's loss: given ones are parameters of the objective.

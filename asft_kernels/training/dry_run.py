@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
+from asft_kernels.core.heads import resolve_head
+from asft_kernels.core.options import Options
 from asft_kernels.cost import of_head
 from asft_kernels.data.images import images_in
-from asft_kernels.heads import resolve_head
 from asft_kernels.memory import in_units
 from asft_kernels.models.seam import causal_lm, output_head
-from asft_kernels.options import Options
 from asft_kernels.training.collator import longest_first, token_counts
 from asft_kernels.training.tensor_parallel import data_ranks, sharded_at_load
 from asft_kernels.training.trainer import PreferenceTrainer

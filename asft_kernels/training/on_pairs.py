@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.errors import InputError
 from asft_kernels.objectives import LossTerms, Objective, WeightedSum, expression_of
 from asft_kernels.objectives.base import chosen_of_pairs
-from asft_kernels.sequence import Logps
 
 
 @dataclass(frozen=True)

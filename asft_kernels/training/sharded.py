@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from asft_kernels.core.sharded_linear import GATHERED_BYTES
 from asft_kernels.errors import InputError
 from asft_kernels.models.seam import causal_lm, output_head
 from asft_kernels.models.shard import shard_head
-from asft_kernels.sharded_linear import GATHERED_BYTES
 
 GATHER, STREAM = "gather", "stream"
 

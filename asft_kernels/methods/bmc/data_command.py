@@ -19,7 +19,7 @@ from asft_kernels.data_commands.fields import whole
 from asft_kernels.data_commands.report import Report
 from asft_kernels.data_commands.stream import run_stream
 from asft_kernels.errors import InputError
-from asft_kernels.generation import Generator, PromptTooLong, TransformersGenerator
+from asft_kernels.models.generation import Generator, PromptTooLong, TransformersGenerator
 
 BRIDGING = """\
 You are given a request, a draft answer with faults, and a reference answer that is better.

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from asft_kernels.core.heads import resolve_head
+from asft_kernels.core.sequence import Logps
 from asft_kernels.errors import InputError
-from asft_kernels.heads import resolve_head
 from asft_kernels.methods.dnpo.noisy_logps import fused_noisy_linear_logps
 from asft_kernels.models.fused import FusedForward
 from asft_kernels.models.positions import last_positions
 from asft_kernels.models.seam import causal_lm, output_head
 from asft_kernels.objectives import DNPO, expression_of
 from asft_kernels.objectives.base import counting
-from asft_kernels.sequence import Logps
 from asft_kernels.training.collator import ENTRIES
 from asft_kernels.training.figures import REWARDS
 from asft_kernels.training.hooks import LossInputs, Method

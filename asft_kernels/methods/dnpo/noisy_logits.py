@@ -7,7 +7,7 @@
                 tile sum = sum over v != y_t of exp(z~ - q);  tile power = sum over v of std^2;  z~_y
     gradient    C = -g * (p~ - [v = y_t]) * eps + (2 / V) * g' * std,  p~ = exp(z~ - log_total)
 
-eps(seed, t, v) is entry v mod 4 of tl.randn4x(seed, (t << 32) + v div 4), as asft_kernels/philox.py says: a tile begins
+eps(seed, t, v) is entry v mod 4 of tl.randn4x(seed, (t << 32) + v div 4), as philox.py says: a tile begins
 at a multiple of 4 of the vocabulary and masks what lies before the chunk. Its cosines and sines are device_math's.
 g and g' are the gradients to logp and to the mean of std^2; p~ - 1 at the label is expm1(logp), which keeps its digits.
 fp32 throughout, with no rounding beside those of the operations. Reads 8*N*width bytes; the gradient writes 4*N*width,

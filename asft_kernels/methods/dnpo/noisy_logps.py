@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from asft_kernels import checks
 from asft_kernels.backends import Logits, choose_backend
 from asft_kernels.backends.plan import Plan, make_plan, traced_chunk
-from asft_kernels.batch import pack
-from asft_kernels.heads import Head, resolve_head
-from asft_kernels.linear_logps import exact_products
-from asft_kernels.options import Keywords, as_autocast, explained, make_options
+from asft_kernels.core import checks
+from asft_kernels.core.batch import pack
+from asft_kernels.core.heads import Head, resolve_head
+from asft_kernels.core.linear_logps import exact_products
+from asft_kernels.core.options import Keywords, as_autocast, explained, make_options
 
 __all__ = ["fused_noisy_linear_logps"]
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from asft_kernels import checks
 from asft_kernels.backends import choose_backend
-from asft_kernels.batch import pack
+from asft_kernels.core import checks
+from asft_kernels.core.batch import pack
 from asft_kernels.methods.fpo.autoencoder import SparseAutoencoder
 
 CHUNK_BYTES = 2**26  # pre-activations held at a time; with their mask and the features 2.25 times that

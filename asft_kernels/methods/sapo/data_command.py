@@ -17,8 +17,8 @@ from asft_kernels.data_commands.fields import whole
 from asft_kernels.data_commands.report import Report
 from asft_kernels.data_commands.stream import run_stream
 from asft_kernels.errors import InputError
-from asft_kernels.generation import TransformersGenerator
 from asft_kernels.methods.sapo.negatives import Regeneration
+from asft_kernels.models.generation import TransformersGenerator
 from asft_kernels.models.loading import fitted_length
 
 

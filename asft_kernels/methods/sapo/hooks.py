@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from asft_kernels.errors import InputError
-from asft_kernels.generation import TransformersGenerator
 from asft_kernels.methods.sapo.buffer import ReplayBuffer
 from asft_kernels.methods.sapo.ema import MODES, MovingWeights
 from asft_kernels.methods.sapo.negatives import Regeneration
+from asft_kernels.models.generation import TransformersGenerator
 from asft_kernels.objectives import expression_of
 from asft_kernels.training.hooks import LossInputs, Method
 from asft_kernels.training.on_pairs import OnPairs

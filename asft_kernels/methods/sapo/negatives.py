@@ -12,7 +12,7 @@ from asft_kernels.methods.sapo.segments import Segment, choose_segment, splice
 
 
 class IdGenerator(Protocol):
-    """What SAPO asks of a generator; `asft_kernels.generation.TransformersGenerator` is one."""
+    """What SAPO asks of a generator; `asft_kernels.models.generation.TransformersGenerator` is one."""
 
     def generate_ids(
         self,

@@ -2,8 +2,8 @@
 
 Later calls take the fastest:
 
-    python -m asft_kernels.autotune --hidden-size 4096 --vocab 151936 --dtype bfloat16 [--tokens 2048 8192]
-    python -m asft_kernels.autotune --show
+    python -m asft_kernels.tools.autotune --hidden-size 4096 --vocab 151936 --dtype bfloat16 [--tokens 2048 8192]
+    python -m asft_kernels.tools.autotune --show
 
 Nothing is tuned unless this command runs: the table's first tile is used, and results repeat bit by bit
 from one machine to the next. A stored choice holds for calls of the same dtype, hidden size, softcap or
@@ -25,11 +25,11 @@ import triton
 from asft_kernels.backends import exp_dtype, triton_runs_on_cpu
 from asft_kernels.backends.plan import make_plan
 from asft_kernels.backends.triton_fused import GRADIENTS
+from asft_kernels.core.linear_logps import exact_products
 from asft_kernels.kernels.configs import Strips, Tile, architecture_of, candidates, forms, multiprocessors
 from asft_kernels.kernels.exp_epilogue import TileSums, empty_exps
 from asft_kernels.kernels.logits_exp import logits_exp, operand_rows
 from asft_kernels.kernels.tile_choice import Problem, cache_file, store_times, stored_times
-from asft_kernels.linear_logps import exact_products
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -234,7 +234,7 @@ def show(device: torch.device) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m asft_kernels.autotune",
+        prog="python -m asft_kernels.tools.autotune",
         description="Time the candidates of the tile table on this device and store the times: later calls of the same "
         "dtype, hidden size, softcap or none, and number of tokens take the fastest.",
     )

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from asft_kernels import checks
 from asft_kernels.backends import Logits, Saved, exp_columns, exp_dtype
 from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import Plan, make_plan, traced_chunk
 from asft_kernels.backends.sharding import backend_for
 from asft_kernels.backends.streaming import agreed_tokens, in_natural_order, in_read_order, order_of, ranks_of
 from asft_kernels.backends.token_stats import DIFFERENTIABLE, NAMES, Stats, StatsGrads, Wanted, stat_dtype
+from asft_kernels.core import checks
 from asft_kernels.kernels.configs import multiprocessors
 from asft_kernels.memory import Sizes, explained
 

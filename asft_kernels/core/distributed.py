@@ -8,10 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from asft_kernels import checks
+from asft_kernels.core import checks
 from asft_kernels.errors import InputError
 
-__all__ = ["VocabParallelHead"]
 COLUMNS = 8  # of hidden states, that the ranks compare
 FLOATS = ("token_weights", "ref_logps", "objective_inputs")
 SUMS = 3  # that the ranks compare of each of them

@@ -1,6 +1,6 @@
 """Compiles every kernel for every architecture of the tile table, on a machine that needs no GPU.
 
-    python -m asft_kernels.compile_report [--arch sm_90] [--json FILE] [--tiles]
+    python -m asft_kernels.tools.compile_report [--arch sm_90] [--json FILE] [--tiles]
 
 One row per kernel, architecture, operand dtype and variant: registers, spills, shared memory against
 the chip's limit, and the matrix instructions found in the machine code. The launches are not listed
@@ -36,7 +36,7 @@ from asft_kernels.kernels.exp_epilogue import empty_exps
 from asft_kernels.kernels.logits_exp import logits_exp
 from asft_kernels.kernels.pack_labels import pack_labels
 from asft_kernels.kernels.tile_choice import assume_architecture
-from asft_kernels.machine_code import CHIPS, KIB, TYPE_NAMES, Launch, MachineCode, machine_code, record_launches
+from asft_kernels.tools.machine_code import CHIPS, KIB, TYPE_NAMES, Launch, MachineCode, machine_code, record_launches
 
 RANK = 16  # low-rank columns of a head with LoRA
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -233,7 +233,7 @@ def report(architectures: tuple[str, ...] = ARCHITECTURES) -> Iterator[Row]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m asft_kernels.compile_report",
+        prog="python -m asft_kernels.tools.compile_report",
         description="Compile every kernel without a GPU: registers, spills, shared memory (KiB, "
         "used/limit), matrix instructions.",
     )

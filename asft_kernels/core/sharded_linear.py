@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asft_kernels.checks import PLAIN_TENSORS
+from asft_kernels.core.checks import PLAIN_TENSORS
 
 # The rule where nobody says: a head that is gathered stands on every rank from forward to backward, and its gradient
 # with it. Of 2 GiB both take 4 GiB at most, a twentieth of a GPU of 80 GB; that is Llama-3-70B's in bf16.

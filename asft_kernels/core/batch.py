@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from asft_kernels import checks
+from asft_kernels.core import checks
 
 BY_KERNEL = 2**17  # positions at most that one program of a kernel walks over
 

@@ -25,13 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asft_kernels import checks
 from asft_kernels.backends.head_rows import EIGHT_BITS, FOUR_BITS, HeadRows, codes_text, stream_text
 from asft_kernels.backends.sharding import Placement
-from asft_kernels.distributed import Shard
-from asft_kernels.options import as_autocast
-from asft_kernels.sharded_linear import GATHERED_BYTES, ShardedLinear, gathered, is_dtensor
-from asft_kernels.tensor_parallel import is_tensor_parallel
+from asft_kernels.core import checks
+from asft_kernels.core.distributed import Shard
+from asft_kernels.core.options import as_autocast
+from asft_kernels.core.sharded_linear import GATHERED_BYTES, ShardedLinear, gathered, is_dtensor
+from asft_kernels.core.tensor_parallel import is_tensor_parallel
 
 Head = nn.Module | Tensor | tuple[Tensor, Tensor | None] | Shard
 ALIGNED = 16  # the fast products and loads want multiples of 16 columns

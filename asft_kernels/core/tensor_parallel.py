@@ -16,8 +16,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from asft_kernels import checks
-from asft_kernels.distributed import Shard
+from asft_kernels.core import checks
+from asft_kernels.core.distributed import Shard
 
 TENSOR_PARALLEL = ("tp", "tensor_parallel")
 DATA_PARALLEL = ("dp", "fsdp", "data", "shard", "replicate", "cp", "batch")  # parts of names
@@ -111,7 +111,7 @@ def _is_tensor_parallel(mesh: Any, dim: int, of_hidden: Any) -> bool:
         return False
     need = (
         "a name that says what its ranks share: 'tp' for the same hidden states, 'dp' or 'fsdp' for batches of their "
-        "own; rename it, or pass asft_kernels.distributed.VocabParallelHead(weight.to_local(), group=mesh.get_group())"
+        "own; rename it, or pass asft_kernels.VocabParallelHead(weight.to_local(), group=mesh.get_group())"
     )
     return checks.refuse("lm_head", f"a DTensor sharded over the mesh dimension {name!r}", need)
 

@@ -6,16 +6,16 @@ Checks, autocast's dtype, choice of backend, packing, and the primitive: what al
 import torch
 from torch import Tensor
 
-from asft_kernels import checks
 from asft_kernels.backends import choose_backend, streaming
 from asft_kernels.backends.plan import default_cache_bytes
 from asft_kernels.backends.sharding import global_vocab
 from asft_kernels.backends.token_stats import Wanted
-from asft_kernels.batch import TokenBatch, pack
-from asft_kernels.distributed import Agreement
-from asft_kernels.heads import Head, resolve_head
-from asft_kernels.linear_logps import linear_logps
-from asft_kernels.options import Options
+from asft_kernels.core import checks
+from asft_kernels.core.batch import TokenBatch, pack
+from asft_kernels.core.distributed import Agreement
+from asft_kernels.core.heads import Head, resolve_head
+from asft_kernels.core.linear_logps import linear_logps
+from asft_kernels.core.options import Options
 
 
 class TellingStreams:

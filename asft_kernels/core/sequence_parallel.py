@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from asft_kernels.core.sequence import Logps
 from asft_kernels.errors import InputError
-from asft_kernels.sequence import Logps
 
 
 def process_group(group: Any) -> Any:

@@ -12,14 +12,14 @@ from typing import Any, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
-from asft_kernels import checks
 from asft_kernels.backends import Logits
+from asft_kernels.core import checks
 
 LM_HEAD = """\
 nn.Linear, nn.Embedding (tied), weight (V, D) or (weight, bias); or a head with PEFT's LoRA, rsLoRA, DoRA,
     modules_to_save or trainable_token_indices, bitsandbytes' 4 or 8 bits, a DTensor (gathered, or streamed
-    above 2 GiB), a `VocabParallelHead`, a gathered ZeRO-3 parameter (`asft_kernels.heads`). In hidden's dtype or fp32;
-    under autocast cast to its dtype."""
+    above 2 GiB), a `VocabParallelHead`, a gathered ZeRO-3 parameter (`asft_kernels.core.heads`). In hidden's dtype or
+    fp32; under autocast cast to its dtype."""
 KEYWORDS = """\
 cu_seqlens: (R+1,) int32 or int64, borders of R packed sequences, from 0 to M; None (default): padded rows.
 shift: True (default): labels stand as input_ids do and position t predicts label t+1, as in Hugging Face's

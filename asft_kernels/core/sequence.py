@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from asft_kernels.batch import TokenBatch
+from asft_kernels.core.batch import TokenBatch
 
 
 @dataclass(frozen=True)
