@@ -113,7 +113,8 @@ def trained_as_one_process(case: Case, rank: int, world: int, mesh: Any) -> None
     """Gradients, their norm and parameters after AdamW's two steps."""
     single = built_model(case)
     model = sharded(built_model(case), case, mesh)
-    optimizers = [torch.optim.AdamW(x.parameters(), lr=1e-2) for x in (single, model)]
+    # With its small eps AdamW moves by g / |g|: what is rounding in a small gradient would be as large as the step.
+    optimizers = [torch.optim.AdamW(x.parameters(), lr=1e-2, eps=0.1) for x in (single, model)]
     for _ in range(2):
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -129,7 +130,7 @@ def trained_as_one_process(case: Case, rank: int, world: int, mesh: Any) -> None
         for optimizer in optimizers:
             optimizer.step()
     data = {name: x for name, x in of_rank(rank, 0).items() if name != "labels"}
-    near(model(**data).logits, single(**data).logits, "logits without fused_lm_head", 1e-4)  # AdamW: g / |g|
+    near(model(**data).logits, single(**data).logits, "logits without fused_lm_head")
 
 
 def near(got: Tensor, exact: Tensor | None, name: str, bound: float = BOUND) -> None:
