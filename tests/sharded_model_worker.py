@@ -81,6 +81,10 @@ def built_model(case: Case) -> Any:
     return model
 
 
+def adapters_of(head: Any) -> list[Any]:
+    return [x for x in head.modules() if any(p.requires_grad for p in x.parameters(recurse=False))]
+
+
 def sharded(model: Any, case: Case, mesh: Any) -> Any:
     """FSDP2 around each layer, the head where it takes it, and the rest."""
     inner = model.get_base_model() if case.lora else model
@@ -94,7 +98,7 @@ def sharded(model: Any, case: Case, mesh: Any) -> Any:
     if case.stream == "fsdp":
         fully_shard(inner.lm_head, **options)
     if case.stream == "adapters":
-        for part in [x for x in inner.lm_head.modules() if any(p.requires_grad for p in x.parameters(recurse=False))]:
+        for part in adapters_of(inner.lm_head):
             fully_shard(part, **options)
     return fully_shard(model, **options)
 
@@ -245,6 +249,20 @@ def refusals(rank: int, world: int, mesh: Any) -> None:
         fused_linear_logps(torch.randn(1, 3, 16), model.lm_head, torch.ones(1, 3, dtype=torch.int64))
 
 
+def refused_by_one_rank(rank: int, world: int, mesh: Any) -> None:
+    """The adapters' parts are gathered once, by who refuses, too; all ranks raise, and the next call goes on."""
+    model = built_model(Case(True, lora=True))
+    head, streamed = model.get_base_model().lm_head, shard_head(model, mesh, stream=True)
+    for part in adapters_of(head):
+        fully_shard(part, mesh=mesh, ignored_params=streamed)
+    hidden, labels, bad = torch.randn(2, 4, 16), torch.ones(2, 4, dtype=torch.int64), rank == 1
+    for given in ({"labels": labels + 1000 * bad}, {"labels": labels, "softcap": -1 if bad else None}):
+        own = r"labels: got values|softcap: got -1" if bad else "lm_head: rank 1 of the 2 .* refuses"
+        with pytest.raises(ValueError, match=own):
+            fused_linear_logps(hidden, head, given.pop("labels"), **given)
+    assert fused_linear_logps(hidden, head, labels).isfinite().all()
+
+
 def checked(rank: int, world: int, cases: list[Case]) -> None:
     warnings.simplefilter("error")
     warnings.simplefilter("ignore", FutureWarning)  # torch's own calls of its renamed collectives
@@ -254,5 +272,7 @@ def checked(rank: int, world: int, cases: list[Case]) -> None:
             trained_as_one_process(case, rank, world, mesh)
         except Exception as error:
             raise AssertionError(str(case)) from error
-    for check in (bf16_agrees, head_is_gathered_once, memory_decides, exact_values, refusals):
+    for check in (
+        bf16_agrees, head_is_gathered_once, memory_decides, exact_values, refused_by_one_rank, refusals,
+    ):  # fmt: skip
         check(rank, world, mesh)

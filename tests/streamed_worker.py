@@ -1,7 +1,7 @@
 """What a rank of test_sharded_data_parallel.py does with a streamed head."""
 
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -198,6 +198,12 @@ def refused_by_one_rank(rank: int, world: int) -> None:
     with pytest.raises(ValueError, match="softcap: got -1" if bad else "lm_head: rank 1 of the 3 .* refuses"):
         fused_linear_logps(hidden, head, labels, softcap=-1 if bad else None)
     assert fused_linear_logps(hidden, head, labels).isfinite().all()
+    # A gathered head is gathered once, by who refuses as well: the others' call ends, and the next one goes through.
+    whole = ShardedLinear(weight, stream=False)
+    for given in ({"labels": labels + 1000 * bad}, {"labels": labels, "softcap": -1 if bad else None}):
+        with pytest.raises(ValueError, match=r"labels: got values|softcap: got -1") if bad else nullcontext():
+            fused_linear_logps(hidden, whole, given.pop("labels"), **given)
+    assert fused_linear_logps(hidden, whole, labels).isfinite().all()
 
 
 class Largest(TorchDispatchMode):

@@ -3,39 +3,52 @@
 Checks, autocast's dtype, choice of backend, packing, and the primitive: what all public calls begin with.
 """
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
 from asft_kernels.backends import choose_backend, streaming
+from asft_kernels.backends.head_rows import HeadRows
 from asft_kernels.backends.plan import default_cache_bytes
 from asft_kernels.backends.sharding import global_vocab
 from asft_kernels.backends.token_stats import Wanted
 from asft_kernels.core import checks
 from asft_kernels.core.batch import TokenBatch, pack
 from asft_kernels.core.distributed import Agreement
-from asft_kernels.core.heads import Head, resolve_head
+from asft_kernels.core.heads import Head, ResolvedHead, resolve_head
 from asft_kernels.core.linear_logps import linear_logps
 from asft_kernels.core.options import Options
 
 
 class TellingStreams:
-    """Around checks: an error of one rank is told to the others of a streamed head, which wait to agree with it."""
+    """Around checks: an error of one rank is told to the others of a streamed head, which wait to agree with it.
+
+    To read a head of DTensors is a collective: each rank does it once, one that raises an error before it as well.
+    """
 
     def __init__(self, lm_head: Head) -> None:
         self.lm_head = lm_head
+        self.rows: HeadRows | None = None
+        self.has_read = False
 
-    def __enter__(self) -> None:
-        return None
+    def __enter__(self) -> "TellingStreams":
+        return self
+
+    def resolve_head(self) -> ResolvedHead:
+        self.has_read = True
+        head = resolve_head(self.lm_head)
+        self.rows = head.rows
+        return head
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not isinstance(error, Exception) or torch.compiler.is_compiling():
             return
-        try:
-            rows = resolve_head(self.lm_head).rows
-        except Exception:  # the error itself, or one more of a head that is none
-            return
-        if rows.is_streamed:
-            streaming.refuse(rows)
+        if not self.has_read:
+            with suppress(Exception):  # one more, of a head that is none
+                self.resolve_head()
+        if self.rows is not None and self.rows.is_streamed:
+            streaming.refuse(self.rows)
 
 
 def token_logps(
@@ -51,9 +64,9 @@ def token_logps(
 ) -> tuple[Tensor, dict[str, Tensor], TokenBatch, str]:
     """All checks, then the primitive: logps (N,) of the compacted tokens, wanted figures, where they stand, backend."""
     o = options
-    with TellingStreams(lm_head):
+    with TellingStreams(lm_head) as telling:
         checks.no_transform()
-        head = resolve_head(lm_head)
+        head = telling.resolve_head()
         checks.hidden_layout(hidden)
         vocab = global_vocab(head.rows)
         checks.hidden_size(hidden, vocab, head.rows.columns)
