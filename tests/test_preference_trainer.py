@@ -1,5 +1,6 @@
 """`PreferenceTrainer` on TRL's DPOTrainer: equal to TRL where both can, and right where TRL has nothing."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,27 @@ def test_losses_weights_and_metrics_are_trls(tmp_path, model, objective, ours, t
                 assert one[name] == pytest.approx(other[name], **CLOSE), name
     for (name, one), other in zip(own.model.named_parameters(), trl.model.parameters(), strict=True):
         assert (one - other).abs().mean() <= 1e-5, name  # a hundredth of a step of Adam
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        {"loss_type": "sigmoid", "ld_alpha": 0.3},
+        {"loss_type": "sigmoid", "use_weighting": True, "label_smoothing": 0.2},
+        {"loss_type": ["robust", "sft"], "label_smoothing": 0.1, "loss_weights": [2.0, 0.12345678]},
+        {"loss_type": "hinge", "beta": 0.3, "loss_weights": [2.0]},
+    ],
+    ids=lambda theirs: " ".join(theirs),
+)
+def test_the_answer_to_loss_type_is_the_same_loss(tmp_path, model, theirs):
+    with pytest.raises(InputError) as error:
+        PreferenceConfig("out", use_cpu=True, **theirs)
+    objective = re.search(r"need objective='(.*)' in the place of loss_type, (.*)", str(error.value))
+    assert set(objective[2].split(", ")) == set(theirs) - {"loss_type"}
+    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-2}
+    ours = logs(made(tmp_path / "ours", model, objective=objective[1], **batch))
+    expected = logs(made(tmp_path / "trl", model, trainer=DPOTrainer, config=DPOConfig, **batch, **theirs))
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in expected], **CLOSE)
 
 
 def test_lora_compares_with_the_model_without_it(tmp_path, model):
@@ -329,11 +351,19 @@ def test_no_checkpoint_is_written_after_a_loss_that_is_not_finite(tmp_path, mode
 
 REFUSED = [
     ({"loss_type": ["sigmoid"]}, "loss_type: got 'sigmoid', which is called objective here: need objective='dpo'"),
-    ({"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [1.0, 0.5]}, "need objective='1 dpo .* 0.5 bco_pair'"),
+    ({"loss_type": []}, r"loss_type: got '\[\]', need objective, one of"),
+    ({"loss_type": 3}, "loss_type: got 3, need objective, one of"),
+    ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights: got 1 for 2 losses, need one each"),
+    (
+        {"loss_type": ["sigmoid", "sft"], "ld_alpha": 0.3},
+        "with ld_alpha, which objective cannot say: .*LDDPO, which w",
+    ),
+    ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, -0.5]}, "with loss_weights, which objective cannot say"),
+    ({"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [1.0, 0.5]}, "need objective='dpo .* 0.5 bco_pair'"),
     ({"loss_type": ["hinge"]}, r"need objective='hinge_norm\(gamma=0.1\)' in the place of loss_type$"),
     (
         {"loss_type": ["hinge", "sft"], "loss_weights": [1.0, 0.3], "beta": 0.5},
-        r"need objective='1 hinge_norm\(gamma=0.5\) \+ 0.3 sft\(normalization=token\)' in the place of loss_type, beta",
+        r"need objective='hinge_norm\(gamma=0.5\) \+ 0.3 sft\(normalization=token\)' in the place of loss_type, loss_w",
     ),
     ({"loss_type": ["robust"], "label_smoothing": 0.1}, r"need objective='robust\(label_smoothing=0.1\)' in the place"),
     (
@@ -368,6 +398,12 @@ REFUSED = [
         {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"min_lr": 0.1}},
         "lr_scheduler_kwargs: got {'min_lr': 0.1}, need none: the schedule 'constant' takes none",
     ),
+    (
+        {"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": 0}},
+        "got {'timescale': 0}, need those of the schedule 'inverse_sqrt' .*zero",
+    ),
+    ({"lr_scheduler_kwargs": {"last_epoch": 3}}, "got {'last_epoch': 3}, need those of the schedule 'linear'"),
+    ({"train_sampling_strategy": "group_by_length"}, "got 'group_by_length', need a column 'length' of numbers in"),
     ({"accelerator_config": "no.json"}, "accelerator_config: got 'no.json', need JSON .* or a file of it"),
     ({"objective": "dpo + sft", "beta": 0.3}, r"got 'dpo \+ sft' and beta beside it, need param"),
     ({"objective": "asft", "f_divergence_type": "forward_kl"}, "asft: got the parameter 'f_divergence_type'"),

@@ -38,17 +38,30 @@ def test_pairs_that_fill_the_last_batch_count_once(plain, model, tmp_path):
     for row, other in zip(plain["filled"], alone, strict=True):
         for name in ("loss", "grad_norm", "logps/chosen", "sft_loss"):
             assert row[name] == pytest.approx(other[name], rel=2e-5), name
+    for row, other in zip(plain["resumed"], plain["filled"], strict=True):  # in the middle of an epoch
+        assert (row["loss"], row["pairs"]) == (other["loss"], other["pairs"])
+
+
+def test_the_mismatched_rows_of_filling_pairs_count_nowhere(plain, model, tmp_path):
+    alone = worker.logged(worker.made(tmp_path, model, 5, per_device_train_batch_size=2, **worker.KTO))
+    for row, other in zip(plain["kto"], alone, strict=True):
+        for name in ("loss", "chosen_kl"):
+            assert row[name] == pytest.approx(other[name], rel=2e-5, abs=1e-6), name
+    assert max(row["chosen_kl"] for row in alone) > 0
 
 
 def test_references_of_rows_in_memory_are_computed_ahead(plain, fsdp2):
-    for found in (plain, fsdp2):
-        assert found["precomputed"][0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    for found in (plain["precomputed"], plain["uncached"], fsdp2["precomputed"]):
+        assert found[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_batches_that_accelerate_would_tear_are_refused(plain):
-    torn, uneven = plain["refused"]
+    torn, uneven, *streams = plain["refused"]
     assert torn.startswith("accelerator_config: got dispatch_batches True on 2 ranks, need False")
     assert uneven.startswith("accelerator_config: got even_batches False on 2 ranks, need True")
+    for said in streams:
+        assert said.startswith("accelerator_config: got dispatch_batches None with a streamed data set on 2 ranks")
+    assert len(streams) == 2
 
 
 @pytest.mark.parametrize("way", ["gather", "stream"])

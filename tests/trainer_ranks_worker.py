@@ -6,7 +6,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
-from datasets import Dataset
+from datasets import Dataset, disable_caching
 from torch import distributed as dist
 
 from asft_kernels.errors import InputError
@@ -16,7 +16,11 @@ from test_preference_trainer import options
 from tiny_lm import pairs, tiny_tokenizer
 
 FSDP2 = {"version": 2, "state_dict_type": "FULL_STATE_DICT", "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-FILLED = {"objective": "orpo", "nll_on_prompt": True, "gradient_accumulation_steps": 1, "max_steps": 4}
+FILLED = {
+    "objective": "orpo", "nll_on_prompt": True, "gradient_accumulation_steps": 1, "max_steps": 4, "save_steps": 2,
+    "save_strategy": "steps",
+}  # fmt: skip
+KTO = {"objective": "kto", "gradient_accumulation_steps": 1, "max_steps": 3}
 SYNCED = {
     "objective": "dpo", "sync_ref_model": True, "ref_model_sync_steps": 1, "learning_rate": 1e-2, "save_steps": 2,
     "save_strategy": "steps",
@@ -50,10 +54,22 @@ def plain(rank: int, world: int, folder: Path, model: str) -> dict:
             made(folder, model, 4, accelerator_config=wrong)
         except InputError as error:
             refused.append(str(error))
-    precomputed = made(folder / "precomputed", model, 5, objective="dpo", precompute_ref_log_probs=True, max_steps=1)
+    stream = Dataset.from_list(pairs(6)).to_iterable_dataset()
+    trainer = made(folder / "filled", model, 5, **FILLED)
+    filled = logged(trainer)
+    for wrong in (stream, {"one": stream}):
+        try:
+            trainer.evaluate(wrong)
+        except InputError as error:
+            refused.append(str(error))
+    resumed = logged(made(folder / "resumed", model, 5, **FILLED), str(folder / "filled" / "checkpoint-2"))
+    ahead = {"objective": "dpo", "precompute_ref_log_probs": True, "max_steps": 1}
+    precomputed = logged(made(folder / "precomputed", model, 5, **ahead))
+    disable_caching()
+    uncached = logged(made(folder / "uncached", model, 5, **ahead))
     return {
-        "refused": refused, "filled": logged(made(folder / "filled", model, 5, **FILLED)),
-        "precomputed": logged(precomputed),
+        "refused": refused, "filled": filled, "resumed": resumed, "precomputed": precomputed, "uncached": uncached,
+        "kto": logged(made(folder / "kto", model, 5, **KTO)),
     }  # fmt: skip
 
 

@@ -24,6 +24,8 @@ OF_THE_LOSS = (
     "discopop_tau",
 )  # fmt: skip
 NAMED_OTHERWISE = {"sigmoid": "dpo", "hinge": "hinge_norm"}  # of the second beta is gamma, 0.1 where none is given
+# TRL's losses that read it; others leave it aside without a word.
+READ_BY = {"label_smoothing": ("exo_pair", "robust", "aot", "aot_unpaired"), "discopop_tau": ("discopop",)}
 # What DPOTrainer checks and never uses here.
 TRLS_OWN = {
     "loss_type": ["sigmoid"], "loss_weights": None, "beta": 0.1, "label_smoothing": 0.0, "ld_alpha": None,
@@ -204,7 +206,7 @@ class PreferenceConfig(DPOConfig):
         try:
             optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.learning_rate)
             get_scheduler(name, optimizer, 0, 2, scheduler_specific_kwargs=keywords)
-        except (TypeError, ValueError) as error:
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"{got}, need those of the schedule {name.value!r} ({error})") from error
 
     def build_objective(self, given: Any = None) -> Any:
@@ -259,23 +261,36 @@ class PreferenceConfig(DPOConfig):
 def _named_otherwise(config: PreferenceConfig) -> str:
     """The error for TRL's loss_type, with the same loss in our words: its defaults, and what is given beside it."""
     given: Any = config.loss_type
-    types = [given] if isinstance(given, str) else list(given)
-    names = [NAMED_OTHERWISE.get(name, name) for name in types]
-    if unknown := [name for name in names if name not in OBJECTIVES]:
+    types = [given] if isinstance(given, str) else list(given) if isinstance(given, list | tuple) else [given]
+    names = [NAMED_OTHERWISE.get(str(name), name) for name in types]
+    if unknown := [name for name in names or [str(given)] if name not in OBJECTIVES]:
         return f"loss_type: got {unknown[0]!r}, need objective, one of {', '.join(map(repr, OBJECTIVES))}"
+    weights = [1.0] * len(names) if config.loss_weights is None else config.loss_weights
+    if len(weights) != len(names):
+        got = f"{len(weights)} for {len(names)} losses"
+        return f"loss_weights: got {got}, need one each, which stand in objective: 'dpo + 0.5 sft'"
     beside = {key: getattr(config, key) for key in OF_THE_LOSS if getattr(config, key) is not None}
-    terms = []
-    for name in names:
-        own = inspect.signature(OBJECTIVES[name]).parameters
-        parameters = {"hinge_norm": {"gamma": 0.1}, "sft": {"normalization": "token"}}.get(name, {})
-        renamed = {"gamma" if (name, key) == ("hinge_norm", "beta") else key: value for key, value in beside.items()}
-        parameters |= {key: value for key, value in renamed.items() if key in own}
-        inside = ", ".join(f"{key}={value}" for key, value in parameters.items())
-        terms.append(f"{name}({inside})" if inside else name)
-    weights = config.loss_weights or [1.0] * len(terms)
-    parts = zip(weights, terms, strict=False)
-    ours = terms[0] if len(terms) == 1 else " + ".join(f"{weight:g} {term}" for weight, term in parts)
-    return (
-        f"loss_type: got {', '.join(map(repr, types))}, which is called objective here: need objective={ours!r} in the "
-        f"place of {', '.join(['loss_type', *beside])}"
-    )
+    terms = [_term(name, beside) for name in names]
+    # As numbers stand in Python, which lose no digit.
+    parts = [term if weight == 1 else f"{weight!r} {term}" for weight, term in zip(weights, terms, strict=True)]
+    ours = " + ".join(parts)
+    got = f"loss_type: got {', '.join(map(repr, types))}"
+    replaced = ["loss_type", *(["loss_weights"] if config.loss_weights is not None else []), *beside]
+    try:
+        get_objective(ours)
+    except ValueError as error:
+        return f"{got} with {', '.join(replaced[1:])}, which objective cannot say: {error}; need another loss"
+    return f"{got}, which is called objective here: need objective={ours!r} in the place of {', '.join(replaced)}"
+
+
+def _term(name: str, beside: dict[str, Any]) -> str:
+    """An objective with what TRL's loss of that name reads of the config, and TRL's own defaults."""
+    own = inspect.signature(OBJECTIVES[name]).parameters
+    read = {key: value for key, value in beside.items() if name in READ_BY.get(key, (name,))}
+    if name == "sft":  # of the batch's tokens; nothing else in TRL's DPOTrainer touches it but WPO's weights
+        read = {"normalization": "token", **{key: value for key, value in read.items() if key == "use_weighting"}}
+    if name == "hinge_norm":
+        read["gamma"] = read.pop("beta", 0.1)
+    known = {key: value for key, value in read.items() if key in own or key in ("ld_alpha", "use_weighting")}
+    inside = ", ".join(f"{key}={value}" for key, value in known.items())
+    return f"{name}({inside})" if inside else name

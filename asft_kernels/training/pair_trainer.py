@@ -23,7 +23,8 @@ from asft_kernels.training.checkpoints import what_trained, write_digests
 from asft_kernels.training.config import PreferenceConfig
 from asft_kernels.training.figures import BEFORE, Evaluation, Window, pair_figures, pair_table, token_figures
 from asft_kernels.training.hooks import Method
-from asft_kernels.training.tensor_parallel import data_rank, gathered_rows, sum_over_data
+from asft_kernels.training.refusals import refuse_torn_batches
+from asft_kernels.training.tensor_parallel import data_rank, data_ranks, gathered_rows, sum_over_data
 
 # In checkpoints, where there is any.
 OBJECTIVE_STATE, REFERENCE_STATE = "objective.pt", "ref_model.pt"
@@ -65,12 +66,20 @@ class PairTrainer(DPOTrainer):
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=torch.float32)
 
     def _leave_out_filling(self, batch: dict[str, Any]) -> None:
-        """Empties answers of pairs by which accelerate fills up the last batch: they are in another one already."""
-        state, mask = self.accelerator.gradient_state, batch["completion_mask"]
-        if state.end_of_dataloader and state.remainder > 0:
-            rows = len(mask) // 2
+        """Empties answers of pairs by which accelerate fills up the last batch: they are in another one already.
+
+        Of a stream nobody knows how many they are: there they count again.
+        """
+        state, mask, ranks = self.accelerator.gradient_state, batch["completion_mask"], data_ranks(self)
+        if ranks == 1 or self.args.dataloader_drop_last or not state.end_of_dataloader:
+            return
+        loader: Any = state.active_dataloader
+        rows = len(mask) // 2  # on each rank: a full batch
+        # accelerate's own remainder is lost on resume.
+        left = len(loader.dataset) % (ranks * rows) if hasattr(loader.dataset, "__len__") else 0
+        if left:
             own = data_rank(self) * rows + torch.arange(rows, device=mask.device)
-            batch["completion_mask"] = mask * (own < state.remainder).repeat(2)[:, None]
+            batch["completion_mask"] = mask * (own < left).repeat(2)[:, None]
 
     # What is logged
 
@@ -158,10 +167,11 @@ class PairTrainer(DPOTrainer):
                 self.evaluation.save(Path(str(self.args.output_dir)) / BEFORE)
         return self.evaluation.mean_loss()
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        refuse_torn_batches(self.args, eval_dataset)
         start = time.perf_counter()
         self.windows["eval"] = Window()
-        figures = super().evaluate(*args, **kwargs)
+        figures = super().evaluate(eval_dataset, *args, **kwargs)
         self.paused += time.perf_counter() - start
         return figures
 

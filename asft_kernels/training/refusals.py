@@ -21,11 +21,17 @@ def refuse_other_data(dataset: Any) -> None:
         raise InputError("train_dataset: got no rows, need preference pairs")
 
 
-def refuse_torn_batches(args: Any, dataset: Any) -> None:
-    """InputError for what makes accelerate slice batches, or leave ranks without one, on several ranks."""
+def refuse_torn_batches(args: Any, *datasets: Any) -> None:
+    """InputError for what makes accelerate slice batches, or leave ranks without one, on several ranks.
+
+    Args:
+        datasets: each a data set, or several by name; None and a name are none.
+    """
     if args.world_size == 1:
         return
-    given, streamed = args.accelerator_config, not hasattr(dataset, "__len__")
+    given = args.accelerator_config
+    every = [x for one in datasets for x in (one.values() if isinstance(one, dict) else [one])]
+    streamed = any(x is not None and not hasattr(x, "__len__") for x in every)
     if given.dispatch_batches or (given.dispatch_batches is None and streamed):
         got = f"dispatch_batches {given.dispatch_batches!r}" + (" with a streamed data set" if streamed else "")
         raise InputError(
@@ -36,6 +42,21 @@ def refuse_torn_batches(args: Any, dataset: Any) -> None:
         raise InputError(
             f"accelerator_config: got even_batches False on {args.world_size} ranks, need True: those without a last "
             "batch would be waited for; pairs that fill it up count nowhere"
+        )
+
+
+def refuse_other_order(args: Any, dataset: Any) -> None:
+    """InputError for a train_sampling_strategy that transformers refuses far away, or that ranks differ under."""
+    strategy = args.train_sampling_strategy
+    if strategy == "batch_rebalance" and args.world_size > 1:
+        raise InputError(
+            f"train_sampling_strategy: got {strategy!r} on {args.world_size} ranks, need 'random', 'sequential' or "
+            "'group_by_length': which pairs fill a batch could not be told"
+        )
+    if strategy in ("group_by_length", "batch_rebalance") and args.length_column_name not in dataset.column_names:
+        raise InputError(
+            f"train_sampling_strategy: got {strategy!r}, need a column {args.length_column_name!r} of numbers in "
+            "train_dataset, or 'random': a pair has no one length"
         )
 
 

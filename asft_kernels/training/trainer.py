@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
+from datasets import is_caching_enabled
 from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -30,6 +31,7 @@ from asft_kernels.training.refusals import (
     refuse_beside_images,
     refuse_missing_inputs,
     refuse_other_data,
+    refuse_other_order,
     refuse_torn_batches,
     refuse_unnamed_model,
 )
@@ -98,7 +100,8 @@ class PreferenceTrainer(PairTrainer):
         if compute_metrics is not None:
             raise InputError("compute_metrics: got a function, need None: there are no logits to compute them from")
         refuse_other_data(train_dataset)
-        refuse_torn_batches(args, train_dataset)
+        refuse_torn_batches(args, train_dataset, eval_dataset)
+        refuse_other_order(args, train_dataset)
         check_parallelism(args)
         given = args.build_objective(objective)
         self.objective = on_pairs(given)
@@ -214,7 +217,8 @@ class PreferenceTrainer(PairTrainer):
         dataset = copy.copy(dataset)
         own = [getattr(self.args, x) for x in ("max_length", "truncation_mode", "bf16", "fp16")]
         dataset._fingerprint = Hasher.hash((dataset._fingerprint, own))
-        if not dataset.cache_files:  # it then has a folder of each process, and the first one alone writes
+        # Rows in memory have a folder of each process, and without caching all have: the first one alone writes.
+        if not (dataset.cache_files and is_caching_enabled()):
             folder = [dataset._get_cache_file_path("")]
             broadcast_object_list(folder)
             dataset._get_cache_file_path = lambda _: folder[0]

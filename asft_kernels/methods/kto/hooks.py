@@ -9,6 +9,7 @@ from torch import Tensor
 
 from asft_kernels.errors import InputError
 from asft_kernels.objectives import Objective, expression_of, kto_kl
+from asft_kernels.training.collator import counting_pairs
 from asft_kernels.training.hooks import LossInputs, Method
 
 SIDES = ("chosen", "rejected")
@@ -103,5 +104,7 @@ class Hooks(Method):
         ref_sums = entries.get("mismatched_ref_logps")
         if ref_sums is None:
             ref_sums = trainer.reference_token_logps(trainer.ref_model or model, rows, labels).double().sum(dim=1)
-        kl = kto_kl(trainer.token_logps(model, rows, labels).double().sum(dim=1), ref_sums)
+        sums = trainer.token_logps(model, rows, labels).double().sum(dim=1)
+        counts = counting_pairs(inputs["completion_mask"]).repeat(2)  # no pairs that fill the last batch
+        kl = kto_kl(sums[counts], ref_sums[counts])
         yield lambda: {"objective_inputs": {"kl": kl}}
