@@ -19,7 +19,7 @@ from benchmarks.gpu_model import BANDWIDTH_SHARE, H100, bare, seconds, tile_of
 from benchmarks.gpu_schedule import BF16, Call, extra_bytes, schedule
 
 FP32, FP64 = 4, 8
-AGREED = 41  # numbers that a vocabulary-parallel call compares: asft_kernels/core/distributed.py
+AGREED = 57  # numbers that a vocabulary-parallel call compares: asft_kernels/core/distributed.py
 TOKENS = 2048  # of a rank, those that carry loss; a tensor-parallel group has as many for each of its ranks
 PESSIMISTIC, OPTIMISTIC = H100.triton  # shares of the peak rate for our one product that is not the library's
 TRL_TOKENS, TRL_ROWS = 4096, 32768  # trl.kernels' TOKEN_CHUNK_SIZE, trl.trainer.utils' _CHUNKED_LOGPROB_CHUNK_SIZE

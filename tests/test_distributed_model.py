@@ -53,8 +53,8 @@ def test_bytes_on_the_wire():
     assert wire(*gathered_whole(D, V, packed(8))) == pytest.approx(2 * 7 / 8 * head)
     assert wire(*gathered_whole(D, V, packed(8), times=2)) == pytest.approx(3 * 7 / 8 * head)
     # 41 numbers, 1 and 2 float64 a token, dH in fp32.
-    assert wire(*vocabulary_parallel(100, D, packed(4))) == 1.5 * (8 * 41 + 8 * 100 + 16 * 100 + 4 * 100 * D)
-    assert wire(*vocabulary_parallel(100, D, packed(4), sums=2, tops=1)) == 1.5 * (328 + 1600 + 3200 + 400 * D)
+    assert wire(*vocabulary_parallel(100, D, packed(4))) == 1.5 * (8 * 57 + 8 * 100 + 16 * 100 + 4 * 100 * D)
+    assert wire(*vocabulary_parallel(100, D, packed(4), sums=2, tops=1)) == 1.5 * (456 + 1600 + 3200 + 400 * D)
     sent = streamed(100, D, V, 16384, 8, packed(8))
     assert wire(*sent.head, *sent.again, *sent.dw) == pytest.approx(7 / 8 * (2 + 4) * V * D)  # bf16 rows, dW in fp32
     assert wire(*sent.labels) == 2 * 7 / 8 * (8 * 8 + 8 * 100 + 2 * 100 * D)

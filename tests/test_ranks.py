@@ -203,11 +203,16 @@ def sequence_errors():
         value = torch.zeros(labels.shape if rank() else (1, 1))
         return preference_loss_from_logps(value, labels, "asft", **own)
 
+    def reduced_otherwise():
+        reduction = "sum" if rank() else "mean"
+        return preference_loss_from_logps(torch.full(labels.shape, -1.0), labels, "asft", reduction=reduction, **own)
+
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (3, 1), mesh_dim_names=("cp", "tp"))
     found = {
         "out of range": message_of(loss(at=wrong)),
         "other rows": message_of(loss(rows=few)),
         "of logps": message_of(of_logps),
+        "reduction of logps": message_of(reduced_otherwise),
         "shift": message_of(loss(shift=True)),
         "no group": message_of(loss(sequence_group="cp")),
         "mesh": message_of(loss(sequence_group=mesh)),
@@ -452,12 +457,14 @@ def test_an_error_on_one_rank_of_the_group_is_one_on_all(three):
         assert found.pop("other rows").startswith("sequence_group: got 2 to 4 sequences on its ranks, need a piece of")
         own = "logps: got shape" if i == 0 else "sequence_group: got an error on rank 0"
         assert found.pop("of logps").startswith(own)
+        other = "objective, reduction: got another on some ranks of sequence_group"
+        assert found.pop("reduction of logps").startswith(other)
         assert found.pop("shift").startswith("shift: got True with sequence_group, need False")
         assert found.pop("no group").startswith("sequence_group: got str, need a ProcessGroup")
         assert found.pop("mesh").startswith("sequence_group: got a DeviceMesh of 2 dimensions, need one")
         assert found.pop("fine") is None
         assert ("orpoo" if i == 2 else "sequence_group: got an error on rank 2") in found.pop("name")
-        assert found.pop("objective").startswith("objective, reduction: got another on some ranks of sequence_group")
+        assert found.pop("objective").startswith(other)
         assert found.pop("reference").startswith("ref_logps: got another on some ranks of sequence_group")
         assert found.pop("same reference") is None
         for name in WEIGH_BY_PLACE:

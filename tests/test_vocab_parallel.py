@@ -161,6 +161,9 @@ def test_refusals_reach_all_ranks():
         for name, what in (
             ("weights", "token_weights"),
             ("scale of weights", "token_weights"),
+            ("order of weights", "token_weights"),
+            ("scale of hidden", "hidden"),
+            ("order of hidden", "hidden"),
             ("references", "ref_logps"),
             ("scale of references", "ref_logps"),
             ("inputs", "objective_inputs"),
@@ -179,7 +182,7 @@ def test_products_and_bytes():
     for found in got:
         N, D = found["N"], found["D"]
         assert found["products"] == pytest.approx(3 / 2, rel=1e-9)
-        facts = 8 * (1 + 2 * 20)
+        facts = 8 * (1 + 2 * 28)
         assert found["bytes"] == [facts, 8 * N, 8 * 2 * N, 4 * N * D]
         assert found["with figures"] == [facts, 8 * 2 * N, 8 * 6 * N, 4 * N * D]
         assert found["evaluation"] == [facts, 8 * N, 8 * 2 * N]

@@ -14,7 +14,7 @@ from asft_kernels.errors import InputError
 COLUMNS = 8  # of hidden states, that the ranks compare
 FLOATS = ("token_weights", "ref_logps", "objective_inputs")
 SUMS = 3  # that the ranks compare of each of them
-FACTS = 3 + COLUMNS + SUMS * len(FLOATS)
+FACTS = 3 + 2 * COLUMNS + SUMS * len(FLOATS)
 NONE = -1  # of a vocab or a length that a rank has not
 APART = 0.05  # of a column's norm: one from other data is nearer about once in 20, and 8 are once in 10^10
 
@@ -150,14 +150,16 @@ class Agreement:
         text = repr((self.about, [None if x is None else len(x) for x in given], options))
         sizes = labels.new_tensor([labels.numel(), crc32(text.encode())], dtype=torch.int64)
         columns = hidden.detach().reshape(-1, hidden.shape[-1])[:, :COLUMNS]
-        sums = torch.nn.functional.pad(_sums(columns), (0, COLUMNS - columns.shape[1]))
+        # Waves alone know no scale: each has the norm beside it.
+        facts = torch.stack([_sums(columns), columns.double().norm(dim=0).log()])
+        sums = torch.nn.functional.pad(facts, (0, COLUMNS - columns.shape[1]))
         self.facts = [("labels", torch.stack([sizes[0], mixed])), ("options", sizes[1]), ("hidden", sums)]
         for name in FLOATS:
             given = [x.detach().reshape(-1).double() for x in self.floats.get(name, ()) if x is not None]
             every = torch.cat(given) if given else sizes.new_zeros(1).double()
             powers = torch.arange(1, SUMS, device=every.device)
             waves = _sums(every[:, None].expand(-1, SUMS - 1), powers)
-            self.facts.append((name, torch.cat([waves, every.norm().log()[None]])))  # waves alone know no scale
+            self.facts.append((name, torch.cat([waves, every.norm().log()[None]])))
 
     def read(self, own: Tensor) -> list[int]:
         """own.tolist(), once the ranks have agreed.
