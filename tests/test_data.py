@@ -260,6 +260,12 @@ def test_templates_that_refuse(tmp_path):
         load(tmp_path, [CHAT], refusing)
     with pytest.raises(InputError, match="its chat template shows neither the text nor the parts"):
         load(tmp_path, [CHAT], with_template("fixed"))
+    with pytest.raises(InputError, match=r"its chat template refuses a user's message: .*endfor.* need one"):
+        load(tmp_path, [CHAT], with_template("{% for m in messages %}{{ m['content'] }}"))
+    first = "{{ raise_exception('a system message first') if messages[0]['role'] != 'system' }}" + CHAT_TEMPLATE
+    with pytest.raises(InputError, match="line 1: the chat template refuses the chat: a system message first"):
+        load(tmp_path, [CHAT], with_template(first))
+    assert len(load(tmp_path, [{**CHAT, "system": "Brief."}], with_template(first))[0]) == 1
     with pytest.raises(InputError, match=r"line 1: .* has no chat template: need one; name an instruct model"):
         load(tmp_path, [CHAT], tiny_tokenizer())
 

@@ -1,6 +1,7 @@
 """`PreferenceTrainer` on TRL's DPOTrainer: equal to TRL where both can, and right where TRL has nothing."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from trl import DPOConfig, DPOTrainer
 
 from asft_kernels import fused_linear_logps, fused_preference_loss
 from asft_kernels.errors import InputError
-from asft_kernels.objectives import DPO, MRPO, get_objective
+from asft_kernels.objectives import DPO, MRPO, LossTerms, Objective, get_objective
 from asft_kernels.training import PreferenceConfig, PreferenceTrainer
 from asft_kernels.training.collator import at_labels
 from asft_kernels.training.reference import require_references, with_scores
@@ -457,6 +458,10 @@ def test_models_and_data_that_are_none_are_refused(tmp_path):
         ({"model": tmp_path}, "model: got PosixPath, need the name or the folder of one, as a text"),
         ({"model": unnamed, "train_dataset": pairs(2)}, "train_dataset: got list, need a datasets.Dataset"),
         ({"model": unnamed, "train_dataset": rows.select([])}, "train_dataset: got no rows, need preference pairs"),
+        (
+            {"model": unnamed, "train_dataset": rows.rename_column("rejected", "worse")},
+            r"train_dataset: got the columns prompt, chosen, worse, need rejected as well; dataset\.rename_column",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             PreferenceTrainer(**{"train_dataset": rows, **given}, args=args)
@@ -579,6 +584,29 @@ def test_objectives_may_be_given_as_objects(tmp_path, model):
     one = logs(made(tmp_path, model, objective_object=DPO(beta=0.5)))
     other = logs(made(tmp_path, model, objective="dpo", beta=0.5))
     assert [row["loss"] for row in one] == [row["loss"] for row in other]
+
+
+@dataclass(frozen=True)
+class Margin(Objective):
+    """One of a user's own."""
+
+    margin: float
+
+    def __call__(self, policy, ref_logps=None, **inputs):
+        loss = torch.relu(self.margin - (policy.chosen.avg - policy.rejected.avg))
+        metrics = {"chosen_reward": policy.chosen.avg.detach(), "rejected_reward": policy.rejected.avg.detach()}
+        return LossTerms(loss, -policy.chosen.avg, loss, metrics)
+
+
+def test_an_objective_of_ones_own_is_logged_and_knows_its_checkpoints(tmp_path, model):
+    steps = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    row = logs(made(tmp_path / "one", model, objective_object=Margin(0.5), **steps))[0]
+    assert row["rewards/chosen"] == pytest.approx(row["avg_logps/chosen"], rel=1e-6)
+    checkpoint = str(tmp_path / "one" / "checkpoint-2")
+    made(tmp_path / "two", model, objective_object=Margin(0.5), **steps).train(resume_from_checkpoint=checkpoint)
+    other = made(tmp_path / "three", model, objective_object=Margin(5.0), **steps)
+    with pytest.raises(InputError, match=r"objective Margin\(margin=0.5\), and this is .* Margin\(margin=5.0\); need"):
+        other.train(resume_from_checkpoint=checkpoint)
 
 
 def test_a_mixture_of_experts_has_its_load_balancing_loss(tmp_path):

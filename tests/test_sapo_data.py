@@ -84,6 +84,20 @@ def test_dialogue_keeps_its_space_and_an_empty_answer_is_left_out(model, tmp_pat
     assert "left out, new answer: empty answer: 1 (line 2)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("answer", ["Yes.", "Yes.\n"])
+def test_both_answers_of_a_chat_end_alike(tmp_path, monkeypatch, answer):
+    """The template's new line behind the end is none of the answer's."""
+    folder = saved_tiny_model(tmp_path / "model")
+    tiny_tokenizer(chat=True).save_pretrained(folder)
+    monkeypatch.setattr(
+        Regeneration, "negatives", lambda self, rows, *_: [[*row["chosen_ids"][1:]] for row in rows]
+    )  # fmt: skip
+    chat = {"prompt": [{"role": "user", "content": "So?"}], "chosen": [{"role": "assistant", "content": answer}]}
+    assert main(command(folder, tmp_path, [chat])) == 0
+    (row,) = read(tmp_path / "out.jsonl")
+    assert row["rejected"][0]["content"] == answer[1:]
+
+
 def test_interrupted_run_goes_on_with_the_same_rows(model, tmp_path, monkeypatch):
     assert main(command(model, tmp_path, ROWS)) == 0
     calls, made = [], Regeneration.negatives

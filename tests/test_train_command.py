@@ -30,6 +30,7 @@ from asft_kernels.training.arguments import ModelArguments
 from asft_kernels.training.callbacks import MetricsFile
 from asft_kernels.training.checkpoints import find_checkpoint
 from asft_kernels.training.figures import Evaluation, change
+from asft_kernels.training.plot import plot_curves
 from asft_kernels.training.reference import require_references
 from asft_kernels.training.run_folder import command, require_same_settings
 from asft_kernels.training.trainer import PreferenceTrainer
@@ -120,6 +121,25 @@ def interrupted_after(step, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(MetricsFile, "on_log", write_and_interrupt)
+
+
+def test_curves_show_parts_that_add_up_and_the_rewards(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    shown = []
+
+    def labels(figure, file, **_):
+        shown.append([label for axes in figure.axes for label in axes.get_legend_handles_labels()[1]])
+        file.write_bytes(b"")
+
+    monkeypatch.setattr(Figure, "savefig", labels)
+    row = {"kind": "train", "step": 1, "log_odds/margins": 0.1, "accuracy": 0.5}
+    plot_curves([row | {"loss": 3.0, "sft_loss": 2.0, "align_loss": 1.0}], tmp_path / "asft.png")
+    rewards = {"rewards/margins": 0.1, "rewards/accuracies": 0.7}
+    plot_curves([row | rewards | {"loss": 0.7, "sft_loss": 10.0, "align_loss": 0.7}], tmp_path / "dpo.png")
+    parts = ["SFT part: $-$avg log p (chosen)", "alignment part"]
+    assert shown[0] == ["loss", *parts, "chosen $-$ rejected", "chosen likelier"]
+    assert shown[1] == ["loss", "chosen $-$ rejected", "chosen has the larger reward", "chosen likelier"]
 
 
 def test_ctrl_c_saves_and_resume_goes_on_identically(job, whole_run, tmp_path, monkeypatch, capsys):
@@ -519,7 +539,22 @@ def test_evaluation_needs_pairs(job, tmp_path, capsys):
     at = job.index("--eval_every_nth")
     words = [*job[:at], *job[at + 2 :], "--eval_strategy", "steps", "--output_dir", str(tmp_path / "out")]
     assert main(words) == 2
-    assert "eval_strategy: got 'steps' without pairs to evaluate on; add --eval_dataset_name" in capsys.readouterr().err
+    assert "eval_strategy: got 'steps' without pairs to evaluate on; add --eval_every_nth" in capsys.readouterr().err
+
+
+def test_what_is_likely_a_mistake_is_named(job, tmp_path, capsys, monkeypatch):
+    data = job[job.index("--dataset_name") + 1]
+    at = job.index("--eval_every_nth")
+    words = [*job[:at], *job[at + 2 :], "--eval_dataset_name", data, "--use_peft", "--dry_run"]
+    rate = words.index("--learning_rate")
+    words = [*words[:rate], *words[rate + 2 :], "--output_dir", str(tmp_path / "out")]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "30 of 30 evaluation pairs are training pairs, too" in said
+    assert "learning_rate 1e-06, TRL's default, is next to nothing for adapters" in said
+    monkeypatch.setattr("asft_kernels.training.run.find_spec", lambda name: None)
+    assert main([*words, "--load_in_4bit"]) == 2
+    assert "load_in_4bit: needs bitsandbytes, which is not installed" in capsys.readouterr().err
 
 
 def test_data_is_checked_before_the_model_is_loaded(job, tmp_path, capsys, monkeypatch):

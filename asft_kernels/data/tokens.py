@@ -89,12 +89,15 @@ class PairTokenizer:
         self.special = set(self.tokenizer.all_special_tokens) | {
             token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special
         }
+        self.template_error: Exception | None = None
         is_processor = self.tokenizer is not processing_class
         self.takes_text = self.has_template and not is_processor and self._shows(PROBE)
         self.takes_parts = is_processor or (self.has_template and self._shows([{"type": "text", "text": PROBE}]))
         if self.has_template and not (self.takes_text or self.takes_parts):
-            raise InputError("processing_class: its chat template shows neither the text nor the parts of a user's "
-                             "message; need one that does")  # fmt: skip
+            what = "shows neither the text nor the parts of a user's message"
+            if self.template_error is not None:
+                what = f"refuses a user's message: {self.template_error} ({type(self.template_error).__name__})"
+            raise InputError(f"processing_class: its chat template {what}; need one that shows it")
 
     def features(self, answers: tuple[str, ...]) -> dict[str, Any]:
         """The columns of `Tokens.columns`, as datasets stores them."""
@@ -121,6 +124,9 @@ class PairTokenizer:
         shared = min(self._common(prompt, whole) for whole in wholes.values())
         tokens = Tokens(prompt[:shared], {name: whole[shared:] for name, whole in wholes.items()})
         if prompt and not shared:
+            if plain:
+                need = "end the prompt in a space or a new line, or begin the answer with one"
+                raise BadRow("prompt whose first token merges with the answer's", need)
             raise BadRow("prompt that the template rewrites from its first token", "need a beginning that both share")
         if not tokens.prompt:
             raise BadRow("prompt without a token", "the first token of an answer has nothing to be predicted from")
@@ -186,15 +192,21 @@ class PairTokenizer:
         return "".join(part["text"] for part in content)
 
     def _shows(self, content: Text) -> bool:
-        message = {"role": "user", "content": content}
-        try:
-            with rendering():
-                shown = self.processing_class.apply_chat_template([message], tokenize=False)
-        except SlowTemplate as error:
-            raise InputError(f"processing_class: {error}") from error
-        except Exception:  # whatever a template raises on a form that it does not take
-            return False
-        return PROBE in shown and "'type'" not in shown and '"type"' not in shown
+        """Whether the template shows a user's message, alone or behind a system's, which some want first."""
+        before = "s" if isinstance(content, str) else [{"type": "text", "text": "s"}]
+        user, system = {"role": "user", "content": content}, {"role": "system", "content": before}
+        for messages in ([user], [system, user]):
+            try:
+                with rendering():
+                    shown = self.processing_class.apply_chat_template(messages, tokenize=False)
+            except SlowTemplate as error:
+                raise InputError(f"processing_class: {error}") from error
+            except Exception as error:  # whatever a template raises on a form that it does not take
+                self.template_error = error
+                continue
+            if PROBE in shown and "'type'" not in shown and '"type"' not in shown:
+                return True
+        return False
 
     def _plain_notes(self, pair: Pair) -> list[str]:
         notes = []

@@ -75,7 +75,8 @@ def _shown(entry: dict[str, float] | None, marked: bool) -> str:
 
 
 def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|").replace("\n", "; ")
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text.replace("|", "\\|").replace("\n", "; ")
 
 
 def _without_nan(content: Any) -> Any:
@@ -98,8 +99,9 @@ def _pictures(folder: Path, numbers: dict[str, dict[str, np.ndarray]]) -> None:
 
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
+    bins = np.histogram_bin_edges(np.concatenate([of_model["margin_mean"] for of_model in numbers.values()]), bins=30)
     for model, of_model in numbers.items():
-        axes.hist(of_model["margin_mean"], bins=30, histtype="step", label=model)
+        axes.hist(of_model["margin_mean"], bins=list(bins), histtype="step", label=model)
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.set(xlabel="margin of the mean log-probability of a token, nats", ylabel="pairs")
     axes.legend()

@@ -153,6 +153,8 @@ class PreferenceConfig(DPOConfig):
         self._check_json()
         if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
             self.bf16 = False
+        if self.bf16 and not (self.use_cpu or torch.accelerator.is_available()):
+            raise InputError("bf16: got True without an accelerator, need use_cpu beside it, or bf16 left out")
         super().__post_init__()
         self._check_schedule()
         check_model_keywords(self.model_init_kwargs, self.world_size)

@@ -4,6 +4,7 @@ A method lives in asft_kernels/methods/<name>/; its hooks.py has a class `Hooks`
 hooks and names no method.
 """
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -131,7 +132,9 @@ def find_method(name: str | None, objective: Objective, arguments: dict[str, Any
     """
     there = installed()
     if name is not None and name not in there:
-        raise InputError(f"method: got {name!r}, need one of {', '.join(map(repr, sorted(there)))}")
+        near = difflib.get_close_matches(name, there, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"method: got {name!r}, need one of {', '.join(map(repr, sorted(there)))}{hint}")
     serving = [kind for kind in there.values() if kind.serves(objective)]
     if name is not None and serving and there[name] not in serving:
         which = f"{serving[0].name!r}, which {expression_of(objective)} needs"

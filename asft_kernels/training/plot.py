@@ -18,6 +18,9 @@ def plot_curves(
 ) -> Path:
     """Loss, log-probabilities, margin and accuracy over steps; evaluations as points.
 
+    The loss has its parts beside it where it is their sum. Margin and accuracy are the rewards' where there are some,
+    else those of the log-odds.
+
     errors: figure -> paired standard error of its change, drawn on the last evaluation's point.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -32,18 +35,24 @@ def plot_curves(
         figure.suptitle(title, fontsize=12)
 
     _curve(loss, train, evals, "loss", TOTAL, "loss")
-    _curve(loss, train, evals, "sft_loss", CHOSEN, "SFT part: $-$avg log p (chosen)")
-    _curve(loss, train, evals, "align_loss", ALIGN, "alignment part", style="--")
+    if all(_is_sum(row) for row in train):
+        _curve(loss, train, evals, "sft_loss", CHOSEN, "SFT part: $-$avg log p (chosen)")
+        _curve(loss, train, evals, "align_loss", ALIGN, "alignment part", style="--")
     _finish(loss, "Loss", "nats per pair")
 
     _curve(logps, train, evals, "avg_logps/chosen", CHOSEN, "chosen", errors)
     _curve(logps, train, evals, "avg_logps/rejected", REJECTED, "rejected", errors)
     _finish(logps, "Mean log-probability per token", "nats")
 
-    _curve(margin, train, evals, "log_odds/margins", TOTAL, "chosen $-$ rejected", errors)
+    rewards = any("rewards/margins" in row for row in train)
+    _curve(
+        margin, train, evals, "rewards/margins" if rewards else "log_odds/margins", TOTAL, "chosen $-$ rejected", errors
+    )  # fmt: skip
     margin.axhline(0, color="0.6", linewidth=0.8)
-    _finish(margin, "Margin of log-odds", "nats")
+    _finish(margin, "Margin of rewards" if rewards else "Margin of log-odds", "nats")
 
+    if rewards:
+        _curve(accuracy, train, evals, "rewards/accuracies", ALIGN, "chosen has the larger reward", errors)
     _curve(accuracy, train, evals, "accuracy", TOTAL, "chosen likelier", errors)
     accuracy.axhline(0.5, color="0.6", linewidth=0.8)
     accuracy.set_ylim(-0.05, 1.05)
@@ -85,6 +94,12 @@ def _curve(
         )
         axes.errorbar(x, y, yerr=bars, color=color, capsize=4, zorder=3, **points_style)
         axes.plot([], [], color="0.3", marker="o", linestyle=":", label=EVAL_LABEL)
+
+
+def _is_sum(row: dict[str, Any]) -> bool:
+    """Whether a row's loss is that of its two parts, each counted once."""
+    loss, parts = row.get("loss", 0.0), row.get("sft_loss", 0.0) + row.get("align_loss", 0.0)
+    return abs(loss - parts) <= 1e-4 * (1 + abs(loss))
 
 
 def _running_mean(values: list[float]) -> list[float]:

@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -108,7 +109,7 @@ def _run(
 ) -> Result:  # fmt: skip
     first = config.process_index == 0
     folder = Path(str(config.output_dir))
-    _check_lora(model)
+    _check_adapters(model)
     checkpoint = (
         None if data.dry_run else _checkpoint(data.resume or config.resume_from_checkpoint, config, folder, say)
     )
@@ -138,8 +139,10 @@ def _run(
     if config.eval_strategy != "no" and read.evaluation is None:
         raise InputError(
             f"eval_strategy: got {IntervalStrategy(config.eval_strategy).value!r} without pairs to evaluate on; add "
-            "--eval_dataset_name or --eval_every_nth"
+            "--eval_every_nth, or --eval_dataset_name (which may be the same data, with --dataset_test_split)"
         )
+    if model.use_peft and config.learning_rate == PreferenceConfig.learning_rate:
+        say(f"learning_rate {config.learning_rate:g}, TRL's default, is next to nothing for adapters; try 2e-5 to 2e-4")
     datasets = {"training_pairs": read.train, "evaluation_pairs": read.evaluation}
     settings |= {name: run_folder.digest_of_pairs(dataset) for name, dataset in datasets.items()}
     if checkpoint:
@@ -226,8 +229,11 @@ def _checkpoint(wanted: str | None, config: PreferenceConfig, folder: Path, say:
     return found
 
 
-def _check_lora(model: ModelArguments) -> None:
+def _check_adapters(model: ModelArguments) -> None:
     """Without --use_peft TRL would train the whole model, whatever else is said of LoRA."""
+    if (model.load_in_4bit or model.load_in_8bit) and find_spec("bitsandbytes") is None:
+        name = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
+        raise InputError(f"{name}: needs bitsandbytes, which is not installed; pip install bitsandbytes")
     if model.use_peft:
         return
     usual = ModelArguments()
@@ -305,6 +311,9 @@ def _read(
             raise InputError("eval_dataset_name: got rows with images, need text alone, as all training rows are")
         text += f"\n{of_evaluation}"
     if evaluation is not None:
+        trained = set(train["id"][:])
+        if seen := sum(pair in trained for pair in evaluation["id"][:]):
+            text += f"\n{seen} of {len(evaluation)} evaluation pairs are training pairs, too"
         evaluation = evaluation.select(longest_first(evaluation))  # too large a batch shows at once
     return Data(train, evaluation, text)
 

@@ -5,6 +5,7 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import is_dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -383,8 +384,11 @@ class PreferenceTrainer(PairTrainer):
 
 
 def _what_trains(objective: Objective, method: Method) -> list[str]:
+    expression = expression_of(objective)
+    if expression == type(objective).__name__ and is_dataclass(objective):
+        expression = repr(objective)  # one of the user's own, with its parameters
     named = [f"method {method.name}"] if method.name and not method.serves(objective) else []
-    return [f"objective {expression_of(objective)}", *named]
+    return [f"objective {expression}", *named]
 
 
 def _without_functional_dropout(model: nn.Module) -> None:

@@ -87,11 +87,14 @@ def augmented(
             report.note(line, "left out, segment written anew as it was")
             yield []
             continue
-        chosen = pair.text("chosen")
-        if _text(writer, ids["chosen_ids"]).strip() != chosen.strip():
+        chosen, given_back = pair.text("chosen"), _text(writer, ids["chosen_ids"])
+        if given_back.strip() != chosen.strip():
             report.note(line, "text that the tokenizer does not give back as it was, also outside the segment")
         before = chosen[: len(chosen) - len(chosen.lstrip())]  # dialogues: a space
-        row = pair.row(chosen=chosen, rejected=before + _text(writer, negative).lstrip())
+        rejected = before + _text(writer, negative).lstrip()
+        if of_template := _space_behind(given_back):  # ChatML's new line behind the end, which no chosen answer has
+            rejected = rejected.removesuffix(of_template) + _space_behind(chosen)
+        row = pair.row(chosen=chosen, rejected=rejected)
         try:
             parse_pair(row)
         except BadRow as problem:
@@ -99,6 +102,10 @@ def augmented(
             yield []
             continue
         yield [row]
+
+
+def _space_behind(text: str) -> str:
+    return text[len(text.rstrip()) :]
 
 
 def _text(writer: TransformersGenerator, ids: list[int]) -> str:
