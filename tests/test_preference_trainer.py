@@ -459,7 +459,12 @@ def test_models_and_data_that_are_none_are_refused(tmp_path):
         ({"model": unnamed, "train_dataset": pairs(2)}, "train_dataset: got list, need a datasets.Dataset"),
         ({"model": unnamed, "train_dataset": rows.select([])}, "train_dataset: got no rows, need preference pairs"),
         (
-            {"model": unnamed, "train_dataset": rows.rename_column("rejected", "worse")},
+            {
+                "model": unnamed,
+                "ref_model": tiny_model(),
+                "processing_class": tiny_tokenizer(),
+                "train_dataset": rows.rename_column("rejected", "worse"),
+            },
             r"train_dataset: got the columns prompt, chosen, worse, need rejected as well; dataset\.rename_column",
         ),
     ):

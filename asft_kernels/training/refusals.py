@@ -17,12 +17,6 @@ def refuse_other_data(dataset: Any) -> None:
             "train_dataset: got unpaired rows (completion), need pairs (chosen, rejected); TRL's KTOTrainer takes "
             "them, on these kernels under asft_kernels.training.patch_trl()"
         )
-    needed = ["chosen"] if "prompt_ids" in columns else ["chosen", "rejected"]
-    if columns and "prompt_ids" not in columns and (missing := [name for name in needed if name not in columns]):
-        raise InputError(
-            f"train_dataset: got the columns {', '.join(columns)}, need {' and '.join(missing)} as well; "
-            "dataset.rename_column(old, new) renames one"
-        )
     if next(iter(dataset), None) is None:
         raise InputError("train_dataset: got no rows, need preference pairs")
 

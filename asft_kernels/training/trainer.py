@@ -209,6 +209,12 @@ class PreferenceTrainer(PairTrainer):
                 "train_dataset: got no column rejected, need it for TRL's tokenising; or a dataset of "
                 'asft_kernels.data.load_pairs(..., answers=("chosen",))'
             )
+        columns = dataset.column_names or ("chosen", "rejected")  # of a stream nobody may know them
+        if missing := [name for name in ("chosen", "rejected") if name not in columns]:
+            raise InputError(
+                f"{dataset_name}_dataset: got the columns {', '.join(columns)}, need {' and '.join(missing)} as well; "
+                "dataset.rename_column(old, new) renames one"
+            )
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
