@@ -185,6 +185,19 @@ def test_without_generation_and_few_pairs(job, tmp_path, capsys):
     assert all("bleu" not in of_model and of_model["margin"]["pairs"] == 2 for of_model in found["models"].values())
 
 
+def test_other_tokens_are_named(job, tmp_path, capsys):
+    data, one, two = job
+    more = ("--no_generate", "--max_pairs", "2")
+    assert main(words(job, tmp_path / "same", *more)) == 0
+    assert "tokenizers differ" not in capsys.readouterr().out
+    larger = tiny_tokenizer()
+    larger.add_tokens(["red"])
+    other = saved_tiny_model(tmp_path / "larger", vocab_size=len(larger))
+    larger.save_pretrained(other)
+    assert main(words((data, one, other), tmp_path / "other", *more)) == 0
+    assert "the tokenizers differ: means per token and lengths are of other tokens" in capsys.readouterr().out
+
+
 def test_a_report_of_other_models_is_kept(job, tmp_path, capsys):
     _, one, two = job
     report = tmp_path / "report.json"

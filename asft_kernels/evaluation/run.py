@@ -63,6 +63,8 @@ def run(args: Namespace, say: Callable[[str], None] = print) -> dict[str, Any]:
             remarks.append(f"{model}: {remark}")
         chosen = tokenizer.batch_decode(pairs["chosen_ids"][:], skip_special_tokens=True)
         numbers[model] = figures.of_pairs(rows, [text.strip() for text in chosen])
+    if len({str(sorted(tokenizer.get_vocab().items())) for tokenizer in tokenizers.values()}) > 1:
+        remarks.append("the tokenizers differ: means per token and lengths are of other tokens, sums and texts compare")
     models = {model: figures.summary(of_model) for model, of_model in numbers.items()}
     comparisons = []
     for earlier, later in combinations(numbers, 2):  # in this order, an improvement is positive
