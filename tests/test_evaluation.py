@@ -88,7 +88,7 @@ def job(tmp_path_factory):
 
 
 def words(job, output, *more):
-    data, one, two = job
+    data, one, _ = job
     return ["eval", "--model_name_or_path", str(one), "--model", str(two), "--dataset_name", str(data), "--output_dir",
             str(output), "--max_length", "64", "--max_new_tokens", "5", "--batch_size", "3", *more]  # fmt: skip
 
@@ -186,7 +186,7 @@ def test_without_generation_and_few_pairs(job, tmp_path, capsys):
 
 
 def test_other_tokens_are_named(job, tmp_path, capsys):
-    data, one, two = job
+    data, one, _ = job
     more = ("--no_generate", "--max_pairs", "2")
     assert main(words(job, tmp_path / "same", *more)) == 0
     assert "tokenizers differ" not in capsys.readouterr().out

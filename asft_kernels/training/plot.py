@@ -25,6 +25,7 @@ def plot_curves(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     train = [row for row in rows if row["kind"] == "train"]
     evals = [row for row in rows if row["kind"] == "eval" and "log_odds/margins" in row]
@@ -59,6 +60,7 @@ def plot_curves(
     _finish(accuracy, "Accuracy", "share of pairs")
     for axes in (margin, accuracy):
         axes.set_xlabel("optimiser step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     path = Path(path)
     with replacing(path) as partial:
