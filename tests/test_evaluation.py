@@ -88,7 +88,7 @@ def job(tmp_path_factory):
 
 
 def words(job, output, *more):
-    data, one, _ = job
+    data, one, two = job
     return ["eval", "--model_name_or_path", str(one), "--model", str(two), "--dataset_name", str(data), "--output_dir",
             str(output), "--max_length", "64", "--max_new_tokens", "5", "--batch_size", "3", *more]  # fmt: skip
 
