@@ -100,13 +100,13 @@ def _rename(of: Callable[..., None], by: Callable[..., None]) -> None:
 def _fusing_init(trainer: Any, nll_on_prompt: bool) -> Callable[..., None]:
     """The trainer's __init__, which fuses the model at its end."""
     own = trainer.__init__
-    replaced = {name: getattr(trainer, name) for name in ("concatenated_forward", "get_batch_logps")}
+    replaced = {name: getattr(trainer, name, None) for name in ("concatenated_forward", "get_batch_logps")}
 
     @functools.wraps(own)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         own(self, *args, **kwargs)
         # A subclass may have one of its own.
-        if self.is_encoder_decoder or any(getattr(type(self), name) is not x for name, x in replaced.items()):
+        if self.is_encoder_decoder or any(getattr(type(self), name, None) is not x for name, x in replaced.items()):
             return
         inner = causal_lm(self.model)
         fuse(inner)

@@ -53,7 +53,8 @@ def refuse_other_order(args: Any, dataset: Any) -> None:
             f"train_sampling_strategy: got {strategy!r} on {args.world_size} ranks, need 'random', 'sequential' or "
             "'group_by_length': which pairs fill a batch could not be told"
         )
-    if strategy in ("group_by_length", "batch_rebalance") and args.length_column_name not in dataset.column_names:
+    known = args.length_column_name in (dataset.column_names or ())
+    if strategy in ("group_by_length", "batch_rebalance") and not known:
         raise InputError(
             f"train_sampling_strategy: got {strategy!r}, need a column {args.length_column_name!r} of numbers in "
             "train_dataset, or 'random': a pair has no one length"

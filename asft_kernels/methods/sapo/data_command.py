@@ -92,7 +92,8 @@ def augmented(
             report.note(line, "text that the tokenizer does not give back as it was, also outside the segment")
         before = chosen[: len(chosen) - len(chosen.lstrip())]  # dialogues: a space
         rejected = before + _text(writer, negative).lstrip()
-        if of_template := _space_behind(given_back):  # ChatML's new line behind the end, which no chosen answer has
+        of_template = _space_behind(given_back)  # ChatML's new line behind the end, which no chosen answer has
+        if of_template and rejected.endswith(of_template):
             rejected = rejected.removesuffix(of_template) + _space_behind(chosen)
         row = pair.row(chosen=chosen, rejected=rejected)
         try:
